@@ -1,0 +1,45 @@
+"""How busy the other processes of this machine are. Knows nothing of energy.
+
+A RAPL counter sees the whole machine: what its other processes burn is not the service's to bill.
+"""
+
+import os
+from pathlib import Path
+
+from energy.clock import NS_PER_S
+
+_NS_PER_TICK = NS_PER_S // os.sysconf("SC_CLK_TCK")
+_INTERVAL_NS = NS_PER_S
+"""Kernel ticks are 10 ms: over a second they are good to a percent of a core."""
+
+
+class Neighbours:
+    """CPU time of other processes per time, as of the last second."""
+
+    def __init__(self, stat: Path = Path("/proc/stat")) -> None:
+        self._stat = stat
+        self._last: tuple[int, int, int] | None = None
+        self._cores_milli = 0
+
+    def busy_ns(self, now_ns: int, process_ns: int, window_ns: int) -> int:
+        """CPU time that other processes took in the last ``window_ns``, at their rate of the last second.
+
+        ``process_ns`` is this process's own CPU time so far. Where the kernel does not tell, none is assumed.
+        """
+        if self._last is None or now_ns - self._last[0] >= _INTERVAL_NS:
+            self._update(now_ns, process_ns)
+        return self._cores_milli * window_ns // 1000
+
+    def _update(self, now_ns: int, process_ns: int) -> None:
+        try:
+            with self._stat.open(encoding="ascii") as file:
+                # cpu user nice system idle iowait irq softirq ...; guests are inside user and nice.
+                ticks = [int(word) for word in file.readline().split()[1:8]]
+        except (OSError, ValueError):
+            return
+        machine_ns = (sum(ticks) - ticks[3] - ticks[4]) * _NS_PER_TICK
+        if self._last is not None:
+            then_ns, then_process_ns, then_machine_ns = self._last
+            others_ns = machine_ns - then_machine_ns - (process_ns - then_process_ns)
+            self._cores_milli = max(0, others_ns) * 1000 // (now_ns - then_ns)
+        self._last = (now_ns, process_ns, machine_ns)

@@ -1,0 +1,1 @@
+"""Where joules are read from: one file per kind of meter, and the choice among them."""

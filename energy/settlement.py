@@ -1,0 +1,199 @@
+"""Readings of one metered device cut into windows, from which steps take their energy. Knows nothing of requests.
+
+Between two readings lies a *window*. Its energy has two parts: idle, what the device would have taken anyway, and
+active, the rest. A step takes from each window that it overlaps
+
+* of the idle part: the fraction of the window that it lasted, divided by the number of executors on the device;
+* of the active part: its share of the load. On a processor, load is CPU time, of this process and of others, so
+  that steps which overlap in time, the service's own work between steps and other programs are told apart. A GPU
+  runs one step at a time, so there the steps share all of it by their duration.
+
+What no step has taken when a window expires is unattributed, for a reason. Nothing is ever made or lost: everything
+is integer microjoules, and each is taken once.
+"""
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+
+from energy.clock import NS_PER_S
+from energy.meters.base import Reading
+from energy.types import Quality, Step
+
+HORIZON_NS = 10 * NS_PER_S
+"""How long a window waits for steps that began in it: longer than any step."""
+IDLE_WINDOW_NS = NS_PER_S // 2
+"""The mean power over a window at least this long may become the idle power, where it is the lowest seen."""
+
+
+class Reason(StrEnum):
+    """Why energy is on no request's bill."""
+
+    IDLE = "idle"
+    WARM_UP = "warm_up"
+    """Steps without requests."""
+    OVERHEAD = "overhead"
+    """The service's own CPU time outside of steps: HTTP, tokenising, loading."""
+    OTHER_PROCESSES = "other_processes"
+    UNRESOLVED = "unresolved"
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """The energy of one step on one device."""
+
+    idle_uj: int
+    active_uj: int
+    quality: Quality
+
+
+@dataclass(slots=True)
+class _Window:
+    start_ns: int
+    end_ns: int
+    idle_uj: int
+    """Of the whole window."""
+    idle_left_uj: int
+    active_left_uj: int
+    load_left_ns: int
+    others_ns: int
+
+    def overlap_ns(self, step: Step) -> int:
+        return max(0, min(self.end_ns, step.ended_ns) - max(self.start_ns, step.started_ns))
+
+
+class Channel:
+    """The windows of one metered device, and the steps that wait for the reading that covers them.
+
+    ``first`` is the reading from which on is counted, ``idle_uw`` the idle power: fixed where ``idle_known``, else
+    the lowest seen. ``executors`` share the device.
+    """
+
+    def __init__(self, first: Reading, process_ns: int, idle_uw: int, idle_known: bool, executors: int) -> None:
+        self.device = first.device
+        self.source = first.source
+        self.quality = first.quality
+        self.idle_uw = idle_uw
+        self.by_cpu_time = not first.device.startswith("gpu:")
+        self.shared_with_others = self.by_cpu_time and first.quality is not Quality.ESTIMATED
+        self.pending: deque[Step] = deque()
+        self._executors = executors if self.by_cpu_time else 1
+        self._idle_known = idle_known
+        self._first_uj = first.energy_uj
+        self._last = first
+        self._last_process_ns = process_ns
+        self._windows: deque[_Window] = deque()
+        self._rate: tuple[int, int] | None = None
+
+    @property
+    def meter_uj(self) -> int:
+        """What the meter has counted so far."""
+        return self._last.energy_uj - self._first_uj
+
+    @property
+    def read_ns(self) -> int:
+        """When the meter was last read."""
+        return self._last.at_ns
+
+    @property
+    def due_ns(self) -> int:
+        """From when on another reading says something new."""
+        return self._last.at_ns + self._last.resolution_ns
+
+    def advance(self, reading: Reading, process_ns: int, others_ns: int) -> bool:
+        """Close the window that ends with ``reading``; False where the counter cannot have moved yet.
+
+        ``others_ns`` is the CPU time of other processes during the window, where the meter counts them too.
+        """
+        length_ns = reading.at_ns - self._last.at_ns
+        if length_ns <= 0 or reading.at_ns < self.due_ns:
+            return False
+        energy_uj = reading.energy_uj - self._last.energy_uj
+        if not self._idle_known and length_ns >= IDLE_WINDOW_NS:
+            self.idle_uw = min(self.idle_uw, energy_uj * NS_PER_S // length_ns)
+        idle_uj = min(energy_uj, self.idle_uw * length_ns // NS_PER_S)
+        load_ns = process_ns - self._last_process_ns + others_ns if self.by_cpu_time else 0
+        self._windows.append(
+            _Window(self._last.at_ns, reading.at_ns, idle_uj, idle_uj, energy_uj - idle_uj, load_ns, others_ns)
+        )
+        self._last = reading
+        self._last_process_ns = process_ns
+        return True
+
+    def settle(self) -> list[tuple[Step, Claim]]:
+        """Give every waiting step that the readings now cover its energy."""
+        covered = [step for step in self.pending if step.ended_ns <= self._last.at_ns]
+        if not covered:
+            return []
+        if len(covered) == len(self.pending):
+            self.pending.clear()
+        else:
+            self.pending = deque(step for step in self.pending if step.ended_ns > self._last.at_ns)
+        idle_uj = [0] * len(covered)
+        active_uj = [0] * len(covered)
+        started_ns = min(step.started_ns for step in covered)
+        for window in reversed(self._windows):
+            if window.end_ns <= started_ns:
+                break
+            loads = [self._load_ns(step, window) for step in covered]
+            load_ns = max(window.load_left_ns, sum(loads))
+            for i, step in enumerate(covered):
+                overlap_ns = window.overlap_ns(step)
+                if not overlap_ns:
+                    continue
+                share_ns = (window.end_ns - window.start_ns) * self._executors
+                idle = min(window.idle_left_uj, window.idle_uj * overlap_ns // share_ns)
+                active = window.active_left_uj * loads[i] // load_ns if load_ns else 0
+                window.idle_left_uj -= idle
+                window.active_left_uj -= active
+                load_ns -= loads[i]
+                idle_uj[i] += idle
+                active_uj[i] += active
+            window.load_left_ns = max(0, window.load_left_ns - sum(loads))
+        weight_ns = sum(self._weight_ns(step) for step in covered)
+        if weight_ns:
+            self._rate = (sum(active_uj), weight_ns)
+        return [(step, Claim(idle_uj[i], active_uj[i], self._quality(step))) for i, step in enumerate(covered)]
+
+    def expect(self, step: Step) -> Claim | None:
+        """What a waiting step will cost if it is like the latest that were settled; None before there are any."""
+        if self._rate is None:
+            return None
+        active_uj, weight_ns = self._rate
+        idle_uj = self.idle_uw * (step.ended_ns - step.started_ns) // (NS_PER_S * self._executors)
+        return Claim(idle_uj, active_uj * self._weight_ns(step) // weight_ns, self._quality(step))
+
+    def abandon(self, before_ns: int) -> list[Step]:
+        """Give up the steps that ended before and still wait: the meter has stopped."""
+        lost = [step for step in self.pending if step.ended_ns < before_ns]
+        if lost:
+            self.pending = deque(step for step in self.pending if step.ended_ns >= before_ns)
+        return lost
+
+    def expire(self, before_ns: int) -> Iterator[tuple[Reason, int]]:
+        """Forget the windows that ended before, and say what no step has taken from them."""
+        while self._windows and self._windows[0].end_ns < before_ns:
+            window = self._windows.popleft()
+            yield Reason.IDLE, window.idle_left_uj
+            left_uj, load_ns = window.active_left_uj, window.load_left_ns
+            if not load_ns:
+                yield Reason.UNRESOLVED, left_uj
+                continue
+            others_uj = left_uj * min(window.others_ns, load_ns) // load_ns
+            yield Reason.OTHER_PROCESSES, others_uj
+            yield Reason.OVERHEAD, left_uj - others_uj
+
+    def _load_ns(self, step: Step, window: _Window) -> int:
+        overlap_ns = window.overlap_ns(step)
+        if not self.by_cpu_time or not overlap_ns:
+            return overlap_ns
+        return step.cpu_ns * overlap_ns // (step.ended_ns - step.started_ns)
+
+    def _weight_ns(self, step: Step) -> int:
+        return step.cpu_ns if self.by_cpu_time else step.ended_ns - step.started_ns
+
+    def _quality(self, step: Step) -> Quality:
+        if self.quality is Quality.MEASURED and step.ended_ns - step.started_ns < self._last.resolution_ns:
+            return Quality.APPORTIONED
+        return self.quality

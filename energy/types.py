@@ -1,0 +1,109 @@
+"""What the parts of the energy account exchange. Knows nothing of models or HTTP.
+
+A *reading* comes from a *meter*; a *step* carries work per request; a *bill* is what one request is charged.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Quality(StrEnum):
+    """How far a figure can be trusted, best first; the weakest part names the whole."""
+
+    MEASURED = "measured"
+    APPORTIONED = "apportioned"
+    """From a real counter, but the step is shorter than the counter's resolution."""
+    ESTIMATED = "estimated"
+    UNAVAILABLE = "unavailable"
+
+
+class Phase(StrEnum):
+    """What a step did for a request."""
+
+    ENCODE = "encode"
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """One request's part in one step, in real tokens (padding is no request's work)."""
+
+    request_id: str
+    phase: Phase
+    tokens: int
+    """Tokens computed in this step."""
+    context_tokens: int = 0
+    """Tokens of the request that were already in its key/value buffers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One forward pass of one model on one device, with its work per request."""
+
+    device: str
+    model: str
+    started_ns: int
+    """Monotonic clock."""
+    ended_ns: int
+    cpu_ns: int
+    """CPU time that the process spent during the step, over all threads of the device."""
+    work: tuple[Work, ...]
+    padding_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Bill:
+    """What one request is charged. ``None`` is unknown, never zero."""
+
+    request_id: str
+    active_uj: int | None
+    """Energy above idle, in microjoules."""
+    allocated_uj: int | None
+    """Active energy and the request's share of idle, in microjoules."""
+    gco2e: float | None
+    """Grams of CO2-equivalent of the allocated energy."""
+    quality: Quality
+    settled: bool
+    """Whether this is the final figure."""
+
+
+@dataclass(frozen=True, slots=True)
+class RequestRecord:
+    """What the service knows of a request that is over."""
+
+    request_id: str
+    task: str
+    model: str
+    status: str
+    """``ok``, ``refused`` (never reached the engine), or why it ended early: ``cancelled``, ``failed``, ..."""
+    input_tokens: int = 0
+    output_tokens: int = 0
+    queue_ms: float = 0.0
+    compute_ms: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class CarbonAssumptions:
+    """What stands behind a figure of CO2e."""
+
+    zone: str
+    """ISO 3166 code, or ``world average``."""
+    gco2e_per_kwh: float
+    """Carbon intensity of the zone's grid."""
+    grid_source: str
+    pue: float
+    embodied_kg: float | None
+    """Carbon of making the machine; None where nobody has said, and then no figure includes any."""
+    life_years: float
+
+
+@dataclass(frozen=True, slots=True)
+class SettledRecord:
+    """One request with its bill, as the ledger keeps it."""
+
+    request: RequestRecord
+    bill: Bill
+    time_s: float
+    """When the request was over, seconds since 1970 (UTC)."""
+    carbon: CarbonAssumptions

@@ -1,0 +1,80 @@
+"""The shape of a Transformer. Knows nothing of weights, tokens or tasks; needs only pydantic."""
+
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, model_validator
+
+Architecture = Literal["encoder", "decoder", "encoder-decoder", "prefix-lm"]
+Style = Literal["modern", "bert"]
+Head = Literal["classify", "span", "lm"]
+
+
+class TransformerConfig(BaseModel):
+    """Dimensions and dialect of one Transformer; the same object describes it in PyTorch, ONNX and the manifest.
+
+    ``style`` is ``modern`` (pre-RMSNorm, RoPE, QK-norm, squared ReLU, no biases) or ``bert`` (post-LayerNorm,
+    learned positions, token types, GELU, biases). A prefix LM is a stack of decoder layers in which the prefix is
+    read in both directions.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    architecture: Architecture
+    style: Style
+    head: Head
+    vocab_size: int
+    d_model: int
+    n_heads: int
+    d_ff: int
+    n_encoder_layers: int = 0
+    n_decoder_layers: int = 0
+    max_positions: int
+    n_labels: int = 0
+    """Outputs of a ``classify`` head."""
+    n_token_types: int = 0
+    extract_head: bool = False
+    """Whether a prefix LM also scores each prefix token as the start of a sentence worth extracting."""
+    norm_eps: float = 1e-6
+    rope_base: float = 10_000.0
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.d_model // self.n_heads
+
+    @property
+    def has_encoder(self) -> bool:
+        """Whether a stack of bidirectional layers without a cache exists."""
+        return self.n_encoder_layers > 0
+
+    @property
+    def has_decoder(self) -> bool:
+        """Whether a stack of layers with key/value buffers exists."""
+        return self.n_decoder_layers > 0
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.d_model % self.n_heads:
+            raise ValueError(f"d_model {self.d_model} is not a multiple of n_heads {self.n_heads}")
+        if self.style == "modern" and self.head_dim % 2:
+            raise ValueError(f"rotary embeddings need an even head size, not {self.head_dim}")
+        wants = {
+            "encoder": (True, False),
+            "decoder": (False, True),
+            "prefix-lm": (False, True),
+            "encoder-decoder": (True, True),
+        }[self.architecture]
+        if (self.has_encoder, self.has_decoder) != wants:
+            raise ValueError(
+                f"{self.architecture} with {self.n_encoder_layers} encoder and "
+                f"{self.n_decoder_layers} decoder layers"
+            )
+        if self.style == "bert" and self.architecture == "encoder-decoder":
+            raise ValueError("the bert style has no encoder-decoder: it brings no cross-attention weights")
+        if (self.head == "lm") == (self.architecture == "encoder"):
+            raise ValueError(f"head {self.head!r} does not fit architecture {self.architecture!r}")
+        if (self.head == "classify") != (self.n_labels > 0):
+            raise ValueError("n_labels goes with the classify head, and only with it")
+        if self.extract_head and self.architecture != "prefix-lm":
+            raise ValueError("extract_head goes with a prefix LM")
+        return self

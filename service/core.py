@@ -1,0 +1,152 @@
+"""A request's way through the service, whatever dialect it came in. Knows nothing of HTTP."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from pydantic import BaseModel
+
+from energy.account import Account
+from energy.types import Bill, Quality, RequestRecord
+from service.door import Door
+from service.engine.types import EngineClosed, Item, Output, Overloaded, Ticket, WriteOutput
+from service.errors import DeadlineExceeded, InvalidValue, NotReady
+from service.metrics import Metrics
+from service.models import Model, Models
+from service.tasks.base import Task, TaskRequest
+
+NS_PER_MS = 1_000_000
+
+
+class Engine(Protocol):
+    """What the service asks of an engine."""
+
+    def submit(self, model: str, items: Sequence[Item]) -> list[Ticket]:
+        """Queue all items or none; raises ``Overloaded`` or ``EngineClosed``. Thread-safe."""
+
+    def queue_depth(self) -> int:
+        """Items that wait for their first step."""
+
+    def running(self) -> int:
+        """Items that are being computed."""
+
+
+@dataclass(slots=True)
+class Receipt:
+    """A request and, as they become known, its results and what they cost."""
+
+    request_id: str
+    task: str
+    model: Model
+    bill: Bill
+    input_tokens: int = 0
+    outputs: Sequence[Output] = ()
+    results: Sequence[BaseModel] = ()
+
+    @property
+    def output_tokens(self) -> int:
+        """Tokens written."""
+        return sum(len(output.output_ids) for output in self.outputs if isinstance(output, WriteOutput))
+
+    @property
+    def queue_ms(self) -> float:
+        """From submission to the first step of any of its items."""
+        return min((output.timing.queue_ns for output in self.outputs), default=0) / NS_PER_MS
+
+    @property
+    def compute_ms(self) -> float:
+        """From the first step to the end of the last item; for a single item, the time of its steps."""
+        ends = (output.timing.queue_ns + output.timing.compute_ns for output in self.outputs)
+        return max(ends, default=0) / NS_PER_MS - self.queue_ms
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """Everything that answers a request, wired once by ``create_app``."""
+
+    models: Models
+    engine: Engine
+    account: Account
+    metrics: Metrics
+    door: Door
+    max_client_batch_size: int
+    request_timeout_s: float
+
+    async def run(self, task: Task[Any, Any], request: TaskRequest, request_id: str) -> Receipt:
+        """Do what ``request`` asks, and bill it. Raises what ``service.errors`` knows how to answer.
+
+        Cancelling it takes the request's items out of the engine; the work done until then is billed all the same.
+        """
+        model, texts = self._choose(task, request)
+        # A reading close to the start of the request's steps makes its figure sharp.
+        self.account.sample()
+        with self.door.admit(texts), self._billed(request_id, task.name, model) as receipt:
+            async with _deadline(self.request_timeout_s):
+                encoded = await asyncio.to_thread(task.encode, request, model, request_id)
+                receipt.input_tokens = sum(len(item.input_ids) for item in encoded.items)
+                receipt.outputs = await self._compute(model, encoded.items)
+                receipt.results = await asyncio.to_thread(task.decode, encoded.plan, model, receipt.outputs)
+        return receipt
+
+    def _choose(self, task: Task[Any, Any], request: TaskRequest) -> tuple[Model, int]:
+        if not self.models.served:
+            raise NotReady("no model is loaded")
+        texts = len(getattr(request, task.texts))
+        if texts > self.max_client_batch_size:
+            raise InvalidValue(task.texts, f"holds {texts} texts; at most {self.max_client_batch_size} are allowed")
+        return task.choose(request, self.models), texts
+
+    async def _compute(self, model: Model, items: Sequence[Item]) -> list[Output]:
+        tickets = self.engine.submit(model.name, items)
+        try:
+            return await asyncio.gather(*(asyncio.wrap_future(ticket.future) for ticket in tickets))
+        finally:
+            # Where one item has failed or nobody waits any longer, the others' rows are free at once.
+            for ticket in tickets:
+                ticket.future.cancel()
+
+    @contextmanager
+    def _billed(self, request_id: str, task: str, model: Model) -> Iterator[Receipt]:
+        """Close the account of a request, however it ends."""
+        unknown = Bill(request_id, None, None, None, Quality.UNAVAILABLE, settled=False)
+        receipt = Receipt(request_id, task, model, unknown)
+        status = "failed"
+        started_s = time.monotonic()
+        try:
+            yield receipt
+            status = "ok"
+        except (InvalidValue, Overloaded, EngineClosed):
+            status = "refused"
+            raise
+        except DeadlineExceeded:
+            status = "timed_out"
+            raise
+        except asyncio.CancelledError:
+            status = "cancelled"
+            raise
+        finally:
+            receipt.bill = self.account.close(
+                RequestRecord(
+                    request_id=request_id,
+                    task=task,
+                    model=model.name,
+                    status=status,
+                    input_tokens=receipt.input_tokens,
+                    output_tokens=receipt.output_tokens,
+                    queue_ms=receipt.queue_ms,
+                    compute_ms=receipt.compute_ms,
+                )
+            )
+            self.metrics.request_over(receipt, status, time.monotonic() - started_s)
+
+
+@asynccontextmanager
+async def _deadline(limit_s: float) -> AsyncIterator[None]:
+    try:
+        async with asyncio.timeout(limit_s):
+            yield
+    except TimeoutError:
+        raise DeadlineExceeded(limit_s) from None

@@ -1,0 +1,111 @@
+"""The page at `/docs`: the OpenAPI document as HTML that needs nothing from anywhere else. Knows no routes."""
+
+import json
+import shlex
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+Schema = Mapping[str, Any]
+_HTML = Path(__file__).with_name("docs.html")
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """One line of a table: a parameter of a request or a field of an answer."""
+
+    name: str
+    type: str
+    required: bool
+    default: str
+    description: str
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """One method of one path."""
+
+    id: str
+    tag: str
+    method: str
+    path: str
+    summary: str
+    curl: str
+    parameters: list[Field]
+    answer: list[Field]
+    errors: list[tuple[str, str]]
+
+
+def docs_page(openapi: Schema, base_url: str) -> str:
+    """The whole page. Everything from the document is escaped."""
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string(_HTML.read_text(encoding="utf-8"))
+    return template.render(info=openapi["info"], operations=list(_operations(openapi, base_url)))
+
+
+def _operations(openapi: Schema, base_url: str) -> Iterator[Operation]:
+    for path, methods in openapi["paths"].items():
+        for method, operation in methods.items():
+            body = operation.get("requestBody", {}).get("content", {}).get("application/json", {})
+            answer = operation["responses"].get("200", {}).get("content", {}).get("application/json", {})
+            yield Operation(
+                id=operation["operationId"],
+                tag=operation["tags"][0],
+                method=method.upper(),
+                path=path,
+                summary=operation["summary"],
+                curl=_curl(base_url + path, body.get("example")),
+                parameters=_fields(openapi, body.get("schema", {})),
+                answer=_fields(openapi, answer.get("schema", {})),
+                errors=[
+                    (status, response["description"])
+                    for status, response in operation["responses"].items()
+                    if status != "200"
+                ],
+            )
+
+
+def _curl(url: str, example: Any) -> str:
+    if example is None:
+        return f"curl -s {shlex.quote(url)}"
+    body = shlex.quote(json.dumps(example, ensure_ascii=False))
+    return f"curl -s {shlex.quote(url)} \\\n  -H 'content-type: application/json' \\\n  -d {body}"
+
+
+def _fields(openapi: Schema, schema: Schema, prefix: str = "") -> list[Field]:
+    """The properties of an object, and those of the objects inside it, by their path."""
+    schema = _resolve(openapi, schema)
+    fields = []
+    for name, part in schema.get("properties", {}).items():
+        description = part.get("description", "")
+        default = json.dumps(part["default"]) if part.get("default") is not None else ""
+        fields.append(
+            Field(prefix + name, _type(openapi, part), name in schema.get("required", ()), default, description)
+        )
+        inner = part.get("items", part)
+        fields += _fields(openapi, inner, f"{prefix}{name}{'[]' if 'items' in part else ''}.")
+    return fields
+
+
+def _type(openapi: Schema, schema: Schema) -> str:
+    """A schema in a few words."""
+    schema = _resolve(openapi, schema)
+    if "anyOf" in schema:
+        return " or ".join(_type(openapi, each) for each in schema["anyOf"])
+    if "enum" in schema:
+        return " or ".join(json.dumps(value) for value in schema["enum"])
+    if schema.get("type") == "array":
+        return f"list of {_type(openapi, schema.get('items', {}))}"
+    low, high = schema.get("minimum", schema.get("exclusiveMinimum")), schema.get("maximum")
+    bounds = f" from {low}" * (low is not None) + f" to {high}" * (high is not None)
+    return schema.get("format", schema.get("type", "any")) + bounds
+
+
+def _resolve(openapi: Schema, schema: Schema) -> Schema:
+    if "$ref" not in schema:
+        return schema
+    resolved: Schema = openapi["components"]["schemas"][schema["$ref"].rpartition("/")[2]]
+    return resolved

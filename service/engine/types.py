@@ -1,0 +1,110 @@
+"""What tasks and the engine exchange: token ids in, arrays or token ids out. Knows nothing of text or HTTP."""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class EncodeItem:
+    """One sequence for an encoder."""
+
+    request_id: str
+    input_ids: tuple[int, ...]
+    token_types: tuple[int, ...] = ()
+    """One per input id; empty means all zero."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How tokens are chosen. ``beams > 1`` is beam search and ignores the other choices."""
+
+    max_tokens: int
+    beams: int = 1
+    length_penalty: float = 1.0
+    temperature: float = 0.0
+    """0 is greedy."""
+    top_k: int = 0
+    """0 keeps every token."""
+    top_p: float = 1.0
+    seed: int | None = None
+    """None draws a fresh seed."""
+    no_repeat_ngram: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class WriteItem:
+    """One text to be written from a source (encoder-decoder, prefix LM) or a prompt (decoder)."""
+
+    request_id: str
+    input_ids: tuple[int, ...]
+    sampling: Sampling
+    should_stop: Callable[[Sequence[int]], bool] | None = None
+    """Called on the executor with the ids written so far; True ends the text (stop strings)."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExtractItem:
+    """One document of which a prefix LM scores every token as the start of a sentence to extract."""
+
+    request_id: str
+    input_ids: tuple[int, ...]
+
+
+Item = EncodeItem | WriteItem | ExtractItem
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Where the time of one item went."""
+
+    queue_ns: int
+    """From submission to the item's first step."""
+    compute_ns: int
+    """Sum of the durations of the steps that the item took part in."""
+
+
+@dataclass(frozen=True, slots=True)
+class EncodeOutput:
+    """``logits`` is float32: ``(labels,)`` for a classify head, ``(tokens, 2)`` for a span head (start, end),
+    ``(tokens,)`` for an extract head."""
+
+    logits: NDArray[np.float32]
+    timing: Timing
+
+
+@dataclass(frozen=True, slots=True)
+class WriteOutput:
+    """The ids written, without the end-of-text id."""
+
+    output_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    timing: Timing
+
+
+Output = EncodeOutput | WriteOutput
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """A submitted item: wait for ``future``; ``future.cancel()`` frees its place before the next step."""
+
+    future: "Future[Output]" = field(default_factory=Future)
+
+
+class Overloaded(Exception):
+    """The queue is full; ``retry_after_s`` is computed from the backlog."""
+
+    def __init__(self, retry_after_s: float) -> None:
+        super().__init__(f"the service is overloaded; try again in {retry_after_s:.1f} s")
+        self.retry_after_s = retry_after_s
+
+
+class EngineClosed(Exception):
+    """The engine is draining and takes no more work."""

@@ -1,0 +1,206 @@
+"""What can go wrong for a caller: one tree of errors, one table of answers, rendered once.
+
+Errors are raised anywhere; only this module knows the HTTP status that each becomes.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, Field
+from starlette.exceptions import HTTPException
+
+from service.engine.types import EngineClosed, Overloaded
+from service.responses import JsonResponse
+
+
+class WattleError(Exception):
+    """An answer other than the one asked for; the message is written for the caller."""
+
+    param: str | None = None
+
+
+class MalformedBody(WattleError):
+    """The body is not a JSON document."""
+
+
+class RouteNotFound(WattleError):
+    """No such path."""
+
+
+class MethodNotAllowed(WattleError):
+    """The path exists, the method doesn't."""
+
+
+class ModelNotFound(WattleError):
+    """No loaded model of that name serves the task."""
+
+    param = "model"
+
+    def __init__(self, name: str | None, task: str, known: Sequence[str]) -> None:
+        missing = "no model is loaded" if name is None else f"the model {name!r} is not loaded"
+        super().__init__(f"{missing} for the task {task}; loaded are: {', '.join(known) or 'none'}")
+
+
+class RecordNotFound(WattleError):
+    """The ledger has no request of that id."""
+
+
+class BodyTooLarge(WattleError):
+    """The body is over the limit."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(f"the body is larger than the {limit} bytes allowed")
+
+
+class InvalidValue(WattleError):
+    """A parameter has the wrong type or an impossible value."""
+
+    def __init__(self, param: str | None, message: str) -> None:
+        super().__init__(f"{param}: {message}" if param else message)
+        self.param = param
+
+
+class MissingParameter(InvalidValue):
+    """A parameter without a default is absent."""
+
+
+class UnknownParameter(InvalidValue):
+    """A parameter that the task doesn't have."""
+
+
+class UnsupportedLanguages(InvalidValue):
+    """No loaded model translates between these languages."""
+
+
+class TooManyTokens(InvalidValue):
+    """A text is longer than the model reads."""
+
+    def __init__(self, param: str, tokens: int, allowed: int) -> None:
+        hint = '"truncate": true cuts it to fit'
+        super().__init__(param, f"the text has {tokens} tokens; at most {allowed} are allowed ({hint})")
+
+
+class NotReady(WattleError):
+    """The service is starting or shutting down."""
+
+
+class DeadlineExceeded(WattleError):
+    """The request took longer than it may."""
+
+    def __init__(self, limit_s: float) -> None:
+        super().__init__(f"the request took longer than the {limit_s:g} s allowed")
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """How one kind of error is shown to a caller."""
+
+    status: int
+    type: str
+    code: str
+
+
+TABLE: dict[type[Exception], Answer] = {
+    MalformedBody: Answer(400, "invalid_request_error", "malformed_body"),
+    RouteNotFound: Answer(404, "invalid_request_error", "route_not_found"),
+    ModelNotFound: Answer(404, "invalid_request_error", "model_not_found"),
+    RecordNotFound: Answer(404, "invalid_request_error", "request_not_found"),
+    MethodNotAllowed: Answer(405, "invalid_request_error", "method_not_allowed"),
+    BodyTooLarge: Answer(413, "invalid_request_error", "body_too_large"),
+    InvalidValue: Answer(422, "invalid_request_error", "invalid_value"),
+    MissingParameter: Answer(422, "invalid_request_error", "missing_parameter"),
+    UnknownParameter: Answer(422, "invalid_request_error", "unknown_parameter"),
+    UnsupportedLanguages: Answer(422, "invalid_request_error", "unsupported_languages"),
+    TooManyTokens: Answer(422, "invalid_request_error", "too_many_tokens"),
+    Overloaded: Answer(429, "rate_limit_error", "overloaded"),
+    NotReady: Answer(503, "server_error", "not_ready"),
+    EngineClosed: Answer(503, "server_error", "draining"),
+    DeadlineExceeded: Answer(504, "server_error", "deadline_exceeded"),
+    Exception: Answer(500, "server_error", "internal_error"),
+}
+"""Status, type and code of every error; ``Exception`` stands for whatever nobody foresaw."""
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong."""
+
+    message: str = Field(description="For a person to read.")
+    type: str = Field(description="Kind of error, as in OpenAI's API.")
+    param: str | None = Field(description="The parameter at fault.")
+    code: str | None = Field(description="For a program to read; stable.")
+
+
+class ErrorBody(BaseModel):
+    """The body of every answer that is not a success; the same shape as OpenAI's."""
+
+    error: ErrorDetail
+
+
+def render(error: Exception) -> JsonResponse:
+    """The one place where an error becomes an HTTP response."""
+    headers = {}
+    if isinstance(error, RequestValidationError):
+        error = _from_validation(error)
+    elif isinstance(error, HTTPException):
+        headers.update(error.headers or {})
+        error = _from_http(error)
+    elif isinstance(error, Overloaded):
+        headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))
+        headers["retry-after-ms"] = str(max(1, math.ceil(error.retry_after_s * 1000)))
+    answer = next(TABLE[kind] for kind in type(error).__mro__ if kind in TABLE)
+    unforeseen = answer is TABLE[Exception]
+    detail = ErrorDetail(
+        message="an internal error; the service's log has it under this x-request-id" if unforeseen else str(error),
+        type=answer.type,
+        param=getattr(error, "param", None),
+        code=answer.code,
+    )
+    return JsonResponse(ErrorBody(error=detail).model_dump(), answer.status, headers)
+
+
+def documented(*kinds: type[Exception]) -> dict[int | str, dict[str, Any]]:
+    """The OpenAPI responses of an operation that may raise ``kinds``."""
+    codes: dict[int, list[str]] = {}
+    for kind in (*kinds, Exception):
+        codes.setdefault(TABLE[kind].status, []).append(TABLE[kind].code)
+    return {
+        status: {"model": ErrorBody, "description": " or ".join(f"`{code}`" for code in names)}
+        for status, names in sorted(codes.items())
+    }
+
+
+def _from_http(error: HTTPException) -> Exception:
+    """Starlette's and FastAPI's own refusals, as ours."""
+    match error.status_code:
+        case 404:
+            return RouteNotFound("there is no such path; /docs lists what there is")
+        case 405:
+            return MethodNotAllowed("the path exists, but not with this method; /docs lists what there is")
+        case 400:
+            return MalformedBody("the body cannot be read as JSON")
+        case _:
+            return error
+
+
+def _from_validation(error: RequestValidationError) -> WattleError:
+    """The first complaint about a request's body, as one of ours."""
+    first = error.errors()[0]
+    kind, path = first["type"], [str(part) for part in first["loc"][1:]]
+    if kind == "json_invalid":
+        return MalformedBody(f"the body is not JSON: {first['ctx']['error']} at character {first['loc'][-1]}")
+    if not path:
+        if kind == "missing":
+            return MalformedBody("the body is empty; it must be a JSON object")
+        if isinstance(error.body, bytes):
+            return MalformedBody("the body must be JSON, sent with the header content-type: application/json")
+        return InvalidValue(None, "the body must be a JSON object")
+    param = path[0]
+    if kind == "missing":
+        return MissingParameter(param, "this parameter is required")
+    if kind == "extra_forbidden":
+        return UnknownParameter(param, "there is no such parameter")
+    message = first["msg"].removeprefix("Value error, ")
+    return InvalidValue(param, message[:1].lower() + message[1:])

@@ -1,0 +1,126 @@
+"""What `/metrics` shows, for Prometheus. No label ever tells one caller from another.
+
+Names follow text-embeddings-inference; joules end in ``_joules_total``, as Kepler's do.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from energy.account import Totals
+from energy.types import Step
+
+if TYPE_CHECKING:
+    from service.core import Receipt
+
+UJ_PER_J = 1_000_000
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+_JOULES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000)
+_SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
+_TOKENS = (8, 32, 128, 512, 1024, 2048, 4096, 8192, 16384)
+
+
+class Metrics:
+    """The metrics of one service. Methods may be called from any thread."""
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        by_model = ("task", "model")
+        self._requests = Counter(
+            "wattle_request_count", "Requests that are over.", (*by_model, "status"), registry=self._registry
+        )
+        self._input_tokens = Counter("wattle_input_tokens", "Tokens read.", by_model, registry=self._registry)
+        self._output_tokens = Counter("wattle_output_tokens", "Tokens written.", by_model, registry=self._registry)
+        self._queue = self._histogram("wattle_queue_duration_seconds", "From submission to the first step.", _SECONDS)
+        self._inference = self._histogram("wattle_inference_duration_seconds", "From the first step on.", _SECONDS)
+        self._duration = self._histogram("wattle_request_duration_seconds", "The whole request.", _SECONDS)
+        self._energy = Histogram(
+            "wattle_request_energy_joules",
+            "Allocated energy per request, as billed when it was over.",
+            (*by_model, "quality"),
+            buckets=_JOULES,
+            registry=self._registry,
+        )
+        self._batch_size = Histogram(
+            "wattle_batch_next_size", "Rows of a step.", ("model",), buckets=_SIZES, registry=self._registry
+        )
+        self._batch_tokens = Histogram(
+            "wattle_batch_next_tokens",
+            "Tokens of a step, counted with padding.",
+            ("model",),
+            buckets=_TOKENS,
+            registry=self._registry,
+        )
+
+    def watch(self, waiting: Callable[[], int], running: Callable[[], int], totals: Callable[[], Totals]) -> None:
+        """Show, at every scrape, the engine's state and the energy account in one snapshot."""
+        self._registry.register(_Live(waiting, running, totals))
+
+    def step(self, step: Step) -> None:
+        """Count a step of the engine."""
+        tokens = step.padding_tokens + sum(work.tokens for work in step.work)
+        self._batch_size.labels(step.model).observe(len(step.work))
+        self._batch_tokens.labels(step.model).observe(tokens)
+
+    def request_over(self, receipt: "Receipt", status: str, elapsed_s: float) -> None:
+        """Count a request, however it ended."""
+        labels = (receipt.task, receipt.model.name)
+        self._requests.labels(*labels, status).inc()
+        self._duration.labels(*labels).observe(elapsed_s)
+        if receipt.outputs:
+            self._input_tokens.labels(*labels).inc(receipt.input_tokens)
+            self._output_tokens.labels(*labels).inc(receipt.output_tokens)
+            self._queue.labels(*labels).observe(receipt.queue_ms / 1000)
+            self._inference.labels(*labels).observe(receipt.compute_ms / 1000)
+        if receipt.bill.allocated_uj is not None:
+            self._energy.labels(*labels, receipt.bill.quality).observe(receipt.bill.allocated_uj / UJ_PER_J)
+
+    def exposition(self) -> bytes:
+        """Everything, in Prometheus' text format."""
+        return generate_latest(self._registry)
+
+    def _histogram(self, name: str, documentation: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(name, documentation, ("task", "model"), buckets=buckets, registry=self._registry)
+
+
+class _Live(Collector):
+    """Figures that others keep and that are only read."""
+
+    def __init__(self, waiting: Callable[[], int], running: Callable[[], int], totals: Callable[[], Totals]) -> None:
+        self._waiting = waiting
+        self._running = running
+        self._totals = totals
+
+    def collect(self) -> Iterator[Metric]:
+        """All of them; the energy from a single snapshot, so that every scrape balances."""
+        yield GaugeMetricFamily("wattle_queue_size", "Items that wait for their first step.", self._waiting())
+        yield GaugeMetricFamily("wattle_running_size", "Items that are being computed.", self._running())
+        totals = self._totals()
+        meter = CounterMetricFamily(
+            "wattle_meter_energy_joules",
+            "Energy counted and settled: the sum of attributed and unattributed.",
+            labels=("device", "source"),
+        )
+        residual = GaugeMetricFamily(
+            "wattle_energy_residual_joules", "Energy counted but not yet settled.", labels=("device",)
+        )
+        for total in totals.meters:
+            meter.add_metric((total.device, total.source), total.settled_uj / UJ_PER_J)
+            residual.add_metric((total.device,), total.residual_uj / UJ_PER_J)
+        attributed = CounterMetricFamily(
+            "wattle_attributed_energy_joules",
+            "Energy on the bills of requests that are over.",
+            labels=("device", "model", "task", "phase", "quality"),
+        )
+        for share in totals.attributed:
+            key = (share.device, share.model, share.task, share.phase, share.quality)
+            attributed.add_metric(key, share.energy_uj / UJ_PER_J)
+        unattributed = CounterMetricFamily(
+            "wattle_unattributed_energy_joules", "Energy on no bill, and why.", labels=("device", "reason")
+        )
+        for rest in totals.unattributed:
+            unattributed.add_metric((rest.device, rest.reason), rest.energy_uj / UJ_PER_J)
+        yield from (meter, residual, attributed, unattributed)

@@ -1,0 +1,123 @@
+"""The models that the service offers: finds their folders, verifies and names them. Knows nothing of weights."""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jinja2
+from tokenizers import Tokenizer
+
+from models.manifest import MANIFEST_NAME, ArtefactError, Manifest, load_manifest
+from service.chat import ChatTemplate
+from service.errors import ModelNotFound
+
+TOKENIZER_NAME = "tokenizer.json"
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A verified model folder, with what turns text into its token ids and back."""
+
+    manifest: Manifest
+    folder: Path
+    tokenizer: Tokenizer
+    """Reads what callers type: control tokens in it are plain text."""
+    chat: ChatTemplate | None
+
+    @property
+    def name(self) -> str:
+        """What callers call it."""
+        return self.manifest.name
+
+    @property
+    def uncased(self) -> bool:
+        """Whether the tokenizer drops capitals, so that what the model writes has none."""
+        return bool(getattr(self.tokenizer.normalizer, "lowercase", False))
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A folder that is not served, and why; says nothing of where on the host it lies."""
+
+    folder_name: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Models:
+    """The models served, in order of preference, and the folders refused."""
+
+    served: Mapping[str, Model]
+    refused: Sequence[Refusal] = ()
+
+    def for_task(self, task: str) -> list[Model]:
+        """Models that do ``task``, the default first."""
+        return [model for model in self.served.values() if task in model.manifest.tasks]
+
+    def pick(self, task: str, name: str | None) -> Model:
+        """The model called ``name``, or the default one of ``task``. Raises ``ModelNotFound``."""
+        candidates = self.for_task(task)
+        for model in candidates:
+            if name in (None, model.name):
+                return model
+        raise ModelNotFound(name, task, [model.name for model in candidates])
+
+
+def load_models(roots: Sequence[Path], check: Callable[[Manifest], None]) -> Models:
+    """Load every model below ``roots``; one that is damaged or fails ``check`` is refused, the others served.
+
+    ``check`` raises ``ArtefactError`` for a manifest that a task cannot work with. Raises ``FileNotFoundError``
+    for a root that is no folder.
+    """
+    served: dict[str, Model] = {}
+    refused: list[Refusal] = []
+    for folder in _folders(roots):
+        try:
+            model = load_model(folder)
+            check(model.manifest)
+            if model.name in served:
+                raise ArtefactError(f"{MANIFEST_NAME}: the name {model.name} is taken by an earlier folder")
+        except (ArtefactError, OSError) as error:
+            logger.error("refused the model in %s: %s", folder, error)
+            refused.append(Refusal(folder.name, str(error).replace(f"{folder}/", "")))
+        else:
+            served[model.name] = model
+    return Models(served, tuple(refused))
+
+
+def load_model(folder: Path) -> Model:
+    """Verify one model folder and load its tokenizer. Raises ``ArtefactError``, naming the file at fault."""
+    manifest = load_manifest(folder)
+    if TOKENIZER_NAME not in manifest.files:
+        raise ArtefactError(f"{TOKENIZER_NAME}: not among the manifest's files")
+    tokenizer = _tokenizer(folder)
+    tokenizer.encode_special_tokens = True
+    try:
+        chat = ChatTemplate(manifest.chat_template, _tokenizer(folder)) if manifest.chat_template else None
+    except jinja2.TemplateError as error:
+        raise ArtefactError(f"{MANIFEST_NAME}: chat_template: {error}") from error
+    return Model(manifest, folder, tokenizer, chat)
+
+
+def _folders(roots: Sequence[Path]) -> Iterator[Path]:
+    for root in roots:
+        if not root.is_dir():
+            raise FileNotFoundError(f"no such folder of models: {root}")
+        if (root / MANIFEST_NAME).is_file():
+            yield root
+        else:
+            yield from sorted(path for path in root.iterdir() if path.is_dir() and path.name[0] not in "._")
+
+
+def _tokenizer(folder: Path) -> Tokenizer:
+    try:
+        tokenizer = Tokenizer.from_file(str(folder / TOKENIZER_NAME))
+    except Exception as error:  # the library raises nothing narrower
+        raise ArtefactError(f"{TOKENIZER_NAME}: cannot be read: {error}") from error
+    # Lengths are for the tasks to decide; a tokenizer saved in training may bring its own.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer

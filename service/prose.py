@@ -1,0 +1,76 @@
+"""Makes prose of what an uncased WordPiece model wrote: spacing and capitals, from the source where it has them.
+
+``the u . s . won , don ' t they ?`` becomes ``The U.S. won, don't they?``. Knows nothing of models or tokenizers.
+"""
+
+import re
+import unicodedata
+from collections import Counter
+
+from models.sentences import split_sentences
+
+_PIECE = re.compile(r"[^\W_]+|[^\w\s]|_")
+_EDGE = ".,;:!?\"'“”‘’()[]…"
+_LONGEST = 12
+"""Most pieces of one word of the source; longer ones are web addresses and the like."""
+
+_SPACING = [
+    (re.compile(p), r)
+    for p, r in (
+        (r"\s+([.,;:!?%)\]}…]+)", r"\1"),
+        (r"([(\[{$£€])\s+", r"\1"),
+        (r"(?<=\d)([.,:])\s+(?=\d)", r"\1"),
+        (r"(?i)(?<=[a-z]) ' (?=(?:s|t|re|ve|ll|d|m)\b)", "'"),
+        (r"(?<=\w) - (?=\w)", "-"),
+        (r"\" ([^\"]*?) \"", r'"\1"'),
+    )
+]
+
+
+def restore(text: str, source: str) -> str:
+    """``text`` written as a person would, its words spelt as ``source`` spells them."""
+    words = _spellings(source)
+    pieces = _pieces(text)
+    spelt = []
+    place = 0
+    while place < len(pieces):
+        for length in range(min(_LONGEST, len(pieces) - place), 0, -1):
+            known = words.get(tuple(pieces[place : place + length]))
+            if known is not None or length == 1:
+                spelt.append(known or pieces[place])
+                place += length
+                break
+    prose = " ".join(spelt)
+    for pattern, replacement in _SPACING:
+        prose = pattern.sub(replacement, prose)
+    # Without capitals, every full stop that is no abbreviation's counts; one letter for one, so that offsets hold.
+    for start, _ in split_sentences("".join(letter.lower()[:1] for letter in prose)):
+        prose = prose[:start] + prose[start].upper() + prose[start + 1 :]
+    return prose
+
+
+def _spellings(source: str) -> dict[tuple[str, ...], str]:
+    """How the source spells each of its words, by the pieces that an uncased tokenizer makes of it."""
+    seen: dict[tuple[str, ...], Counter[str]] = {}
+    for start, end in split_sentences(source):
+        for number, raw in enumerate(source[start:end].split()):
+            # An abbreviation keeps its full stop: "U.S.," is "U.S.".
+            word = raw.strip(_EDGE)
+            word += "." if "." in word and raw.startswith(word + ".") else ""
+            pieces = tuple(_pieces(word))
+            if 0 < len(pieces) <= _LONGEST:
+                # A capital at a sentence's start says nothing about the word.
+                votes = 0 if number == 0 and word[1:].islower() else 1
+                seen.setdefault(pieces, Counter())[word] += votes
+    return {pieces: _likeliest(spelt) for pieces, spelt in seen.items()}
+
+
+def _likeliest(spelt: Counter[str]) -> str:
+    word, votes = spelt.most_common(1)[0]
+    return word if votes else word.lower()
+
+
+def _pieces(text: str) -> list[str]:
+    """Words and single punctuation marks, lower case and without accents, as BERT's uncased tokenizer has them."""
+    bare = "".join(c for c in unicodedata.normalize("NFD", text.lower()) if unicodedata.category(c) != "Mn")
+    return _PIECE.findall(bare)

@@ -1,0 +1,95 @@
+"""Every setting of the service, and the only place that reads the environment; plain values go inward.
+
+Each field is at once an environment variable (``WATTLE_PORT``) and a flag of ``wattle serve`` (``--port``).
+"""
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+ENV_PREFIX = "WATTLE_"
+STARTERS = Path(__file__).resolve().parent.parent / "models" / "starters"
+
+
+def _state_folder() -> Path:
+    """Where programs keep a user's state (XDG base directory specification)."""
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "wattle"
+
+
+class Settings(BaseSettings):
+    """Settings of ``wattle serve``; raises ``ValueError`` for a wrong value or an unknown name."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX, extra="forbid", frozen=True, env_ignore_empty=True, validate_default=True
+    )
+
+    host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 is every interface.")
+    port: int = Field(8000, ge=0, le=65535, description="TCP port to listen on; 0 takes a free one.")
+    models: Annotated[tuple[Path, ...], NoDecode] = Field(
+        (STARTERS,),
+        min_length=1,
+        description=f"Folders of models, or models themselves, separated by {os.pathsep!r}; earlier ones are "
+        "preferred as defaults.",
+    )
+    max_concurrent_requests: int = Field(
+        512, ge=1, description="Texts accepted at once, waiting or running, before the answer is 429."
+    )
+    max_batch_tokens: int = Field(16384, ge=1, description="Tokens of one forward pass, counted with padding.")
+    max_client_batch_size: int = Field(32, ge=1, description="Texts in one request.")
+    max_body_bytes: int = Field(2_000_000, ge=1, description="Size of a request's body before the answer is 413.")
+    request_timeout_s: float = Field(
+        120.0, gt=0, description="Seconds that a request may take, waiting included, before the answer is 504."
+    )
+    drain_timeout_s: float = Field(30.0, ge=0, description="Seconds that running requests get to finish at shutdown.")
+    groups: int = Field(
+        0, ge=0, description="Groups of pinned CPU cores, each an executor of its own; 0 makes one per core."
+    )
+    threads: int = Field(1, ge=1, description="Threads, and so cores, of each group.")
+    meter: Literal["auto", "nvml", "powercap", "estimate", "none"] = Field(
+        "auto", description="Where joules are read from; auto takes the best that this machine lets us read."
+    )
+    powercap_root: Path = Field(
+        Path("/sys/class/powercap"), description="Linux powercap tree (RAPL); in Docker, mount it and say where."
+    )
+    watts_per_core: float | None = Field(
+        None, gt=0, description="Power of a busy core for the estimate; unset, the processor is looked up."
+    )
+    grid_zone: str | None = Field(
+        None, description="Electricity grid, as an ISO 3166 code such as DEU; unset, the world average is used and named."
+    )
+    pue: float = Field(1.0, ge=1.0, description="Power usage effectiveness of the site: total over computing energy.")
+    embodied_kg: float | None = Field(
+        None, ge=0, description="Kilograms of CO2e that making this machine cost; unset, no bill includes any."
+    )
+    ledger: Path = Field(
+        default_factory=lambda: _state_folder() / "ledger.sqlite",
+        description="SQLite file with one record per request; where it cannot be written the service runs without.",
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severity that is logged.")
+
+    @field_validator("models", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        return tuple(filter(None, value.split(os.pathsep))) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _a_full_request_fits(self) -> Self:
+        if self.max_client_batch_size > self.max_concurrent_requests:
+            raise ValueError("max_client_batch_size exceeds max_concurrent_requests: such a request could never run")
+        return self
+
+
+def read_settings(**flags: str) -> Settings:
+    """Settings from the environment, overruled by ``flags``.
+
+    Raises ``ValueError`` naming the setting; unknown ``WATTLE_`` variables are an error too, for a misspelt
+    one would be ignored in silence.
+    """
+    known = {ENV_PREFIX + name.upper() for name in Settings.model_fields}
+    unknown = sorted(name for name in os.environ if name.upper().startswith(ENV_PREFIX) and name.upper() not in known)
+    if unknown:
+        raise ValueError(f"unknown environment variable {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+    return Settings(**flags)  # type: ignore[arg-type]  # pydantic reads each flag from its text

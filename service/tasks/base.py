@@ -1,0 +1,179 @@
+"""What every task is made of: a request, a result, and the way from text to engine items and back.
+
+Knows nothing of HTTP; a task never waits for anything.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, ClassVar, Generic, Literal, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema
+from pydantic_core import PydanticCustomError
+
+from models.manifest import ArtefactError, GenerationDefaults, Manifest
+from models.manifest import Task as TaskName
+from service.engine.types import EncodeOutput, FinishReason, Item, Output, Sampling, WriteOutput
+from service.errors import InvalidValue, TooManyTokens
+from service.models import Model, Models
+
+
+def read_texts(value: Any) -> list[str]:
+    """One text or a list of texts, as a list; refuses empty ones and what is not Unicode."""
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list) or not texts:
+        raise PydanticCustomError("texts", "must be a text or a list of texts")
+    for place, text in enumerate(texts):
+        which = "the text" if isinstance(value, str) else f"text number {place + 1}"
+        if not isinstance(text, str):
+            raise PydanticCustomError("texts", "{which} is not a text", {"which": which})
+        if not text.strip():
+            raise PydanticCustomError("texts", "{which} is empty", {"which": which})
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise PydanticCustomError("texts", "{which} holds half a surrogate pair", {"which": which}) from None
+    return texts
+
+
+_TEXT = {"type": "string", "minLength": 1}
+Texts = Annotated[
+    list[str],
+    PlainValidator(read_texts),
+    WithJsonSchema({"anyOf": [_TEXT, {"type": "array", "items": _TEXT, "minItems": 1}]}),
+]
+
+
+class TaskRequest(BaseModel):
+    """What every task can be asked."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    model: str | None = Field(None, description="Name of a loaded model; the task's default otherwise.")
+    truncate: bool = Field(False, description="Cut a text that is too long instead of refusing it.")
+
+
+class TextRequest(TaskRequest):
+    """A task on texts that stand alone."""
+
+    input: Texts = Field(description="A text, or a list of them.")
+
+
+class WrittenText(BaseModel):
+    """A text that a model wrote."""
+
+    text: str
+    finish_reason: FinishReason = Field(description="`stop`: the text ended; `length`: it was cut at its limit.")
+
+
+RequestT = TypeVar("RequestT", bound=TaskRequest)
+PlanT = TypeVar("PlanT")
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded(Generic[PlanT]):
+    """A request as the engine sees it, and what its decoding needs to know besides."""
+
+    items: tuple[Item, ...]
+    plan: PlanT
+
+
+class Task(ABC, Generic[RequestT, PlanT]):
+    """One task. A subclass is a file of this folder and a line in its tuple; routes, docs and tests follow."""
+
+    name: ClassVar[TaskName]
+    summary: ClassVar[str]
+    request: ClassVar[type[TaskRequest]]
+    result: ClassVar[type[BaseModel]]
+    example: ClassVar[Mapping[str, Any]]
+    """A request's body, for the docs and the tests."""
+    texts: ClassVar[str] = "input"
+    """The parameter that holds the texts, one result each."""
+
+    @abstractmethod
+    def check(self, manifest: Manifest) -> None:
+        """Raise ``ArtefactError`` where the manifest lacks what this task needs."""
+
+    @abstractmethod
+    def encode(self, request: RequestT, model: Model, request_id: str) -> Encoded[PlanT]:
+        """Text to engine items; raises ``InvalidValue``."""
+
+    @abstractmethod
+    def decode(self, plan: PlanT, model: Model, outputs: Sequence[Output]) -> list[BaseModel]:
+        """The engine's outputs, in the order of the items, to one result per text."""
+
+    def choose(self, request: RequestT, models: Models) -> Model:
+        """The model that serves ``request``. Raises ``ModelNotFound``."""
+        return models.pick(self.name, request.model)
+
+
+def encode_text(
+    model: Model, text: str, *, param: str, truncate: bool, keep: Literal["start", "end"] = "start"
+) -> tuple[int, ...]:
+    """Token ids of ``text`` with the model's special tokens around it; a text that is cut keeps its start or end.
+
+    Raises ``TooManyTokens`` unless ``truncate``, and ``InvalidValue`` for a text without a single token.
+    """
+    encoding = model.tokenizer.encode(text, add_special_tokens=False)
+    if not encoding.ids:
+        raise unreadable(param)
+    special = model.tokenizer.num_special_tokens_to_add(is_pair=False)
+    allowed = model.manifest.max_input_tokens - special
+    if len(encoding.ids) > allowed:
+        if not truncate:
+            raise TooManyTokens(param, len(encoding.ids), allowed)
+        encoding.truncate(allowed, direction="right" if keep == "start" else "left")
+    return tuple(model.tokenizer.post_process(encoding).ids)
+
+
+def unreadable(param: str) -> InvalidValue:
+    """The error for a text of nothing but characters that the model's tokenizer drops."""
+    return InvalidValue(param, "the text holds no character that the model can read")
+
+
+def check_writer(manifest: Manifest) -> None:
+    """Raise ``ArtefactError`` for a manifest that cannot write text."""
+    config = manifest.config
+    if config.head != "lm" or manifest.max_output_tokens < generation(manifest).max_tokens:
+        raise ArtefactError("manifest.json: writing needs an lm head and max_output_tokens above the default")
+    if config.architecture != "encoder-decoder" and manifest.max_input_tokens + 1 >= config.max_positions:
+        raise ArtefactError("manifest.json: max_input_tokens leaves no position to write in")
+
+
+def generation(manifest: Manifest) -> GenerationDefaults:
+    """The manifest's defaults for writing. Raises ``ArtefactError`` where it has none."""
+    if manifest.generation is None:
+        raise ArtefactError("manifest.json: writing needs generation defaults")
+    return manifest.generation
+
+
+def sampling(model: Model, prompt_tokens: int, **chosen: Any) -> Sampling:
+    """How to write after a prompt: the manifest's defaults, and over them what the caller has ``chosen`` (None: nothing).
+
+    Raises ``InvalidValue`` for more tokens than the model writes.
+    """
+    manifest = model.manifest
+    defaults = Sampling(**manifest.generation.model_dump()) if manifest.generation else Sampling(max_tokens=1)
+    wanted = replace(defaults, **{name: value for name, value in chosen.items() if value is not None})
+    if wanted.max_tokens > manifest.max_output_tokens:
+        raise InvalidValue("max_tokens", f"the model writes at most {manifest.max_output_tokens} tokens")
+    if manifest.config.architecture == "encoder-decoder":
+        return wanted
+    # Prompt, first input and text share the model's positions.
+    return replace(wanted, max_tokens=min(wanted.max_tokens, manifest.config.max_positions - prompt_tokens - 1))
+
+
+def written(output: Output) -> WriteOutput:
+    """The output of an item that was to be written."""
+    if not isinstance(output, WriteOutput):
+        raise TypeError(f"the engine answered an item to write with {type(output).__name__}")
+    return output
+
+
+def scored(output: Output) -> NDArray[np.float32]:
+    """The logits of an item that was to be encoded or extracted."""
+    if not isinstance(output, EncodeOutput):
+        raise TypeError(f"the engine answered an item to score with {type(output).__name__}")
+    return output.logits

@@ -1,0 +1,168 @@
+"""Summarisation: a document told shorter, or its most telling sentences picked out."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, Self
+
+from pydantic import BaseModel, Field, model_validator
+
+from models.manifest import ArtefactError, Manifest
+from models.sentences import split_sentences
+from service.engine.types import ExtractItem, Output, WriteItem
+from service.errors import InvalidValue
+from service.models import Model
+from service.prose import restore
+from service.tasks.base import (
+    Encoded,
+    Task,
+    TextRequest,
+    WrittenText,
+    check_writer,
+    encode_text,
+    sampling,
+    scored,
+    unreadable,
+    written,
+)
+
+DEFAULT_SENTENCES = 3
+
+
+class SummarizeRequest(TextRequest):
+    """Documents to summarise."""
+
+    mode: Literal["abstractive", "extractive"] = Field(
+        "abstractive", description="Write a summary, or pick sentences of a document of any length."
+    )
+    max_tokens: int | None = Field(None, ge=1, description="Most tokens to write (abstractive).")
+    sentences: int | None = Field(
+        None, ge=1, description=f"Sentences to pick (extractive); {DEFAULT_SENTENCES} by default."
+    )
+
+    @model_validator(mode="after")
+    def _fits_mode(self) -> Self:
+        if self.mode == "abstractive" and self.sentences is not None:
+            raise InvalidValue("sentences", "goes with the mode extractive")
+        if self.mode == "extractive" and self.max_tokens is not None:
+            raise InvalidValue("max_tokens", "goes with the mode abstractive")
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Neighbouring sentences of a document as one sequence for the model."""
+
+    input_ids: tuple[int, ...]
+    sentences: tuple[str, ...]
+    starts: tuple[int, ...]
+    """Position of each sentence's first token in ``input_ids``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Abstract:
+    """A document to be told in the model's words."""
+
+    document: str
+
+
+@dataclass(frozen=True, slots=True)
+class Extract:
+    """A document to pick sentences from."""
+
+    windows: tuple[Window, ...]
+    sentences: int
+
+
+Plan = tuple[Abstract | Extract, ...]
+
+
+class Summarize(Task[SummarizeRequest, Plan]):
+    """A prefix LM that writes summaries and scores sentences (Dong et al. 2019; Liu and Lapata 2019)."""
+
+    name = "summarize"
+    summary = "Summarise a document"
+    request = SummarizeRequest
+    result = WrittenText
+    example = {
+        "input": "The bridge closed on Monday. Engineers had found cracks in two of its piers. "
+        "Repairs will take a month. Until then a ferry carries people across.",
+        "max_tokens": 40,
+    }
+
+    def check(self, manifest: Manifest) -> None:
+        check_writer(manifest)
+        if manifest.config.extract_head and (manifest.special_ids.cls is None or manifest.special_ids.sep is None):
+            raise ArtefactError("manifest.json: picking sentences needs the special ids cls and sep")
+
+    def encode(self, request: SummarizeRequest, model: Model, request_id: str) -> Encoded[Plan]:
+        if request.mode == "abstractive":
+            texts = [encode_text(model, text, param="input", truncate=request.truncate) for text in request.input]
+            writes = (
+                WriteItem(request_id, ids, sampling(model, len(ids), max_tokens=request.max_tokens)) for ids in texts
+            )
+            return Encoded(tuple(writes), tuple(Abstract(text) for text in request.input))
+        if not model.manifest.config.extract_head:
+            raise InvalidValue("mode", f"the model {model.name} does not pick sentences")
+        sentences = request.sentences or DEFAULT_SENTENCES
+        plan = tuple(Extract(tuple(split_document(model, text)), sentences) for text in request.input)
+        return Encoded(
+            tuple(ExtractItem(request_id, window.input_ids) for part in plan for window in part.windows), plan
+        )
+
+    def decode(self, plan: Plan, model: Model, outputs: Sequence[Output]) -> list[BaseModel]:
+        remaining = iter(outputs)
+        results: list[BaseModel] = []
+        for part in plan:
+            if isinstance(part, Extract):
+                text = pick_sentences(part, [scored(next(remaining)) for _ in part.windows])
+                results.append(WrittenText(text=text, finish_reason="stop"))
+                continue
+            output = written(next(remaining))
+            text = model.tokenizer.decode(output.output_ids)
+            if model.uncased:
+                text = restore(text, part.document)
+            results.append(WrittenText(text=text, finish_reason=output.finish_reason))
+        return results
+
+
+def split_document(model: Model, document: str) -> Iterator[Window]:
+    """Cut a document at sentence borders into sequences that the model can read.
+
+    A sentence is scored at its first token, so one too long for any window may lose its end. Raises
+    ``InvalidValue`` for a document without a single token.
+    """
+    special = model.manifest.special_ids
+    room = model.manifest.max_input_tokens - 2
+    ids: list[int] = []
+    sentences: list[str] = []
+    starts: list[int] = []
+
+    def window() -> Window:
+        framed = (special.cls, *ids, special.sep)
+        return Window(tuple(token for token in framed if token is not None), tuple(sentences), tuple(starts))
+
+    for start, end in split_sentences(document):
+        tokens = model.tokenizer.encode(document[start:end], add_special_tokens=False).ids[:room]
+        if not tokens:
+            continue
+        if len(ids) + len(tokens) > room:
+            yield window()
+            ids, sentences, starts = [], [], []
+        starts.append(1 + len(ids))
+        sentences.append(document[start:end])
+        ids += tokens
+    if not ids:
+        raise unreadable("input")
+    yield window()
+
+
+def pick_sentences(part: Extract, logits: Sequence[Sequence[float]]) -> str:
+    """The best sentences by the ``(tokens,)`` logits of each window, in the order of the document."""
+    sentences = [sentence for window in part.windows for sentence in window.sentences]
+    scores = [
+        float(window_logits[start])
+        for window, window_logits in zip(part.windows, logits, strict=True)
+        for start in window.starts
+    ]
+    best = sorted(range(len(scores)), key=scores.__getitem__, reverse=True)[: part.sentences]
+    return " ".join(sentences[number] for number in sorted(best))

@@ -1,0 +1,197 @@
+"""One stage: a served model and labelled rows in, standard scores out.
+
+Knows nothing of how the model is served: every prediction is the answer to a request, so that what is scored is what
+a user gets. Only bits per byte, which no answer shows, are read from the exported graph itself.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from tokenizers import Tokenizer
+from tqdm import tqdm
+
+from models.manifest import Manifest, Score
+from models.sentences import split_sentences
+from training import scorers
+from training.data import Row, clean, read_rows
+from training.errors import TrainingError
+from training.recipe import EvaluateRecipe, Recipe
+from training.tasks import TASKS
+from training.train import held_out_passages
+
+Ask = Callable[[str, dict[str, Any]], dict[str, Any]]
+"""``ask(task, body)`` posts one request to ``/v1/<task>`` and returns the parsed answer."""
+
+REQUEST_TEXTS = 16
+
+
+@dataclass
+class Evaluation:
+    """Scores of one model on one data set, and what its answers cost."""
+
+    scores: list[Score]
+    queries: int = 0
+    joules: float | None = 0.0
+    """None as soon as one answer has no figure."""
+    quality: str = "unavailable"
+
+
+@dataclass
+class _Client:
+    """Asks in batches and adds up the bills."""
+
+    ask: Ask
+    task: str
+    model: str
+    setting: dict[str, Any]
+    queries: int = 0
+    joules: float | None = 0.0
+    quality: str = "unavailable"
+    bar: Any = field(default=None)
+
+    def results(self, **columns: Sequence[Any]) -> Iterator[dict[str, Any]]:
+        """One result per row of the equally long ``columns``."""
+        size = len(next(iter(columns.values())))
+        with tqdm(total=size, desc=f"asking {self.model}", unit="query", mininterval=1.0) as bar:
+            for start in range(0, size, REQUEST_TEXTS):
+                part = {name: list(values[start : start + REQUEST_TEXTS]) for name, values in columns.items()}
+                answer = self.ask(self.task, {"model": self.model, "truncate": True, **self.setting, **part})
+                energy = answer["energy"]
+                self.quality = energy["quality"]
+                self.joules = None if None in (self.joules, energy["active_j"]) else self.joules + energy["active_j"]  # type: ignore[operator]
+                self.queries += len(answer["results"])
+                bar.update(len(answer["results"]))
+                yield from answer["results"]
+
+
+def evaluate(
+    ask: Ask, manifest: Manifest, folder: Path, recipe: Recipe, each: EvaluateRecipe, data: Path, limit: int | None
+) -> Evaluation:
+    """Score ``manifest``'s model on one set of ``recipe.evaluate``, on its first ``limit`` rows or all.
+
+    ``folder`` is the exported model. Raises ``TrainingError`` where the data does not fit the task.
+    """
+    rows = list(read_rows(data / each.path / f"{each.split}.jsonl.gz", TASKS[recipe.task].fields))
+    if each.unseen_only:
+        rows = _unseen(recipe, data, rows)
+    rows = list(islice(rows, limit))
+    client = _Client(ask, recipe.task, manifest.name, dict(each.setting))
+    values = _SCORES[recipe.task](client, rows, folder)
+    said = ", ".join(f"{name} {value}" for name, value in each.setting.items())
+    scores = [
+        Score(data=each.path, split=each.split, metric=name, value=round(value, 3), rows=len(rows), setting=said)
+        for name, value in values.items()
+    ]
+    return Evaluation(scores, client.queries, client.joules if client.queries else None, client.quality)
+
+
+def _unseen(recipe: Recipe, data: Path, rows: list[Row]) -> list[Row]:
+    """The rows whose passage the recipe keeps out of training."""
+    if recipe.held_out is None:
+        raise TrainingError(f"{recipe.name}: unseen_only needs [held_out]")
+    part = next(part for part in recipe.data if part.path == recipe.held_out.path)
+    passages = held_out_passages(
+        recipe.held_out, list(read_rows(data / part.path / f"{part.split}.jsonl.gz", ("context",)))
+    )
+    return [row for row in rows if row["context"] in passages]
+
+
+def _sentiment(client: _Client, rows: list[Row], folder: Path) -> dict[str, float]:
+    results = list(client.results(input=[row["text"] for row in rows]))
+    references = [row["label"] for row in rows]
+    known = set(references)
+    # A set without neutral texts asks which of its own labels is the likelier.
+    predictions = [max(known, key=lambda label: result["scores"][label]) for result in results]
+    if len(known) == 2:
+        return {"accuracy": scorers.accuracy(predictions, references)}
+    return {"macro recall": scorers.macro_recall(predictions, references)}
+
+
+def _answer(client: _Client, rows: list[Row], folder: Path) -> dict[str, float]:
+    results = client.results(question=[row["question"] for row in rows], context=[row["context"] for row in rows])
+    answers = [[answer["text"] for answer in row["answers"]] for row in rows]
+    return scorers.squad([result["answer"] for result in results], answers)
+
+
+def _translate(client: _Client, rows: list[Row], folder: Path) -> dict[str, float]:
+    results = client.results(input=[row["source"] for row in rows])
+    return {"sacreBLEU": scorers.bleu([result["text"] for result in results], [row["target"] for row in rows])}
+
+
+def _summarize(client: _Client, rows: list[Row], folder: Path) -> dict[str, float]:
+    documents = [clean(row["document"]) for row in rows]
+    references = [row.get("references") or [row["summary"]] for row in rows]
+    found = scorers.rouge([result["text"] for result in client.results(input=documents)], references)
+    lead = scorers.rouge([lead_3(document) for document in documents], references)
+    return {**found, **{f"{name} of lead-3": value for name, value in lead.items()}}
+
+
+def lead_3(document: str) -> str:
+    """The first three sentences: the baseline that a summary has to beat."""
+    return " ".join(document[start:end] for start, end in split_sentences(document)[:3])
+
+
+def _generate(client: _Client, rows: list[Row], folder: Path) -> dict[str, float]:
+    text = "\n".join(row["text"] for row in rows)
+    return {"bits per byte": scorers.bits_per_byte(negative_log_likelihood(folder, text), text)}
+
+
+_SCORES = {
+    "sentiment": _sentiment,
+    "answer": _answer,
+    "translate": _translate,
+    "summarize": _summarize,
+    "generate": _generate,
+}
+
+
+def negative_log_likelihood(folder: Path, text: str, block: int = 256, rows: int = 64) -> float:
+    """Total negative log-likelihood of ``text`` in nats under the decoder in ``folder``.
+
+    The text is read in blocks of ``block`` tokens, each on its own after an end-of-text token, so the figure is an
+    upper bound of what a sliding context gives. Token by token, as the service decodes.
+    """
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    options = ort.SessionOptions()
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    session = ort.InferenceSession(str(folder / "decoder.onnx"), options, providers=["CPUExecutionProvider"])
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    blocks = [ids[start : start + block] for start in range(0, len(ids), block)]
+    first = tokenizer.token_to_id("</s>")
+    caches = {each.name: each.shape[1:] for each in session.get_inputs() if each.name.startswith(("k_", "v_"))}
+    total = 0.0
+    for start in tqdm(range(0, len(blocks), rows), desc="reading", unit="batch", mininterval=1.0):
+        part = blocks[start : start + rows]
+        n = len(part)
+        width = max(len(each) for each in part)
+        tokens = np.full((n, width + 1), first, dtype=np.int64)
+        for row, each in enumerate(part):
+            tokens[row, 1 : 1 + len(each)] = each
+        feeds = {
+            name: np.zeros([n, *(width if isinstance(size, str) else size for size in shape)], dtype=np.float32)
+            for name, shape in caches.items()
+        }
+        for position in range(width):
+            outputs = session.run(
+                None,
+                {
+                    **feeds,
+                    "input_ids": tokens[:, position : position + 1],
+                    "positions": np.full(n, position, dtype=np.int64),
+                    "lengths": np.ones(n, dtype=np.int64),
+                },
+            )
+            named = dict(zip((each.name for each in session.get_outputs()), outputs, strict=True))
+            feeds = {name: named[f"new_{name}"] for name in caches}
+            logits = named["logits"].astype(np.float64)
+            logits -= logits.max(axis=1, keepdims=True)
+            log_total = np.log(np.exp(logits).sum(axis=1))
+            for row, each in enumerate(part):
+                if position < len(each):
+                    total += log_total[row] - logits[row, each[position]]
+    return float(total)

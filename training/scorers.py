@@ -1,0 +1,82 @@
+"""Standard scores of predictions against references. Knows nothing of models; strings and labels in, percentages out.
+
+Where a field's own implementation exists (sacreBLEU, rouge-score) it is used, so that figures compare with papers'.
+"""
+
+import math
+import re
+import string
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+
+import sacrebleu
+from rouge_score.rouge_scorer import RougeScorer
+
+
+def macro_recall(predictions: Sequence[str], references: Sequence[str]) -> float:
+    """Mean over the reference labels of the share found, in percent (TweetEval's score for sentiment)."""
+    found: Counter[str] = Counter()
+    total: Counter[str] = Counter(references)
+    for prediction, reference in zip(predictions, references, strict=True):
+        found[reference] += prediction == reference
+    return 100 * sum(found[label] / count for label, count in total.items()) / len(total)
+
+
+def accuracy(predictions: Sequence[str], references: Sequence[str]) -> float:
+    """Share of equal labels, in percent."""
+    return 100 * sum(p == r for p, r in zip(predictions, references, strict=True)) / len(references)
+
+
+def normalise_answer(text: str) -> str:
+    """Lower case, no punctuation, no articles, single spaces (Rajpurkar et al. 2016, evaluate-v1.1)."""
+    text = "".join(character for character in text.lower() if character not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def exact_match(prediction: str, answers: Sequence[str]) -> float:
+    """1 where the normalised prediction equals one of the answers; no answers means that none is right."""
+    return float(normalise_answer(prediction) in {normalise_answer(answer) for answer in answers or [""]})
+
+
+def token_f1(prediction: str, answers: Sequence[str]) -> float:
+    """Best F1 of the words in common with one of the answers (evaluate-v2.0 where there are none)."""
+    return max(_f1(normalise_answer(prediction).split(), normalise_answer(a).split()) for a in answers or [""])
+
+
+def _f1(prediction: list[str], answer: list[str]) -> float:
+    if not prediction or not answer:
+        return float(prediction == answer)
+    common = sum((Counter(prediction) & Counter(answer)).values())
+    return 2 * common / (len(prediction) + len(answer))
+
+
+def squad(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> dict[str, float]:
+    """SQuAD's exact match and F1, in percent."""
+    pairs = list(zip(predictions, answers, strict=True))
+    return {
+        "EM": 100 * sum(exact_match(p, a) for p, a in pairs) / len(pairs),
+        "F1": 100 * sum(token_f1(p, a) for p, a in pairs) / len(pairs),
+    }
+
+
+def bleu(predictions: Sequence[str], references: Sequence[str]) -> float:
+    """Corpus BLEU by sacreBLEU with its defaults (13a tokens, cased, exponential smoothing)."""
+    return float(sacrebleu.corpus_bleu(list(predictions), [list(references)]).score)
+
+
+def rouge(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
+    """ROUGE-1, -2 and -L F1 with stemming, the mean over documents of the best reference, in percent."""
+    scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
+    sums: dict[str, float] = defaultdict(float)
+    for prediction, targets in zip(predictions, references, strict=True):
+        for name, score in scorer.score_multi(list(targets), prediction).items():
+            sums[name] += score.fmeasure
+    return {
+        label: 100 * sums[name] / len(predictions)
+        for name, label in (("rouge1", "ROUGE-1"), ("rouge2", "ROUGE-2"), ("rougeL", "ROUGE-L"))
+    }
+
+
+def bits_per_byte(negative_log_likelihood_nats: float, text: str) -> float:
+    """Total negative log-likelihood over the text's UTF-8 bytes; comparable between tokenizers."""
+    return negative_log_likelihood_nats / math.log(2) / len(text.encode())

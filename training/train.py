@@ -1,0 +1,138 @@
+"""One stage: a recipe and a data folder in, a trained checkpoint in the run's folder out."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+from tqdm import tqdm
+
+from models.transformer import Transformer
+from training.data import Row, batches_by_tokens, read_rows, take_share
+from training.errors import TrainingError
+from training.loop import CHECKPOINT, Progress, fit_model
+from training.recipe import DataRecipe, HeldOut, Recipe
+from training.tasks import TASKS, Sample, TaskTraining, collate
+from training.tokenizer import learn_byte_bpe, prune_word_pieces
+from training.trunk import find_trunk, load_trunk, trunk_tokenizer
+
+TOKENIZER = "tokenizer.json"
+KEPT = "kept_ids.npy"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What the export needs of a finished run."""
+
+    model: Transformer
+    tokenizer: Tokenizer
+    progress: Progress
+    rows: dict[str, int]
+    """Rows seen of each data set."""
+
+
+def train(recipe: Recipe, data: Path, runs: Path) -> Trained:
+    """Carry out ``recipe`` on the sets under ``data``, in ``runs/<name>``; a second call resumes or just loads.
+
+    Raises ``TrainingError`` with what to do about it.
+    """
+    run = runs / recipe.name
+    run.mkdir(parents=True, exist_ok=True)
+    rows = load_rows(recipe, data)
+    tokenizer, kept = _tokenizer(recipe, rows, run)
+    config = recipe.model.model_copy(update={"vocab_size": tokenizer.get_vocab_size()})
+    torch.manual_seed(recipe.fit.seed)
+    model = Transformer(config, recipe.fit.dropout)
+    if recipe.trunk is not None and kept is not None and not (run / CHECKPOINT).exists():
+        load_trunk(model, find_trunk(recipe.trunk), kept)
+    task = TASKS[recipe.task](recipe, tokenizer)
+    samples = _encode(task, [row for _, each in rows for row in each], recipe)
+    lengths = [sample.length for sample in samples]
+    longest = max(lengths)
+    if longest > recipe.fit.batch_tokens:
+        raise TrainingError(f"a sample has {longest} tokens: raise fit.batch_tokens above it or lower max_tokens")
+
+    pad_id = 0
+
+    def loss_of(batch: list[int]) -> tuple[torch.Tensor, int]:
+        members = [samples[index] for index in batch]
+        return task.loss(model, collate(members, pad_id)), sum(sample.length for sample in members)
+
+    print(f"{recipe.name}: {model.n_parameters / 1e6:.1f} M parameters, {len(samples):,} samples, "
+          f"{sum(lengths):,} tokens an epoch, {torch.get_num_threads()} threads")  # fmt: skip
+    progress = fit_model(
+        model,
+        recipe.fit,
+        lambda epoch: batches_by_tokens(lengths, recipe.fit.batch_tokens, recipe.fit.seed, epoch),
+        loss_of,  # type: ignore[arg-type]
+        run,
+    )
+    return Trained(model, tokenizer, progress, {each.path: len(part) for each, part in rows})
+
+
+def load_rows(recipe: Recipe, data: Path) -> list[tuple[DataRecipe, list[Row]]]:
+    """The training rows of every data set, labels renamed, held-out passages left out, shares applied."""
+    fields = TASKS[recipe.task].fields
+    result = []
+    for part in recipe.data:
+        rows = list(read_rows(data / part.path / f"{part.split}.jsonl.gz", fields))
+        if recipe.held_out is not None and recipe.held_out.path == part.path:
+            unseen = held_out_passages(recipe.held_out, rows)
+            rows = [row for row in rows if row["context"] not in unseen]
+        if part.drop_labels or part.labels:
+            rows = [
+                {**row, "label": part.labels.get(row["label"], row["label"])}
+                for row in rows
+                if row["label"] not in part.drop_labels
+            ]
+        if part.extractive:
+            rows = [{**row, "extractive": True} for row in rows]
+        result.append((part, take_share(rows, part.share, recipe.fit.seed)))
+    return result
+
+
+def held_out_passages(held_out: HeldOut, rows: list[Row]) -> set[str]:
+    """The passages of ``rows`` that training never sees."""
+    passages = list(dict.fromkeys(row["context"] for row in rows))
+    return set(passages[round(len(passages) * (1 - held_out.passages_share)) :])
+
+
+def _tokenizer(
+    recipe: Recipe, rows: list[tuple[DataRecipe, list[Row]]], run: Path
+) -> tuple[Tokenizer, NDArray[np.int64] | None]:
+    """The run's tokenizer, made once and kept: a resumed run must read with the ids it began with."""
+    path, kept_path = run / TOKENIZER, run / KEPT
+    if not path.exists():
+        task = TASKS[recipe.task](recipe, Tokenizer.from_str('{"version":"1.0","model":{"type":"BPE","vocab":{},"merges":[]}}'))
+        texts = chain.from_iterable(task.texts(row) for _, each in rows for row in each)
+        if recipe.tokenizer.kind == "trunk":
+            if recipe.trunk is None:
+                raise TrainingError(f"{recipe.name}: tokenizer.kind = 'trunk' needs a [trunk]")
+            tokenizer, kept = prune_word_pieces(
+                trunk_tokenizer(find_trunk(recipe.trunk)),
+                tqdm(texts, desc="counting word pieces", unit="text", mininterval=1.0),
+                recipe.tokenizer.vocab_size,
+                mask_handles=recipe.tokenizer.mask_handles,
+            )
+            np.save(kept_path, kept)
+        else:
+            chat = recipe.task == "generate"
+            tokenizer = learn_byte_bpe(
+                texts, recipe.tokenizer.vocab_size, end_every_text=recipe.task == "translate", chat=chat
+            )
+        tokenizer.save(str(path))
+    return Tokenizer.from_file(str(path)), np.load(kept_path) if kept_path.exists() else None
+
+
+def _encode(task: TaskTraining, rows: list[Row], recipe: Recipe) -> list[Sample]:
+    order = np.random.default_rng(recipe.fit.seed).permutation(len(rows))
+    shuffled: Iterator[Row] = (rows[index] for index in order)
+    bar = tqdm(shuffled, total=len(rows), desc="encoding", unit="row", mininterval=1.0)
+    samples = [sample for row in bar for sample in task.samples(row)]
+    if not samples:
+        raise TrainingError(f"{recipe.name}: no row gives a usable sample; check max_tokens and the data")
+    return samples
