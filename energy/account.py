@@ -82,7 +82,8 @@ class _Request:
     """Pairs of step and device that no reading covers yet."""
 
     def weaken(self, quality: Quality) -> None:
-        self.quality = quality if self.quality is None else _weakest((self.quality, quality))
+        if quality is not self.quality:
+            self.quality = quality if self.quality is None else _weakest((self.quality, quality))
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +99,8 @@ class Account:
     """The energy account of one process; every method may be called from any thread.
 
     Steps name their device ``cpu:<group>`` or ``gpu:<index>``; ``executors`` of them run side by side and share what
-    the processor takes when idle. A step without work is warm-up. Call ``sample`` when a request arrives and about
+    the processor takes when idle. A step without work is warm-up. Every request that reached the engine must be
+    closed, whatever became of it: its energy is residual until then. Call ``sample`` when a request arrives and about
     once a second: readings close to the start of a step make its figure sharp.
     """
 
@@ -333,7 +335,8 @@ class Account:
         return Bill(request_id, active_uj, allocated_uj, gco2e, quality, settled)
 
     def _expect(self, request_id: str) -> list[Claim] | None:
-        """What the steps that wait for a reading will probably add; None where there is nothing to judge by."""
+        """What the steps that wait for a reading will probably add, without embodied carbon; None where there is
+        nothing to judge by."""
         expected = []
         for channel in self._channels.values():
             for step in channel.pending:
@@ -362,9 +365,10 @@ def observe_idle(meter: Meter, seconds: float = 0.5) -> dict[str, int]:
     before = {reading.device: reading for reading in meter.read()}
     time.sleep(seconds)
     idle_uw = {}
-    for reading in meter.read():
-        then = before[reading.device]
-        idle_uw[reading.device] = (reading.energy_uj - then.energy_uj) * NS_PER_S // (reading.at_ns - then.at_ns)
+    for now in meter.read():
+        then = before.get(now.device)
+        if then is not None and now.at_ns > then.at_ns:
+            idle_uw[now.device] = (now.energy_uj - then.energy_uj) * NS_PER_S // (now.at_ns - then.at_ns)
     return idle_uw
 
 

@@ -45,12 +45,15 @@ def split(total: int, weights: Sequence[int], keys: Sequence[str]) -> list[int]:
     if total == 0:
         return [0] * len(weights)
     whole = sum(weights)
-    shares = [total * weight // whole for weight in weights]
+    shares = []
+    remainders = []
+    for weight in weights:
+        share, remainder = divmod(total * weight, whole)
+        shares.append(share)
+        remainders.append(-remainder)
     left = total - sum(shares)
-    if left:
-        by_remainder = sorted(range(len(weights)), key=lambda i: (-(total * weights[i] % whole), keys[i]))
-        for i in by_remainder[:left]:
-            shares[i] += 1
+    for _, _, i in sorted(zip(remainders, keys, range(len(shares)), strict=True))[:left]:
+        shares[i] += 1
     return shares
 
 

@@ -66,8 +66,7 @@ class TransformerConfig(BaseModel):
         }[self.architecture]
         if (self.has_encoder, self.has_decoder) != wants:
             raise ValueError(
-                f"{self.architecture} with {self.n_encoder_layers} encoder and "
-                f"{self.n_decoder_layers} decoder layers"
+                f"{self.architecture} with {self.n_encoder_layers} encoder and {self.n_decoder_layers} decoder layers"
             )
         if self.style == "bert" and self.architecture == "encoder-decoder":
             raise ValueError("the bert style has no encoder-decoder: it brings no cross-attention weights")

@@ -16,11 +16,15 @@ Inputs are int64 and padded on the right; outputs are float32.
   ``cross_k_{i}``, ``cross_v_{i}`` (b, c', d) and ``source_lengths`` (b,). -> ``logits`` (b, words) at the last real
   token, with an extract head ``extract_logits`` (b, s), and ``new_k_{i}``, ``new_v_{i}`` (b, c, d): bind them to the
   memory of ``k_{i}``, ``v_{i}``, which are then updated in place. One graph thus serves a prompt, a part of a prompt
-  and a single token; its cost follows what is read, not ``c``.
+  and a single token; its cost follows what is read, not ``c``. ``c`` and ``c'`` are multiples of ``KEY_BLOCK``.
 
 All graphs of a folder share ``weights.bin``, in which every array lies once. With ``blockwise`` weights a row of a
 matrix is cut into blocks of ``block_size`` with one float32 scale each; token and position embeddings always have
-8 bits. 8 bits in blocks of 32 or 64 give the same bits for a row alone as in any batch; blocks of 128 do not.
+8 bits.
+
+A row gives the same bits alone as in any batch, measured on a CPU with AVX-512, as long as blocks have 64 numbers or
+fewer (of 128, MatMulNBits sums a single row in another order) and texts are padded to a multiple of four tokens unless
+all rows have one (products of a single row sum in groups of four, then one by one).
 """
 
 from collections.abc import Callable, Mapping
@@ -38,6 +42,9 @@ WEIGHTS_NAME = "weights.bin"
 _OPSETS = {"": 24, "com.microsoft": 1}
 _EMBEDDING_BLOCK = 64
 _ALIGNMENT = 64
+
+KEY_BLOCK = 16
+"""Attention cuts its keys to a multiple of this size, so that one query sums over them in whole groups of four."""
 
 Scheme = Literal["none", "blockwise"]
 
@@ -371,6 +378,11 @@ class _Network(_Graph):
         cos, sin = (self.op("Cast", self.op(op, angle), to=ir.DataType.FLOAT) for op in ("Cos", "Sin"))
         return cos, sin, positions
 
+    def in_key_blocks(self, n_keys: ir.Value) -> ir.Value:
+        """``n_keys`` rounded up to a multiple of ``KEY_BLOCK``."""
+        block = self.constant(KEY_BLOCK)
+        return self.op("Mul", self.op("Div", self.op("Add", n_keys, self.constant(KEY_BLOCK - 1)), block), block)
+
     def encode(self, ids: ir.Value, lengths: ir.Value, token_types: ir.Value | None) -> ir.Value:
         """(b, s) -> (b, s, d), every token seeing all of its row."""
         positions = self.op("Expand", self.range(self.size(ids, 1)), self.op("Shape", ids))
@@ -398,8 +410,9 @@ def _encoder(config: TransformerConfig, store: _Store) -> _Network:
         g.output(g.linear(x, "head.out", plain=True), "logits", "rows", "tokens", 2)
         return g
     real = g.op("Less", g.range(g.size(ids, 1)), g.unsqueeze(lengths, 1))
-    x = g.op("Mul", x, g.unsqueeze(g.op("Cast", real, to=ir.DataType.FLOAT), 2))
-    total = g.op("ReduceSum", x, g.constant([1]), keepdims=0)
+    # A product with the mask adds in the order of the tokens; ReduceSum's order depends on how many there are.
+    total = g.op("MatMul", g.unsqueeze(g.op("Cast", real, to=ir.DataType.FLOAT), 1), x)
+    total = g.op("Squeeze", total, g.constant([1]))
     mean = g.op("Div", total, g.unsqueeze(g.op("Cast", lengths, to=ir.DataType.FLOAT), 1))
     g.output(g.linear(mean, "head.out", plain=True), "logits", "rows", config.n_labels)
     return g
@@ -431,13 +444,13 @@ def _decoder(config: TransformerConfig, store: _Store) -> _Network:
     # Padding may lie beyond the last position that the model knows.
     positions = g.op("Min", text, g.constant(config.max_positions - 1))
     # Attention over the whole of the buffers would cost their capacity: cut them to what any row sees.
-    n_keys = g.op("ReduceMax", visible, keepdims=0)
+    n_keys = g.in_key_blocks(g.op("ReduceMax", visible, keepdims=0))
     mask = g.unsqueeze(g.op("Less", g.range(n_keys), g.unsqueeze(visible, 2)), 1)
     rotary = g.rotary(positions)
 
-    def cut(buffer: ir.Value, size: ir.Value) -> ir.Value:
+    def cut(buffer: ir.Value, size: ir.Value, extent: str) -> ir.Value:
         part = g.op("Slice", buffer, g.constant([0]), g.unsqueeze(size, 0), g.constant([1]))
-        return g.known(part, "rows", "keys", config.d_model)  # Attention needs the width to infer its own
+        return g.known(part, "rows", extent, config.d_model)  # Attention needs the width to infer its own
 
     def buffers(kind: str, layer: str, capacity: str) -> list[ir.Value]:
         shape = ("rows", capacity, config.d_model)
@@ -452,17 +465,17 @@ def _decoder(config: TransformerConfig, store: _Store) -> _Network:
         ]
         for part, buffer in zip(("k", "v"), updated, strict=True):
             g.output(buffer, f"new_{part}_{layer}", "rows", "capacity", config.d_model)
-        k, v = (cut(buffer, n_keys) for buffer in updated)
+        k, v = (cut(buffer, n_keys, "keys") for buffer in updated)
         return g.linear(g.attention(q, k, v, mask=mask), name + ".out")
 
     branches: dict[str, _Branch] = {"attn": attend, "ffn": g.feed_forward}
     if config.architecture == "encoder-decoder":
         source_lengths = g.input("source_lengths", "rows")
-        n_source = g.op("ReduceMax", source_lengths, keepdims=0)
+        n_source = g.in_key_blocks(g.op("ReduceMax", source_lengths, keepdims=0))
 
         def attend_to_source(x: ir.Value, name: str) -> ir.Value:
             q = g.heads(g.linear(x, name + ".q"), name + ".q_norm")
-            k, v = (cut(buffer, n_source) for buffer in buffers("cross_", name.split(".")[1], "source"))
+            k, v = (cut(buffer, n_source, "source_keys") for buffer in buffers("cross_", name.split(".")[1], "source"))
             return g.linear(g.attention(q, k, v, lengths=source_lengths), name + ".out")
 
         branches = {"attn": attend, "cross": attend_to_source, "ffn": g.feed_forward}

@@ -5,11 +5,12 @@ Training and serving share it, so that a model scores the same sentences that it
 
 import re
 
-_ABBREVIATIONS = frozenset(
-    "mr mrs ms dr prof sr jr st gen col lt sgt capt rev hon gov sen rep pres vs etc cf al approx dept est fig inc "
-    "ltd co corp jan feb mar apr jun jul aug sep sept oct nov dec mt ave blvd rd a.m p.m e.g i.e u.s u.k u.n".split()
+# Each is followed by a full stop that ends no sentence; the second kind only before a number.
+_ABBREVIATION = re.compile(
+    r"mrs?|ms|dr|prof|[sj]r|st|gen|col|lt|sgt|capt|rev|hon|gov|sen|rep|pres|vs|etc|cf|al|approx|dept|est|fig|inc|ltd"
+    r"|co|corp|jan|feb|mar|apr|jun|jul|aug|sept?|oct|nov|dec|mt|ave|blvd|rd|[ap]\.m|e\.g|i\.e|u\.[skn]"
 )
-_BEFORE_NUMBER = frozenset({"no", "nos", "p", "pp", "vol", "art", "ch", "sec", "ca"})
+_BEFORE_NUMBER = re.compile(r"nos?|pp?|vol|art|ch|sec|ca")
 
 # A line break, or a full stop with what closes after it; Chinese and Japanese put no space after theirs.
 _CANDIDATE = re.compile(
@@ -54,7 +55,7 @@ def _ends_sentence(text: str, start: int, candidate: re.Match[str], has_capitals
         return True
     last = _LAST_WORD.search(text, start, candidate.start())
     word = last[0].lower() if last else ""
-    if word in _ABBREVIATIONS or (word in _BEFORE_NUMBER and following[1].isdigit()):
+    if _ABBREVIATION.fullmatch(word) or (_BEFORE_NUMBER.fullmatch(word) and following[1].isdigit()):
         return False
     # J. Smith, and the number that opens an item of a list.
     is_initial = len(word) == 1 and word.isalpha() and word != "i"

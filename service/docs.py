@@ -101,7 +101,7 @@ def _type(openapi: Schema, schema: Schema) -> str:
         return f"list of {_type(openapi, schema.get('items', {}))}"
     low, high = schema.get("minimum", schema.get("exclusiveMinimum")), schema.get("maximum")
     bounds = f" from {low}" * (low is not None) + f" to {high}" * (high is not None)
-    return schema.get("format", schema.get("type", "any")) + bounds
+    return f"{schema.get('format', schema.get('type', 'any'))}{bounds}"
 
 
 def _resolve(openapi: Schema, schema: Schema) -> Schema:

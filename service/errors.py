@@ -141,7 +141,7 @@ class ErrorBody(BaseModel):
 
 def render(error: Exception) -> JsonResponse:
     """The one place where an error becomes an HTTP response."""
-    headers = {}
+    headers: dict[str, str] = {}
     if isinstance(error, RequestValidationError):
         error = _from_validation(error)
     elif isinstance(error, HTTPException):

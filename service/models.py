@@ -69,8 +69,7 @@ class Models:
 def load_models(roots: Sequence[Path], check: Callable[[Manifest], None]) -> Models:
     """Load every model below ``roots``; one that is damaged or fails ``check`` is refused, the others served.
 
-    ``check`` raises ``ArtefactError`` for a manifest that a task cannot work with. Raises ``FileNotFoundError``
-    for a root that is no folder.
+    ``check`` raises ``ArtefactError`` for a manifest that a task cannot work with.
     """
     served: dict[str, Model] = {}
     refused: list[Refusal] = []
@@ -104,8 +103,6 @@ def load_model(folder: Path) -> Model:
 
 def _folders(roots: Sequence[Path]) -> Iterator[Path]:
     for root in roots:
-        if not root.is_dir():
-            raise FileNotFoundError(f"no such folder of models: {root}")
         if (root / MANIFEST_NAME).is_file():
             yield root
         else:

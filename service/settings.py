@@ -7,8 +7,10 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import DirectoryPath, Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from energy.carbon import Carbon
 
 ENV_PREFIX = "WATTLE_"
 STARTERS = Path(__file__).resolve().parent.parent / "models" / "starters"
@@ -28,7 +30,7 @@ class Settings(BaseSettings):
 
     host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 is every interface.")
     port: int = Field(8000, ge=0, le=65535, description="TCP port to listen on; 0 takes a free one.")
-    models: Annotated[tuple[Path, ...], NoDecode] = Field(
+    models: Annotated[tuple[DirectoryPath, ...], NoDecode] = Field(
         (STARTERS,),
         min_length=1,
         description=f"Folders of models, or models themselves, separated by {os.pathsep!r}; earlier ones are "
@@ -45,7 +47,7 @@ class Settings(BaseSettings):
     )
     drain_timeout_s: float = Field(30.0, ge=0, description="Seconds that running requests get to finish at shutdown.")
     groups: int = Field(
-        0, ge=0, description="Groups of pinned CPU cores, each an executor of its own; 0 makes one per core."
+        0, ge=0, description="Groups of pinned CPU cores, each an executor of its own; 0 makes all that fit."
     )
     threads: int = Field(1, ge=1, description="Threads, and so cores, of each group.")
     meter: Literal["auto", "nvml", "powercap", "estimate", "none"] = Field(
@@ -58,7 +60,8 @@ class Settings(BaseSettings):
         None, gt=0, description="Power of a busy core for the estimate; unset, the processor is looked up."
     )
     grid_zone: str | None = Field(
-        None, description="Electricity grid, as an ISO 3166 code such as DEU; unset, the world average is used and named."
+        None,
+        description="Electricity grid, as an ISO 3166 code such as DEU; unset, bills name the world average.",
     )
     pue: float = Field(1.0, ge=1.0, description="Power usage effectiveness of the site: total over computing energy.")
     embodied_kg: float | None = Field(
@@ -68,12 +71,18 @@ class Settings(BaseSettings):
         default_factory=lambda: _state_folder() / "ledger.sqlite",
         description="SQLite file with one record per request; where it cannot be written the service runs without.",
     )
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severity that is logged.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severity to log.")
 
     @field_validator("models", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
         return tuple(filter(None, value.split(os.pathsep))) if isinstance(value, str) else value
+
+    @field_validator("grid_zone")
+    @classmethod
+    def _is_known(cls, zone: str | None) -> str | None:
+        Carbon(zone)
+        return zone
 
     @model_validator(mode="after")
     def _a_full_request_fits(self) -> Self:
@@ -92,4 +101,8 @@ def read_settings(**flags: str) -> Settings:
     unknown = sorted(name for name in os.environ if name.upper().startswith(ENV_PREFIX) and name.upper() not in known)
     if unknown:
         raise ValueError(f"unknown environment variable {', '.join(unknown)}; known are {', '.join(sorted(known))}")
-    return Settings(**flags)  # type: ignore[arg-type]  # pydantic reads each flag from its text
+    try:
+        return Settings(**flags)  # type: ignore[arg-type]  # pydantic reads each flag from its text
+    except ValidationError as error:
+        complaints = [(".".join(map(str, each["loc"])), each["msg"]) for each in error.errors()]
+        raise ValueError("; ".join(f"{name}: {message}" if name else message for name, message in complaints)) from None

@@ -59,15 +59,22 @@ def tiny_config(kind: Kind, vocab_size: int = 128, max_positions: int = 64) -> T
 
 
 def tiny_transformer(config: TransformerConfig, seed: int = 0) -> Transformer:
-    """The PyTorch model, with every weight random (fresh ones have zero output projections)."""
+    """The PyTorch model with random weights of sizes that make its greedy texts varied and depend on its input.
+
+    Fresh weights would not do: their branches start as zero. Sharp attention (a large ``q_norm``) keeps inputs apart,
+    and random signs before the tied output keep a text from repeating its last word for ever.
+    """
     torch.manual_seed(seed)
     model = Transformer(config).eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            if weight.ndim == 1:
-                weight.normal_(1.0 if name.endswith("norm.weight") else 0.0, 0.1)
+            if name == "decoder_norm.weight":
+                weight.normal_(0.0, 1.0)
+            elif weight.ndim == 1:
+                mean = 4.0 if name.endswith("q_norm.weight") else float(name.endswith("norm.weight"))
+                weight.normal_(mean, 0.1)
             else:
-                weight.normal_(0.0, 0.15)
+                weight.normal_(0.0, 0.1 if name.startswith("embed.") else 0.2)
     return model
 
 
@@ -95,9 +102,7 @@ def bert_tokenizer(max_vocabulary: int = 128) -> Tokenizer:
     tokenizer.normalizer = normalizers.BertNormalizer()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=max_vocabulary, special_tokens=SPECIAL_TOKENS, show_progress=False
-    )
+    trainer = trainers.WordPieceTrainer(vocab_size=max_vocabulary, special_tokens=SPECIAL_TOKENS, show_progress=False)
     tokenizer.train_from_iterator(SENTENCES, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<cls> $A <sep>",

@@ -74,7 +74,7 @@ def batches_by_tokens(lengths: Sequence[int], batch_tokens: int, seed: int, epoc
                 batch = []
             batch.append(index)
         batches.append(batch)
-    rng.shuffle(batches)  # type: ignore[arg-type]
+    rng.shuffle(batches)
     return batches
 
 

@@ -63,7 +63,7 @@ class _Client:
                 answer = self.ask(self.task, {"model": self.model, "truncate": True, **self.setting, **part})
                 energy = answer["energy"]
                 self.quality = energy["quality"]
-                self.joules = None if None in (self.joules, energy["active_j"]) else self.joules + energy["active_j"]  # type: ignore[operator]
+                self.joules = None if None in (self.joules, energy["active_j"]) else self.joules + energy["active_j"]
                 self.queries += len(answer["results"])
                 bar.update(len(answer["results"]))
                 yield from answer["results"]

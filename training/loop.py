@@ -4,13 +4,17 @@ import math
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from energy.meters.base import Reading
+from energy.meters.choose import MeterSettings, choose_meter
+from energy.types import Quality
 from training.errors import TrainingError
 from training.recipe import FitRecipe
 
@@ -24,8 +28,9 @@ class Progress:
     step: int = 0
     tokens: int = 0
     elapsed_s: float = 0.0
-    cpu_s: float = 0.0
-    """CPU seconds of the process, all threads."""
+    joules: float | None = 0.0
+    """Of this machine while the run held it, idle included; None where there is no meter."""
+    quality: str = Quality.UNAVAILABLE
     loss: float = math.nan
     """Exponential mean over about 50 steps."""
 
@@ -41,7 +46,8 @@ def make_optimisers(model: nn.Module, fit: FitRecipe) -> list[torch.optim.Optimi
 
     Vectors and embeddings do not decay.
     """
-    matrices, rest = [], []
+    matrices: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
     for name, weight in model.named_parameters():
         (matrices if weight.ndim == 2 and not name.startswith("embed.") else rest).append(weight)
     if fit.optimiser == "muon":
@@ -71,9 +77,14 @@ def fit_model(
     optimisers = make_optimisers(model, fit)
     per_epoch = len(epoch_batches(0))
     steps = max(1, round(fit.epochs * per_epoch))
-    progress = _resume(run, model, optimisers, steps)
-    started, cpu_started, saved = time.monotonic(), time.process_time(), time.monotonic()
-    before = (progress.elapsed_s, progress.cpu_s, progress.tokens)
+    progress = Progress()
+    if (run / CHECKPOINT).exists():
+        _, progress = load_checkpoint(run, model, optimisers)
+        print(f"{run.name}: resumes at step {progress.step} of {steps}")
+    meter = choose_meter(MeterSettings()).meter
+    begun = meter.read()
+    started = saved = time.monotonic()
+    before = replace(progress)
     model.train()
     # An epoch's batch count varies by a few with its order, so an epoch is what its own list says.
     epoch, batches, consumed = 0, epoch_batches(0), 0
@@ -103,16 +114,27 @@ def fit_model(
             progress.step += 1
             progress.tokens += tokens
             progress.loss = value if math.isnan(progress.loss) else 0.98 * progress.loss + 0.02 * value
-            progress.elapsed_s = before[0] + time.monotonic() - started
-            progress.cpu_s = before[1] + time.process_time() - cpu_started
-            rate = (progress.tokens - before[2]) / (time.monotonic() - started)
+            progress.elapsed_s = before.elapsed_s + time.monotonic() - started
+            rate = (progress.tokens - before.tokens) / (time.monotonic() - started)
             bar.set_postfix_str(f"loss {progress.loss:.3f}, {rate:,.0f} tokens/s", refresh=False)
             bar.update()
             if time.monotonic() - saved > fit.checkpoint_every_s or progress.step == steps:
+                _add_energy(progress, before, begun, meter.read())
                 _save(run, model, optimisers, steps, progress)
                 saved = time.monotonic()
     model.eval()
     return progress
+
+
+def _add_energy(progress: Progress, before: Progress, begun: Sequence[Reading], now: Sequence[Reading]) -> None:
+    """What the meter has counted since ``begun``, on top of what the run had cost ``before``."""
+    first = {reading.device: reading.energy_uj for reading in begun}
+    spent = [reading.energy_uj - first[reading.device] for reading in now if reading.device in first]
+    if not spent or before.joules is None:
+        progress.joules, progress.quality = None, Quality.UNAVAILABLE
+        return
+    progress.joules = before.joules + sum(spent) / 1e6
+    progress.quality = max((reading.quality for reading in now), key=list(Quality).index)
 
 
 def _save(
@@ -137,21 +159,24 @@ def _save(
         raise TrainingError(f"{partial}: the checkpoint cannot be written: {error}") from error
 
 
-def _resume(run: Path, model: nn.Module, optimisers: list[torch.optim.Optimizer], steps: int) -> Progress:
+def load_checkpoint(
+    run: Path, model: nn.Module, optimisers: Sequence[torch.optim.Optimizer] | None = None
+) -> tuple[int, Progress]:
+    """Put ``run``'s checkpoint into ``model`` and ``optimisers``; the run's length in steps and how far it is.
+
+    With ``optimisers`` the random state is restored too. Raises ``TrainingError`` for another model's checkpoint.
+    """
     path = run / CHECKPOINT
-    if not path.exists():
-        return Progress()
-    state = torch.load(path, weights_only=True)
     try:
+        state = torch.load(path, weights_only=True)
         model.load_state_dict(state["model"])
-        for optimiser, saved in zip(optimisers, state["optimisers"], strict=True):
+        for optimiser, saved in zip(optimisers or (), state["optimisers"], strict=optimisers is not None):
             optimiser.load_state_dict(saved)
-    except (RuntimeError, ValueError, KeyError) as error:
+    except (RuntimeError, ValueError, KeyError, UnpicklingError) as error:
         raise TrainingError(
-            f"{path}: the checkpoint is of another model ({str(error).splitlines()[0]}); "
-            "give another --runs folder, or delete it"
+            f"{path}: not a checkpoint of this model ({str(error).splitlines()[0]}); "
+            "name another runs folder, or delete it to begin anew"
         ) from error
-    torch.set_rng_state(state["rng"])
-    progress = Progress(**state["progress"])
-    print(f"{run.name}: resumes at step {progress.step} of {steps}")
-    return progress
+    if optimisers is not None:
+        torch.set_rng_state(state["rng"])
+    return state["steps"], Progress(**state["progress"])

@@ -87,9 +87,11 @@ class ExportRecipe(_Part):
     """How the weights are stored, and the defaults that the manifest gives to the service."""
 
     bits: Literal[4, 8, 32] = 8
-    block_size: int = 128
+    block_size: int = 64
     max_input_tokens: int
     max_output_tokens: int = 0
+    no_answer_threshold: float | None = None
+    """How much "no answer" must outscore the best span before the service abstains."""
     generation: GenerationDefaults | None = None
 
 
@@ -109,6 +111,7 @@ class Recipe(_Part):
 
     name: str
     task: Task
+    revision: str = "1"
     description: str
     languages: tuple[str, ...]
     licence: str

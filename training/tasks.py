@@ -8,7 +8,7 @@ import re
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from models.transformer import Transformer
 from training.data import Row, clean
 from training.errors import TrainingError
 from training.recipe import Recipe
-from training.tokenizer import BOS, CHAT_TOKENS, EOS
+from training.tokenizer import BOS, CHAT_TOKENS, EOS, token_id
 
 IGNORED = -100
 """The label of a position that no loss counts."""
@@ -52,9 +52,13 @@ class Sample:
 class TaskTraining(Protocol):
     """The seam between a task and the loop."""
 
-    fields: tuple[str, ...]
+    fields: ClassVar[tuple[str, ...]]
+    """What every row must have."""
 
-    def texts(self, row: Row) -> Iterator[str]:
+    def __init__(self, recipe: Recipe, tokenizer: Tokenizer) -> None: ...
+
+    @staticmethod
+    def texts(row: Row) -> Iterator[str]:
         """The texts of a row that the tokenizer learns from."""
 
     def samples(self, row: Row) -> Iterator[Sample]:
@@ -90,14 +94,15 @@ def collate(samples: Sequence[Sample], pad_id: int) -> Batch:
 class Sentiment:
     """Mean cross-entropy over the labels, each label weighing the same in sum: macro recall is what is scored."""
 
-    fields = ("text", "label")
+    fields: ClassVar[tuple[str, ...]] = ("text", "label")
 
     def __init__(self, recipe: Recipe, tokenizer: Tokenizer) -> None:
         self.labels, self.smoothing = recipe.labels, recipe.fit.label_smoothing
         self.max_tokens, self.tokenizer = recipe.max_tokens, tokenizer
         self.counts = torch.zeros(len(self.labels))
 
-    def texts(self, row: Row) -> Iterator[str]:
+    @staticmethod
+    def texts(row: Row) -> Iterator[str]:
         """The text."""
         yield clean(row["text"])
 
@@ -120,14 +125,15 @@ class Sentiment:
 class Answer:
     """Start and end of the answer among the context's tokens; the first token ([CLS]) stands for no answer."""
 
-    fields = ("context", "question", "answers")
+    fields: ClassVar[tuple[str, ...]] = ("context", "question", "answers")
     stride = 128
 
     def __init__(self, recipe: Recipe, tokenizer: Tokenizer) -> None:
         self.tokenizer, self.max_tokens = tokenizer, recipe.max_tokens
-        self.cls, self.sep = tokenizer.token_to_id("[CLS]"), tokenizer.token_to_id("[SEP]")
+        self.cls, self.sep = token_id(tokenizer, "[CLS]"), token_id(tokenizer, "[SEP]")
 
-    def texts(self, row: Row) -> Iterator[str]:
+    @staticmethod
+    def texts(row: Row) -> Iterator[str]:
         """Context and question."""
         yield row["context"]
         yield row["question"]
@@ -171,13 +177,14 @@ class Answer:
 class Translate:
     """Label-smoothed cross-entropy of the next word, the source read by the encoder."""
 
-    fields = ("source", "target")
+    fields: ClassVar[tuple[str, ...]] = ("source", "target")
 
     def __init__(self, recipe: Recipe, tokenizer: Tokenizer) -> None:
         self.tokenizer, self.recipe = tokenizer, recipe
-        self.bos, self.eos = tokenizer.token_to_id(BOS), tokenizer.token_to_id(EOS)
+        self.bos, self.eos = token_id(tokenizer, BOS), token_id(tokenizer, EOS)
 
-    def texts(self, row: Row) -> Iterator[str]:
+    @staticmethod
+    def texts(row: Row) -> Iterator[str]:
         """Source and target: one vocabulary for both languages."""
         yield clean(row["source"])
         yield clean(row["target"])
@@ -206,13 +213,14 @@ class Summarize:
     Rows of ``extractive`` sets instead mark the sentences of the document that their summary holds.
     """
 
-    fields = ("document", "summary")
+    fields: ClassVar[tuple[str, ...]] = ("document", "summary")
 
     def __init__(self, recipe: Recipe, tokenizer: Tokenizer) -> None:
         self.tokenizer, self.recipe = tokenizer, recipe
-        self.eos = tokenizer.token_to_id("[SEP]")
+        self.eos = token_id(tokenizer, "[SEP]")
 
-    def texts(self, row: Row) -> Iterator[str]:
+    @staticmethod
+    def texts(row: Row) -> Iterator[str]:
         """Document and summary."""
         yield clean(row["document"])
         yield clean(row["summary"])
@@ -275,15 +283,16 @@ def _tidy(text: str) -> str:
 class Generate:
     """Cross-entropy of the next token; texts are packed end to end, chats are written in their template."""
 
-    fields = ()
+    fields: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, recipe: Recipe, tokenizer: Tokenizer) -> None:
         self.tokenizer, self.recipe = tokenizer, recipe
-        self.eos = tokenizer.token_to_id(EOS)
-        self.user, self.assistant = (tokenizer.token_to_id(token) for token in CHAT_TOKENS)
+        self.eos = token_id(tokenizer, EOS)
+        self.user, self.assistant = (token_id(tokenizer, token) for token in CHAT_TOKENS)
         self._packed: list[int] = []
 
-    def texts(self, row: Row) -> Iterator[str]:
+    @staticmethod
+    def texts(row: Row) -> Iterator[str]:
         """The text, or each turn of the chat."""
         if "text" in row:
             yield clean(row["text"])
@@ -317,7 +326,7 @@ class Generate:
         return F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten())
 
 
-TASKS: dict[str, type[Sentiment | Answer | Translate | Summarize | Generate]] = {
+TASKS: dict[str, type[TaskTraining]] = {
     "sentiment": Sentiment,
     "answer": Answer,
     "translate": Translate,

@@ -21,6 +21,8 @@ from tokenizers import (
     trainers,
 )
 
+from training.errors import TrainingError
+
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
 CHAT_TOKENS = ("<|user|>", "<|assistant|>")
 
@@ -31,6 +33,14 @@ _HANDLES = (
     normalizers.Replace("\\u2019", "'"),
     normalizers.Replace("\\u002c", ","),
 )
+
+
+def token_id(tokenizer: Tokenizer, token: str) -> int:
+    """The id of a token that the tokenizer must have. Raises ``TrainingError``."""
+    found = tokenizer.token_to_id(token)
+    if found is None:
+        raise TrainingError(f"the tokenizer has no {token}: it belongs to another task; delete the run's folder")
+    return found
 
 
 def learn_byte_bpe(texts: Iterable[str], vocab_size: int, *, end_every_text: bool, chat: bool) -> Tokenizer:
@@ -51,7 +61,7 @@ def learn_byte_bpe(texts: Iterable[str], vocab_size: int, *, end_every_text: boo
     tokenizer.train_from_iterator(texts, trainer)
     if end_every_text:
         tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"$A {EOS}", special_tokens=[(EOS, tokenizer.token_to_id(EOS))]
+            single=f"$A {EOS}", special_tokens=[(EOS, token_id(tokenizer, EOS))]
         )
     return tokenizer
 

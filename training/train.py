@@ -1,6 +1,7 @@
 """One stage: a recipe and a data folder in, a trained checkpoint in the run's folder out."""
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -14,7 +15,7 @@ from tqdm import tqdm
 from models.transformer import Transformer
 from training.data import Row, batches_by_tokens, read_rows, take_share
 from training.errors import TrainingError
-from training.loop import CHECKPOINT, Progress, fit_model
+from training.loop import CHECKPOINT, Progress, fit_model, load_checkpoint
 from training.recipe import DataRecipe, HeldOut, Recipe
 from training.tasks import TASKS, Sample, TaskTraining, collate
 from training.tokenizer import learn_byte_bpe, prune_word_pieces
@@ -22,6 +23,9 @@ from training.trunk import find_trunk, load_trunk, trunk_tokenizer
 
 TOKENIZER = "tokenizer.json"
 KEPT = "kept_ids.npy"
+ROWS = "rows.json"
+PAD_ID = 0
+"""Both kinds of tokenizer put their padding token first."""
 
 
 @dataclass(frozen=True)
@@ -56,22 +60,34 @@ def train(recipe: Recipe, data: Path, runs: Path) -> Trained:
     if longest > recipe.fit.batch_tokens:
         raise TrainingError(f"a sample has {longest} tokens: raise fit.batch_tokens above it or lower max_tokens")
 
-    pad_id = 0
-
-    def loss_of(batch: list[int]) -> tuple[torch.Tensor, int]:
+    def loss_of(batch: Sequence[int]) -> tuple[torch.Tensor, int]:
         members = [samples[index] for index in batch]
-        return task.loss(model, collate(members, pad_id)), sum(sample.length for sample in members)
+        return task.loss(model, collate(members, PAD_ID)), sum(sample.length for sample in members)
 
     print(f"{recipe.name}: {model.n_parameters / 1e6:.1f} M parameters, {len(samples):,} samples, "
           f"{sum(lengths):,} tokens an epoch, {torch.get_num_threads()} threads")  # fmt: skip
-    progress = fit_model(
+    (run / ROWS).write_text(json.dumps({each.path: len(part) for each, part in rows}), encoding="utf-8")
+    fit_model(
         model,
         recipe.fit,
         lambda epoch: batches_by_tokens(lengths, recipe.fit.batch_tokens, recipe.fit.seed, epoch),
-        loss_of,  # type: ignore[arg-type]
+        loss_of,
         run,
     )
-    return Trained(model, tokenizer, progress, {each.path: len(part) for each, part in rows})
+    return load_trained(recipe, runs)
+
+
+def load_trained(recipe: Recipe, runs: Path) -> Trained:
+    """The model of a run as its last checkpoint has it. Raises ``TrainingError`` where the run has not ended."""
+    run = runs / recipe.name
+    if not (run / CHECKPOINT).exists():
+        raise TrainingError(f"{run}: no checkpoint; `wattle train {recipe.name}` makes one")
+    tokenizer = Tokenizer.from_file(str(run / TOKENIZER))
+    model = Transformer(recipe.model.model_copy(update={"vocab_size": tokenizer.get_vocab_size()}))
+    steps, progress = load_checkpoint(run, model)
+    if progress.step < steps:
+        raise TrainingError(f"{run}: at step {progress.step} of {steps}; `wattle train {recipe.name}` goes on with it")
+    return Trained(model.eval(), tokenizer, progress, json.loads((run / ROWS).read_text(encoding="utf-8")))
 
 
 def load_rows(recipe: Recipe, data: Path) -> list[tuple[DataRecipe, list[Row]]]:
@@ -107,8 +123,7 @@ def _tokenizer(
     """The run's tokenizer, made once and kept: a resumed run must read with the ids it began with."""
     path, kept_path = run / TOKENIZER, run / KEPT
     if not path.exists():
-        task = TASKS[recipe.task](recipe, Tokenizer.from_str('{"version":"1.0","model":{"type":"BPE","vocab":{},"merges":[]}}'))
-        texts = chain.from_iterable(task.texts(row) for _, each in rows for row in each)
+        texts = chain.from_iterable(TASKS[recipe.task].texts(row) for _, each in rows for row in each)
         if recipe.tokenizer.kind == "trunk":
             if recipe.trunk is None:
                 raise TrainingError(f"{recipe.name}: tokenizer.kind = 'trunk' needs a [trunk]")

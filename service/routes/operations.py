@@ -68,7 +68,9 @@ def operations_routes() -> APIRouter:
     )
     async def readyz(http: Request) -> Response:
         models = service_of(http).models
-        defaults = {task.name: next((m.name for m in models.for_task(task.name)), None) for task in TASKS}
+        defaults: dict[str, str | None] = {
+            task.name: next((m.name for m in models.for_task(task.name)), None) for task in TASKS
+        }
         readiness = Readiness(
             status="ready" if models.served else "not ready",
             tasks=defaults,

@@ -1,9 +1,9 @@
 """Question answering: the span of a context that answers a question, or none."""
 
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +13,7 @@ from models.manifest import ArtefactError, Manifest
 from service.engine.types import EncodeItem, Output
 from service.errors import InvalidValue, TooManyTokens
 from service.models import Model
-from service.tasks.base import Encoded, Task, TaskRequest, Texts, scored, unreadable
+from service.tasks.base import Encoded, Task, TaskRequest, Texts, frame, scored, unreadable
 
 STRIDE = 128
 """Context tokens that neighbouring windows share."""
@@ -74,29 +74,29 @@ class Answer(Task[AnswerRequest, tuple[Reading, ...]]):
     request = AnswerRequest
     result = AnswerResult
     texts = "question"
-    example = {
+    example: ClassVar[Mapping[str, Any]] = {
         "question": "Where does the river rise?",
         "context": "The Danube rises in the Black Forest and flows into the Black Sea.",
     }
 
     def check(self, manifest: Manifest) -> None:
-        if manifest.config.head != "span" or manifest.special_ids.cls is None or manifest.special_ids.sep is None:
-            raise ArtefactError("manifest.json: answer needs a span head and the special ids cls and sep")
+        if manifest.config.head != "span":
+            raise ArtefactError("manifest.json: answer needs a span head")
+        frame(manifest)
 
-    def encode(
-        self, request: AnswerRequest, model: Model, request_id: str
-    ) -> Encoded[tuple[Reading, ...]]:
+    def encode(self, request: AnswerRequest, model: Model, request_id: str) -> Encoded[tuple[Reading, ...]]:
+        cls, sep = frame(model.manifest)
         items: list[EncodeItem] = []
         readings = []
         for question, context in zip(request.question, request.context, strict=True):
-            head = _question_ids(model, question, request.truncate)
+            head = (cls, *_question_ids(model, question, request.truncate), sep)
             encoding = model.tokenizer.encode(context, add_special_tokens=False)
             if not encoding.ids:
                 raise unreadable("context")
             room = model.manifest.max_input_tokens - len(head) - 1
             windows = tuple(split_windows(len(encoding.ids), room))
             for window in windows:
-                tail = [*encoding.ids[window.first : window.first + window.tokens], model.manifest.special_ids.sep]
+                tail = [*encoding.ids[window.first : window.first + window.tokens], sep]
                 types = (0,) * len(head) + (1,) * len(tail)
                 items.append(EncodeItem(request_id, (*head, *tail), types))
             readings.append(Reading(context, encoding.offsets, len(head), windows))
@@ -134,7 +134,7 @@ def read_answer(reading: Reading, logits: Sequence[NDArray[np.float32]], thresho
             rows = window.tokens - length
             column = spans[window.first : window.first + rows, length]
             np.maximum(column, here[:rows, 0] + here[length:, 1], out=column)
-    first, length = np.unravel_index(int(spans.argmax()), spans.shape)
+    first, length = divmod(int(spans.argmax()), MAX_ANSWER_TOKENS)
     best = float(spans[first, length])
     top = max(best, null)
     total = float(np.exp(spans - top).sum() + np.exp(null - top))
@@ -146,15 +146,14 @@ def read_answer(reading: Reading, logits: Sequence[NDArray[np.float32]], thresho
 
 
 def _question_ids(model: Model, question: str, truncate: bool) -> tuple[int, ...]:
-    """``[CLS] question [SEP]``; it may take half of what the model reads."""
+    """A question's token ids; with its special tokens it may take half of what the model reads."""
     ids = model.tokenizer.encode(question, add_special_tokens=False).ids
     if not ids:
         raise unreadable("question")
     allowed = model.manifest.max_input_tokens // 2 - 2
     if len(ids) > allowed and not truncate:
         raise TooManyTokens("question", len(ids), allowed)
-    special = model.manifest.special_ids
-    return tuple(token for token in (special.cls, *ids[:allowed], special.sep) if token is not None)
+    return tuple(ids[:allowed])
 
 
 def _whole_characters(text: str, start: int, end: int) -> tuple[int, int]:

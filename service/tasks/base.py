@@ -142,6 +142,14 @@ def check_writer(manifest: Manifest) -> None:
         raise ArtefactError("manifest.json: max_input_tokens leaves no position to write in")
 
 
+def frame(manifest: Manifest) -> tuple[int, int]:
+    """The ids of ``[CLS]`` and ``[SEP]``. Raises ``ArtefactError`` where the manifest has none."""
+    special = manifest.special_ids
+    if special.cls is None or special.sep is None:
+        raise ArtefactError("manifest.json: the task needs the special ids cls and sep")
+    return special.cls, special.sep
+
+
 def generation(manifest: Manifest) -> GenerationDefaults:
     """The manifest's defaults for writing. Raises ``ArtefactError`` where it has none."""
     if manifest.generation is None:
@@ -150,7 +158,7 @@ def generation(manifest: Manifest) -> GenerationDefaults:
 
 
 def sampling(model: Model, prompt_tokens: int, **chosen: Any) -> Sampling:
-    """How to write after a prompt: the manifest's defaults, and over them what the caller has ``chosen`` (None: nothing).
+    """How to write after a prompt: the manifest's defaults, and over them what is ``chosen`` and not None.
 
     Raises ``InvalidValue`` for more tokens than the model writes.
     """

@@ -1,8 +1,8 @@
 """Generation: an answer to a user's turn, or the continuation of a raw text."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, Field, PlainValidator, WithJsonSchema
 from pydantic_core import PydanticCustomError
@@ -80,7 +80,13 @@ class Generate(Task[GenerateRequest, GeneratePlan]):
     summary = "Answer a user's turn, or continue a text"
     request = GenerateRequest
     result = WrittenText
-    example = {"input": "Name three trees.", "max_tokens": 32, "temperature": 0.7, "seed": 1, "stop": ["\n\n"]}
+    example: ClassVar[Mapping[str, Any]] = {
+        "input": "Name three trees.",
+        "max_tokens": 32,
+        "temperature": 0.7,
+        "seed": 1,
+        "stop": ["\n\n"],
+    }
 
     def check(self, manifest: Manifest) -> None:
         check_writer(manifest)

@@ -1,6 +1,7 @@
 """Sentiment: is a text positive, neutral or negative?"""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import numpy as np
 from pydantic import BaseModel, Field
@@ -40,7 +41,7 @@ class Sentiment(Task[SentimentRequest, None]):
     summary = "Judge whether a text is positive, neutral or negative"
     request = SentimentRequest
     result = SentimentResult
-    example = {"input": ["The food was wonderful.", "We waited an hour for a cold soup."]}
+    example: ClassVar[Mapping[str, Any]] = {"input": ["The food was wonderful.", "We waited an hour for a cold soup."]}
 
     def check(self, manifest: Manifest) -> None:
         if manifest.config.head != "classify" or set(manifest.labels) != LABELS:

@@ -1,12 +1,14 @@
 """Summarisation: a document told shorter, or its most telling sentences picked out."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, Field, model_validator
 
-from models.manifest import ArtefactError, Manifest
+from models.manifest import Manifest
 from models.sentences import split_sentences
 from service.engine.types import ExtractItem, Output, WriteItem
 from service.errors import InvalidValue
@@ -19,6 +21,7 @@ from service.tasks.base import (
     WrittenText,
     check_writer,
     encode_text,
+    frame,
     sampling,
     scored,
     unreadable,
@@ -83,7 +86,7 @@ class Summarize(Task[SummarizeRequest, Plan]):
     summary = "Summarise a document"
     request = SummarizeRequest
     result = WrittenText
-    example = {
+    example: ClassVar[Mapping[str, Any]] = {
         "input": "The bridge closed on Monday. Engineers had found cracks in two of its piers. "
         "Repairs will take a month. Until then a ferry carries people across.",
         "max_tokens": 40,
@@ -91,8 +94,8 @@ class Summarize(Task[SummarizeRequest, Plan]):
 
     def check(self, manifest: Manifest) -> None:
         check_writer(manifest)
-        if manifest.config.extract_head and (manifest.special_ids.cls is None or manifest.special_ids.sep is None):
-            raise ArtefactError("manifest.json: picking sentences needs the special ids cls and sep")
+        if manifest.config.extract_head:
+            frame(manifest)
 
     def encode(self, request: SummarizeRequest, model: Model, request_id: str) -> Encoded[Plan]:
         if request.mode == "abstractive":
@@ -131,15 +134,14 @@ def split_document(model: Model, document: str) -> Iterator[Window]:
     A sentence is scored at its first token, so one too long for any window may lose its end. Raises
     ``InvalidValue`` for a document without a single token.
     """
-    special = model.manifest.special_ids
+    cls, sep = frame(model.manifest)
     room = model.manifest.max_input_tokens - 2
     ids: list[int] = []
     sentences: list[str] = []
     starts: list[int] = []
 
     def window() -> Window:
-        framed = (special.cls, *ids, special.sep)
-        return Window(tuple(token for token in framed if token is not None), tuple(sentences), tuple(starts))
+        return Window((cls, *ids, sep), tuple(sentences), tuple(starts))
 
     for start, end in split_sentences(document):
         tokens = model.tokenizer.encode(document[start:end], add_special_tokens=False).ids[:room]
@@ -156,7 +158,7 @@ def split_document(model: Model, document: str) -> Iterator[Window]:
     yield window()
 
 
-def pick_sentences(part: Extract, logits: Sequence[Sequence[float]]) -> str:
+def pick_sentences(part: Extract, logits: Sequence[NDArray[np.float32]]) -> str:
     """The best sentences by the ``(tokens,)`` logits of each window, in the order of the document."""
     sentences = [sentence for window in part.windows for sentence in window.sentences]
     scores = [

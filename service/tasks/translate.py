@@ -1,6 +1,7 @@
 """Translation: a text in one language, written anew in another."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 from pydantic import BaseModel, Field
 
@@ -26,7 +27,7 @@ class Translate(Task[TranslateRequest, None]):
     summary = "Translate a text"
     request = TranslateRequest
     result = WrittenText
-    example = {"input": "A dog runs along the beach.", "beams": 1}
+    example: ClassVar[Mapping[str, Any]] = {"input": "A dog runs along the beach.", "beams": 1}
 
     def check(self, manifest: Manifest) -> None:
         check_writer(manifest)

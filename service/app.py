@@ -1,0 +1,130 @@
+"""Wires the service, once: settings in, an ASGI application out. Importing this module does nothing."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, suppress
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.responses import Response
+
+from energy.account import Account
+from energy.carbon import Carbon
+from energy.ledger import Ledger
+from energy.meters.choose import MeterSettings, choose_meter
+from energy.types import Step
+from models.manifest import Manifest
+from service import __version__
+from service.core import Service
+from service.door import Door
+from service.edge import Edge
+from service.errors import TABLE, WattleError, render
+from service.metrics import Metrics
+from service.models import load_models
+from service.routes.energy import energy_routes
+from service.routes.operations import operations_routes
+from service.routes.tasks import task_routes
+from service.settings import Settings
+from service.tasks import TASKS
+
+SAMPLE_INTERVAL_S = 1.0
+DESCRIPTION = "Five NLP tasks over HTTP; every answer says what it cost in joules and grams of CO2e."
+
+_log = logging.getLogger(__name__)
+Build = Callable[[Settings], AbstractContextManager[Service]]
+
+
+def create_app(settings: Settings, build: Build | None = None) -> FastAPI:
+    """The application. ``build`` makes the service at start-up and takes it down at shutdown."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        with (build or build_service)(settings) as service:
+            app.state.service = service
+            sampler = asyncio.create_task(_sample(service.account))
+            yield
+            sampler.cancel()
+            with suppress(asyncio.CancelledError):
+                await sampler
+
+    kinds = (*(kind for kind in TABLE if kind is not Exception), WattleError, RequestValidationError, HTTPException)
+    app = FastAPI(
+        title="Wattle",
+        description=DESCRIPTION,
+        version=__version__,
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        middleware=[Middleware(Edge, max_body_bytes=settings.max_body_bytes)],
+        exception_handlers={kind: _answer for kind in kinds},
+    )
+    for routes in (task_routes(), energy_routes(), operations_routes()):
+        app.include_router(routes)
+    return app
+
+
+@contextmanager
+def build_service(settings: Settings) -> Iterator[Service]:
+    """Everything that answers requests, ready to; what runs when it is left gets time to finish."""
+    from service.engine.engine import Engine, engine_settings
+
+    models = load_models(settings.models, check_manifest)
+    metrics = Metrics()
+    account = open_account(settings)
+
+    def record(step: Step) -> None:
+        account.record(step)
+        metrics.step(step)
+
+    engine = Engine(models.served, record, engine_settings(settings))
+    metrics.watch(engine.queue_depth, engine.running, account.totals)
+    try:
+        yield Service(
+            models=models,
+            engine=engine,
+            account=account,
+            metrics=metrics,
+            door=Door(settings.max_concurrent_requests),
+            max_client_batch_size=settings.max_client_batch_size,
+            request_timeout_s=settings.request_timeout_s,
+        )
+    finally:
+        engine.drain(settings.drain_timeout_s)
+        engine.close()
+        account.shutdown()
+
+
+def open_account(settings: Settings) -> Account:
+    """The energy account that ``settings`` describe; logs which meter it reads, or why there is none."""
+    choice = choose_meter(
+        MeterSettings(
+            meter=settings.meter, powercap_root=settings.powercap_root, watts_per_core=settings.watts_per_core
+        )
+    )
+    for finding in choice.findings:
+        _log.info("meter %s %s: %s", finding.source, "used" if finding.used else "not used", finding.detail)
+    carbon = Carbon(settings.grid_zone, settings.pue, settings.embodied_kg)
+    _log.info("carbon: %s, %g gCO2e/kWh", carbon.assumptions.zone, carbon.assumptions.gco2e_per_kwh)
+    return Account(choice.meter, carbon, Ledger(settings.ledger), executors=settings.executors)
+
+
+def check_manifest(manifest: Manifest) -> None:
+    """Raise ``ArtefactError`` where a model lacks what one of its tasks needs."""
+    for task in TASKS:
+        if task.name in manifest.tasks:
+            task.check(manifest)
+
+
+async def _sample(account: Account) -> None:
+    """Settle what waits for a reading, also while nobody asks for anything."""
+    while True:
+        await asyncio.sleep(SAMPLE_INTERVAL_S)
+        await asyncio.to_thread(account.sample)
+
+
+async def _answer(request: Request, error: Exception) -> Response:
+    return render(error)

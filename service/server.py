@@ -1,0 +1,95 @@
+"""Runs the application under uvicorn: one process, one socket, until a signal. Knows nothing of tasks."""
+
+import logging.config
+import socket
+from collections.abc import Callable
+
+import uvicorn
+from fastapi import FastAPI
+
+from service.app import create_app
+from service.models import Models
+from service.settings import Settings
+
+
+class CannotListen(Exception):
+    """The address is taken or not this machine's; the message says which."""
+
+
+class _Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config, announce: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._announce = announce
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start, and announce it once requests can come."""
+        await super().startup(sockets)
+        if self.started:
+            self._announce()
+
+
+def serve(settings: Settings) -> int:
+    """Serve until SIGTERM or SIGINT, finish what runs, and return the exit status. Raises ``CannotListen``."""
+    logging.config.dictConfig(_logging(settings.log_level.upper()))
+    app = create_app(settings)
+    with _listen(settings.host, settings.port) as listener:
+        config = uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,  # the energy account logs every request, with its bill
+            server_header=False,
+            timeout_graceful_shutdown=max(1, round(settings.drain_timeout_s)),
+        )
+        server = _Server(config, lambda: print(banner(app, listener), flush=True))
+        server.run(sockets=[listener])
+    return 0 if server.started else 1
+
+
+def banner(app: FastAPI, listener: socket.socket) -> str:
+    """Where the service is, and what it serves."""
+    host, port = listener.getsockname()[:2]
+    shown = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    address = f"http://{f'[{shown}]' if ':' in shown else shown}:{port}"
+    models: Models = app.state.service.models
+    lines = [f"Wattle serves on {address}", f"docs: {address}/docs", "models:"]
+    lines += [
+        f"  {model.name:<24} {', '.join(model.manifest.tasks):<12} {model.manifest.size_bytes / 1e6:6.1f} MB"
+        for model in models.served.values()
+    ] or ["  none"]
+    lines += [f"  refused {refusal.folder_name}: {refusal.reason}" for refusal in models.refused]
+    return "\n".join(lines)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A socket that listens; made before anything is loaded, for a port in use should be known at once."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+            listener.listen(1024)
+        except OSError:
+            listener.close()
+            raise
+    except OSError as error:
+        raise CannotListen(f"cannot listen on {host} port {port}: {error.strerror or error}") from error
+    return listener
+
+
+def _logging(level: str) -> dict[str, object]:
+    return {
+        "version": 1,
+        "disable_existing_loggers": False,
+        "formatters": {
+            "line": {"format": "%(asctime)s %(levelname)s %(name)s: %(message)s"},
+            "json": {"format": "%(message)s"},
+        },
+        "handlers": {
+            "log": {"class": "logging.StreamHandler", "formatter": "line"},
+            "requests": {"class": "logging.StreamHandler", "formatter": "json"},
+        },
+        "root": {"level": level, "handlers": ["log"]},
+        # One line of JSON per request, written by the energy account.
+        "loggers": {"wattle.requests": {"handlers": ["requests"], "propagate": False}},
+    }

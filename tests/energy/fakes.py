@@ -1,0 +1,78 @@
+"""A clock that stands still until it is moved, and a meter that counts what it is told."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from energy.clock import Clock
+from energy.meters.base import Reading
+from energy.types import Phase, Quality, Step, Work
+
+MS = 1_000_000
+S = 1_000_000_000
+
+
+@dataclass
+class HeldClock:
+    now_ns: int = 50 * S
+    cpu_ns: int = 3 * S
+    wall_s: float = 1_700_000_000.0
+
+    @property
+    def clock(self) -> Clock:
+        return Clock(lambda: self.now_ns, lambda: self.cpu_ns, lambda: self.wall_s)
+
+    def run(self, ms: int, cpu_ms: int = 0) -> None:
+        self.now_ns += ms * MS
+        self.cpu_ns += cpu_ms * MS
+        self.wall_s += ms / 1000
+
+
+@dataclass
+class CountingMeter:
+    held: HeldClock
+    energy_uj: dict[str, int] = field(default_factory=lambda: {"cpu": 0})
+    resolution_ns: int = MS
+    quality: Quality = Quality.MEASURED
+    source: str = "powercap"
+    name: str = "a counter"
+    idle_uw: Mapping[str, int] = field(default_factory=dict)
+    broken: bool = False
+
+    def read(self) -> tuple[Reading, ...]:
+        if self.broken:
+            return ()
+        return tuple(
+            Reading(device, self.source, self.held.now_ns, energy_uj, self.resolution_ns, self.quality)
+            for device, energy_uj in self.energy_uj.items()
+        )
+
+
+def step(
+    held: HeldClock,
+    ms: int,
+    *work: Work,
+    cpu_ms: int | None = None,
+    device: str = "cpu:0",
+) -> Step:
+    """A step that ends now; one core is busy for all of it unless said otherwise."""
+    return Step(
+        device=device,
+        model="tiny",
+        started_ns=held.now_ns - ms * MS,
+        ended_ns=held.now_ns,
+        cpu_ns=(ms if cpu_ms is None else cpu_ms) * MS,
+        work=work,
+    )
+
+
+def encode(request_id: str, tokens: int = 10) -> Work:
+    return Work(request_id, Phase.ENCODE, tokens)
+
+
+def write_zone(folder: Path, name: str, energy_uj: int, range_uj: int = 262_143_328_850) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "name").write_text(name + "\n")
+    (folder / "energy_uj").write_text(f"{energy_uj}\n")
+    (folder / "max_energy_range_uj").write_text(f"{range_uj}\n")
+    return folder

@@ -1,0 +1,72 @@
+from random import Random
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from energy.attribution import Coefficients, charge, split, weigh
+from energy.types import Phase, Work
+
+coefficients = st.builds(
+    Coefficients,
+    fixed=st.integers(1, 10**6),
+    token=st.integers(0, 10**6),
+    context_token=st.integers(0, 1000),
+)
+energies = st.integers(0, 10**12)
+
+
+@st.composite
+def works(draw: st.DrawFn, at_least: int = 1) -> list[Work]:
+    sizes = draw(st.lists(st.tuples(st.integers(0, 4096), st.integers(0, 4096)), min_size=at_least, max_size=20))
+    return [Work(f"r{i}", Phase.DECODE, tokens, context) for i, (tokens, context) in enumerate(sizes)]
+
+
+@given(energies, works(), coefficients)
+def test_charges_sum_to_the_energy_exactly(energy_uj: int, work: list[Work], c: Coefficients) -> None:
+    charges = charge(energy_uj, work, c)
+    assert sum(charges) == energy_uj
+    assert min(charges) >= 0
+
+
+@given(energies, works(), coefficients, st.randoms())
+def test_order_does_not_matter(energy_uj: int, work: list[Work], c: Coefficients, random: Random) -> None:
+    shuffled = list(work)
+    random.shuffle(shuffled)
+    before = dict(zip((item.request_id for item in work), charge(energy_uj, work, c), strict=True))
+    after = dict(zip((item.request_id for item in shuffled), charge(energy_uj, shuffled, c), strict=True))
+    assert before == after
+
+
+@given(energies, works(at_least=2), coefficients)
+def test_equal_work_is_charged_equally_and_more_work_never_less(
+    energy_uj: int, work: list[Work], c: Coefficients
+) -> None:
+    twins = [*work, Work("twin", Phase.PREFILL, work[0].tokens, work[0].context_tokens)]
+    charges = charge(energy_uj, twins, c)
+    assert abs(charges[0] - charges[-1]) <= 1
+    weights = weigh(twins, c)
+    for i, j in zip(range(len(twins)), range(1, len(twins)), strict=False):
+        if weights[i] > weights[j]:
+            assert charges[i] >= charges[j]
+
+
+@given(energies, works(), coefficients)
+def test_alone_a_request_pays_everything(energy_uj: int, work: list[Work], c: Coefficients) -> None:
+    assert charge(energy_uj, work[:1], c) == [energy_uj]
+
+
+def test_the_affine_cost_is_charged_to_those_who_cause_it() -> None:
+    # F = 40 shared by four, m = 10 a token: 10 + 30, 10 + 10, 10 and 10.
+    work = [Work(name, Phase.DECODE, tokens) for name, tokens in (("a", 3), ("b", 1), ("c", 0), ("d", 0))]
+    assert charge(80, work, Coefficients(fixed=40, token=10)) == [40, 20, 10, 10]
+    assert charge(40, work, Coefficients(fixed=0, token=10)) == [30, 10, 0, 0]
+
+
+def test_context_weighs_little_but_weighs() -> None:
+    short, long = weigh([Work("a", Phase.DECODE, 1, 0), Work("b", Phase.DECODE, 1, 512)], Coefficients())
+    assert 1 < long / short < 1.5
+
+
+def test_the_odd_microjoule_goes_to_the_largest_remainder_then_to_the_smaller_key() -> None:
+    assert split(10, [1, 2, 4], ["a", "b", "c"]) == [1, 3, 6]
+    assert split(1, [1, 1], ["b", "a"]) == [0, 1]

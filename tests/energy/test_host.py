@@ -1,0 +1,21 @@
+from pathlib import Path
+
+from energy.host import Neighbours
+from tests.energy.fakes import S
+
+
+def test_others_are_what_the_machine_did_and_this_process_did_not(tmp_path: Path) -> None:
+    stat = tmp_path / "stat"
+    # user nice system idle iowait irq softirq steal; idle and waiting are no work, stolen time is another machine's.
+    stat.write_text("cpu 100 10 50 9000 70 3 2 40 0 0\ncpu0 1 2 3\n")
+    neighbours = Neighbours(stat)
+    assert neighbours.busy_ns(10 * S, 5 * S, S) == 0
+    stat.write_text("cpu 400 20 140 9999 99 8 7 99 0 0\ncpu0 1 2 3\n")
+    # 4.1 s of CPU time, 1.1 of them ours, in two seconds.
+    assert neighbours.busy_ns(12 * S, int(6.1 * S), S // 2) == int(0.75 * S)
+    # The rate holds until a second has passed.
+    assert neighbours.busy_ns(12 * S + 1, 9 * S, 2 * S) == 3 * S
+
+
+def test_a_kernel_that_does_not_tell_means_none() -> None:
+    assert Neighbours(Path("/nonexistent")).busy_ns(1, 1, S) == 0

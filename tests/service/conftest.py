@@ -1,0 +1,44 @@
+"""A service with fake parts, and a client to it."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from starlette.testclient import TestClient
+
+from service.app import create_app
+from service.models import Model, load_model
+from service.settings import Settings
+from tests.service.fakes import FakeAccount, FakeEngine, build, write_models
+
+
+@pytest.fixture(scope="session")
+def models_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="session")
+def models(models_folder: Path) -> dict[str, Model]:
+    """The tiny model of each task."""
+    return {folder.name.removeprefix("tiny-"): load_model(folder) for folder in models_folder.iterdir()}
+
+
+@pytest.fixture
+def settings(models_folder: Path, tmp_path: Path) -> Settings:
+    return Settings(models=(models_folder,), ledger=tmp_path / "ledger.sqlite")
+
+
+@pytest.fixture
+def client(settings: Settings) -> Iterator[TestClient]:
+    with TestClient(create_app(settings, build)) as client:
+        yield client
+
+
+@pytest.fixture
+def engine(client: TestClient) -> FakeEngine:
+    return client.app.state.service.engine
+
+
+@pytest.fixture
+def account(client: TestClient) -> FakeAccount:
+    return client.app.state.service.account

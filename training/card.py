@@ -1,0 +1,60 @@
+"""The model card: the manifest told to a person. Knows nothing beyond the manifest."""
+
+from pathlib import Path
+
+from models.manifest import Manifest
+
+
+def write_card(folder: Path, manifest: Manifest, licence: str) -> None:
+    """Write ``README.md`` of a model folder; call it before the manifest, which hashes it."""
+    config, stored = manifest.config, manifest.quantisation
+    layers = [
+        f"{n} {kind}" for n, kind in ((config.n_encoder_layers, "encoder"), (config.n_decoder_layers, "decoder")) if n
+    ]
+    lines = [
+        f"# {manifest.name}",
+        "",
+        manifest.description,
+        "",
+        f"- Task: {', '.join(manifest.tasks)}; languages: {', '.join(manifest.languages)}",
+        f"- Shape: {config.architecture}, {' and '.join(layers)} layers, d_model {config.d_model}, "
+        f"{config.n_heads} heads, d_ff {config.d_ff}, {config.vocab_size:,} words",
+        f"- Reads at most {manifest.max_input_tokens} tokens at a time"
+        + (f" and writes at most {manifest.max_output_tokens}" if manifest.max_output_tokens else ""),
+        f"- Licence of the weights: {licence}",
+    ]
+    if manifest.parent is not None:
+        parent = manifest.parent
+        lines.append(f"- {parent.relation.capitalize()} from {parent.name} ({parent.licence}). {parent.note}".rstrip())
+    if stored.scheme == "blockwise":
+        lines.append(
+            f"- Stored with {stored.bits} bits a weight in blocks of {stored.block_size}; against float32 the logits' "
+            f"cosine is {stored.parity_cosine}, their largest difference {stored.parity_max_error}"
+        )
+    lines += ["", "## Scores", ""]
+    if manifest.scores:
+        lines += [
+            "Of this quantised model, through the service (`wattle evaluate`).",
+            "",
+            "| data | split | rows | metric | value | setting |",
+            "|---|---|---|---|---|---|",
+        ]
+        lines += [
+            f"| {s.data} | {s.split} | {s.rows:,} | {s.metric} | {s.value:.2f} | {s.setting} |"
+            for s in manifest.scores
+        ]
+    else:
+        lines.append("Not yet measured: `wattle evaluate` does.")
+    lines += ["", "## Training data", "", "| set | rows | licence | where |", "|---|---|---|---|"]
+    lines += [f"| {d.name} | {d.rows:,} | {d.licence} | {d.where} |" for d in manifest.training_data]
+    energy = manifest.training_energy
+    if energy is not None:
+        lines += ["", "## Energy of training", ""]
+        if energy.joules is None:
+            lines.append(f"Unavailable: no meter and no estimate; the run took {energy.seconds / 60:.0f} minutes.")
+        else:
+            lines.append(
+                f"{energy.joules / 1000:,.0f} kJ ({energy.quality}, the machine's idle power included), "
+                f"{energy.gco2e:.1f} gCO2e at the world's average grid, {energy.seconds / 60:.0f} minutes."
+            )
+    (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -1,0 +1,204 @@
+"""One stage: a finished run in, a verified model folder out. Knows nothing of how the model was trained.
+
+The graphs are first written in float32 and compared with PyTorch, then quantised and compared with float32.
+"""
+
+import shutil
+import tempfile
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+import torch
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from energy.carbon import Carbon
+from models.config import TransformerConfig
+from models.graph import write_graphs
+from models.manifest import (
+    Manifest,
+    Parent,
+    Quantisation,
+    SpecialIds,
+    TrainingData,
+    TrainingEnergy,
+    write_manifest,
+)
+from models.transformer import Transformer
+from training.card import write_card
+from training.errors import TrainingError
+from training.recipe import Recipe
+from training.tasks import TASKS, Batch, collate
+from training.tokenizer import BOS, EOS, PAD, token_id
+from training.train import PAD_ID, Trained, load_rows
+
+PARITY_LIMIT = 1e-4
+"""Largest difference that the float32 graph may have to PyTorch, per logit."""
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|user|>' if message.role == 'user' else '<|assistant|>' }}{{ message.content }}</s>"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How far two models' logits are apart on the same batch."""
+
+    max_error: float
+    cosine: float
+
+
+def export(recipe: Recipe, trained: Trained, data: Path, out: Path) -> Manifest:
+    """Write ``out/<name>``: graphs, tokenizer, card, manifest. An existing folder is replaced once all is verified.
+
+    Raises ``TrainingError`` where the float32 graph differs from PyTorch by more than ``PARITY_LIMIT``.
+    """
+    batch = _parity_batch(recipe, trained, data)
+    config = trained.model.config
+    weights = {name: weight.float().numpy() for name, weight in trained.model.state_dict().items()}
+    reference = torch_logits(trained.model, batch)
+    with tempfile.TemporaryDirectory(prefix=f"{recipe.name}-") as scratch:
+        plain = Path(scratch) / "plain"
+        plain.mkdir()
+        write_graphs(plain, config, weights, "none")
+        exact = compare(onnx_logits(plain, config, batch), reference)
+        if not exact.max_error <= PARITY_LIMIT:
+            raise TrainingError(f"{recipe.name}: the float32 graph differs from PyTorch by {exact.max_error:.2g}")
+        folder = Path(scratch) / recipe.name
+        folder.mkdir()
+        if recipe.export.bits == 32:
+            write_graphs(folder, config, weights, "none")
+            quantisation = Quantisation(scheme="none", parity_max_error=exact.max_error, parity_cosine=exact.cosine)
+        else:
+            write_graphs(folder, config, weights, "blockwise", recipe.export.bits, recipe.export.block_size)
+            found = compare(onnx_logits(folder, config, batch), reference)
+            quantisation = Quantisation(
+                scheme="blockwise",
+                bits=recipe.export.bits,
+                block_size=recipe.export.block_size,
+                parity_max_error=round(found.max_error, 4),
+                parity_cosine=round(found.cosine, 6),
+            )
+        trained.tokenizer.save(str(folder / "tokenizer.json"))
+        manifest = _manifest(recipe, trained, config, quantisation)
+        write_card(folder, manifest, recipe.licence)
+        manifest = write_manifest(folder, manifest)
+        target = out / recipe.name
+        out.mkdir(parents=True, exist_ok=True)
+        if target.exists():
+            shutil.rmtree(target)
+        shutil.move(folder, target)
+    return manifest
+
+
+def _manifest(recipe: Recipe, trained: Trained, config: TransformerConfig, quantisation: Quantisation) -> Manifest:
+    trunk, progress = recipe.trunk, trained.progress
+    gco2e = None if progress.joules is None else Carbon().gco2e(round(progress.joules * 1e6), 0.0)
+    return Manifest(
+        name=recipe.name,
+        revision=recipe.revision,
+        description=recipe.description,
+        tasks=(recipe.task,),
+        languages=recipe.languages,
+        config=config,
+        max_input_tokens=recipe.export.max_input_tokens,
+        max_output_tokens=recipe.export.max_output_tokens,
+        special_ids=_special_ids(trained.tokenizer),
+        labels=recipe.labels,
+        no_answer_threshold=recipe.export.no_answer_threshold,
+        generation=recipe.export.generation,
+        chat_template=CHAT_TEMPLATE if recipe.task == "generate" else None,
+        quantisation=quantisation,
+        parent=None
+        if trunk is None
+        else Parent(name=trunk.name, relation="fine-tuned", licence=trunk.licence, note=trunk.note),
+        training_data=tuple(
+            TrainingData(name=part.path, licence=part.licence, rows=trained.rows[part.path], where=part.where)
+            for part in recipe.data
+        ),
+        training_energy=TrainingEnergy(
+            joules=None if progress.joules is None else round(progress.joules, 1),
+            gco2e=None if gco2e is None else round(gco2e, 2),
+            seconds=round(progress.elapsed_s, 1),
+            quality=progress.quality,  # type: ignore[arg-type]
+        ),
+    )
+
+
+def _special_ids(tokenizer: Tokenizer) -> SpecialIds:
+    """The ids that the task's samples were made with (``training.tasks``)."""
+    if tokenizer.token_to_id("[CLS]") is not None:
+        pad, unk, cls, sep = (token_id(tokenizer, token) for token in ("[PAD]", "[UNK]", "[CLS]", "[SEP]"))
+        return SpecialIds(pad=pad, unk=unk, eos=sep, cls=cls, sep=sep)
+    pad, bos, eos = (token_id(tokenizer, token) for token in (PAD, BOS, EOS))
+    return SpecialIds(pad=pad, bos=bos, eos=eos)
+
+
+def _parity_batch(recipe: Recipe, trained: Trained, data: Path, size: int = 16) -> Batch:
+    """A ragged batch of real samples."""
+    task = TASKS[recipe.task](recipe, trained.tokenizer)
+    rows = (row for _, part in load_rows(recipe, data) for row in part)
+    samples = list(islice((sample for row in rows for sample in task.samples(row)), size))
+    return collate(samples, PAD_ID)
+
+
+@torch.no_grad()
+def torch_logits(model: Transformer, batch: Batch) -> NDArray[np.float32]:
+    """What the graphs compute on ``batch``, by the reference: class or span logits, or the next word's."""
+    config, lengths = model.config, batch["lengths"]
+    model.eval()
+    rows = torch.arange(len(lengths))
+    if config.head == "classify":
+        return model.label_logits(model.encode(batch["ids"], lengths, batch.get("types")), lengths).numpy()
+    if config.head == "span":
+        real = torch.arange(batch["ids"].size(1)) < lengths[:, None]
+        return model.span_logits(model.encode(batch["ids"], lengths, batch.get("types")))[real].numpy()
+    if config.architecture == "encoder-decoder":
+        memory = model.encode(batch["ids"], lengths)
+        hidden = model.decode(batch["target"], memory=memory, memory_lengths=lengths)
+        return model.word_logits(hidden[rows, batch["target_lengths"] - 1]).numpy()
+    prefix = batch["prefix"] if config.architecture == "prefix-lm" else None
+    hidden = model.decode(batch["ids"], prefix_lengths=prefix, token_types=batch.get("types"))
+    return model.word_logits(hidden[rows, lengths - 1]).numpy()
+
+
+def onnx_logits(folder: Path, config: TransformerConfig, batch: Batch) -> NDArray[np.float32]:
+    """The same from the graphs in ``folder``."""
+    ids, lengths = batch["ids"].numpy(), batch["lengths"].numpy()
+    rows = len(ids)
+    if config.architecture == "encoder":
+        feeds = {"input_ids": ids, "lengths": lengths}
+        if config.n_token_types:
+            feeds["token_types"] = batch["types"].numpy() if "types" in batch else np.zeros_like(ids)
+        logits = _session(folder / "model.onnx").run(["logits"], feeds)[0]
+        if config.head == "span":
+            return logits[np.arange(ids.shape[1]) < lengths[:, None]]  # type: ignore[no-any-return]
+        return logits  # type: ignore[no-any-return]
+    extra: dict[str, NDArray[np.generic]] = {}
+    if config.architecture == "encoder-decoder":
+        encoder = _session(folder / "encoder.onnx")
+        names = [each.name for each in encoder.get_outputs()]
+        extra = dict(zip(names, encoder.run(names, {"input_ids": ids, "lengths": lengths}), strict=True))
+        extra["source_lengths"] = lengths
+        ids, lengths = batch["target"].numpy(), batch["target_lengths"].numpy()
+    elif config.architecture == "prefix-lm":
+        extra["prefix_lengths"] = batch["prefix"].numpy()
+    empty = np.zeros((rows, ids.shape[1], config.d_model), dtype=np.float32)
+    buffers = {f"{part}_{layer}": empty for part in ("k", "v") for layer in range(config.n_decoder_layers)}
+    feeds = {"input_ids": ids, "lengths": lengths, "positions": np.zeros(rows, dtype=np.int64), **buffers, **extra}
+    return _session(folder / "decoder.onnx").run(["logits"], feeds)[0]  # type: ignore[no-any-return]
+
+
+def _session(path: Path) -> ort.InferenceSession:
+    return ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+
+
+def compare(found: NDArray[np.float32], wanted: NDArray[np.float32]) -> Parity:
+    """Largest difference and cosine of two arrays of logits."""
+    a, b = found.astype(np.float64).ravel(), wanted.astype(np.float64).ravel()
+    return Parity(float(np.abs(a - b).max()), float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b))))
