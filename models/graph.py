@@ -16,15 +16,15 @@ Inputs are int64 and padded on the right; outputs are float32.
   ``cross_k_{i}``, ``cross_v_{i}`` (b, c', d) and ``source_lengths`` (b,). -> ``logits`` (b, words) at the last real
   token, with an extract head ``extract_logits`` (b, s), and ``new_k_{i}``, ``new_v_{i}`` (b, c, d): bind them to the
   memory of ``k_{i}``, ``v_{i}``, which are then updated in place. One graph thus serves a prompt, a part of a prompt
-  and a single token; its cost follows what is read, not ``c``. ``c`` and ``c'`` are multiples of ``KEY_BLOCK``.
+  and a single token; its cost follows what is read, not ``c``.
 
 All graphs of a folder share ``weights.bin``, in which every array lies once. With ``blockwise`` weights a row of a
 matrix is cut into blocks of ``block_size`` with one float32 scale each; token and position embeddings always have
 8 bits.
 
 A row gives the same bits alone as in any batch, measured on a CPU with AVX-512, as long as blocks have 64 numbers or
-fewer (of 128, MatMulNBits sums a single row in another order) and texts are padded to a multiple of four tokens unless
-all rows have one (products of a single row sum in groups of four, then one by one).
+fewer (of 128, MatMulNBits sums a single row in another order), buffers hold a multiple of ``KEY_BLOCK``, and texts are
+padded to a multiple of four tokens unless all have one (products of a single row sum in fours, then one by one).
 """
 
 from collections.abc import Callable, Mapping
@@ -443,9 +443,6 @@ def _decoder(config: TransformerConfig, store: _Store) -> _Network:
             token_types = g.op("Cast", g.op("GreaterOrEqual", text, prefix), to=ir.DataType.INT64)
     # Padding may lie beyond the last position that the model knows.
     positions = g.op("Min", text, g.constant(config.max_positions - 1))
-    # Attention over the whole of the buffers would cost their capacity: cut them to what any row sees.
-    n_keys = g.in_key_blocks(g.op("ReduceMax", visible, keepdims=0))
-    mask = g.unsqueeze(g.op("Less", g.range(n_keys), g.unsqueeze(visible, 2)), 1)
     rotary = g.rotary(positions)
 
     def cut(buffer: ir.Value, size: ir.Value, extent: str) -> ir.Value:
@@ -456,12 +453,18 @@ def _decoder(config: TransformerConfig, store: _Store) -> _Network:
         shape = ("rows", capacity, config.d_model)
         return [g.input(f"{kind}{part}_{layer}", *shape, dtype=ir.DataType.FLOAT) for part in ("k", "v")]
 
+    before = [buffers("", str(i), "capacity") for i in range(config.n_decoder_layers)]
+    # Attention over the whole of the buffers would cost their capacity: cut them to what any row sees.
+    n_keys = g.in_key_blocks(g.op("ReduceMax", visible, keepdims=0))
+    n_keys = g.op("Min", n_keys, g.size(before[0][0], 1))
+    mask = g.unsqueeze(g.op("Less", g.range(n_keys), g.unsqueeze(visible, 2)), 1)
+
     def attend(x: ir.Value, name: str) -> ir.Value:
         q, *new = g.queries_keys_values(x, name, rotary)
         layer = name.split(".")[1]
         updated = [
             g.op("TensorScatter", buffer, chunk, starts, axis=1)
-            for buffer, chunk in zip(buffers("", layer, "capacity"), new, strict=True)
+            for buffer, chunk in zip(before[int(layer)], new, strict=True)
         ]
         for part, buffer in zip(("k", "v"), updated, strict=True):
             g.output(buffer, f"new_{part}_{layer}", "rows", "capacity", config.d_model)

@@ -12,13 +12,13 @@ _ABBREVIATION = re.compile(
 )
 _BEFORE_NUMBER = re.compile(r"nos?|pp?|vol|art|ch|sec|ca")
 
-# A line break, or a full stop with what closes after it; Chinese and Japanese put no space after theirs.
-_CANDIDATE = re.compile(
-    r"""\s*\n\s* | [.!?…]+["'”’»)\]]*(?=\s) | [。！？]+["'”’」』）]*""",
-    re.VERBOSE,
-)
-_LAST_WORD = re.compile(r"[^\s\"'“‘«(\[]+$")
-_NEXT_WORD = re.compile(r"[\s\"'“‘«(\[]*(\S)")
+# A line break, or a full stop with what closes after it; Chinese and Japanese put no space after theirs. A run of
+# full stops is tried only at its first and never given back, so that time stays linear in any text.
+_CANDIDATE = re.compile(r"""\n\s*+ | (?<![.!?…])[.!?…]++["'”’»)\]]*+(?=\s) | [。！？]++["'”’」』）]*+""", re.VERBOSE)
+_OPENING = "\"'“‘«(["
+_NEXT_WORD = re.compile(rf"[\s{re.escape(_OPENING)}]*(\S)")
+_LONGEST_WORD = 16
+"""Longer words are neither abbreviations nor numbers of a list."""
 
 
 def split_sentences(text: str) -> list[tuple[int, int]]:
@@ -53,13 +53,13 @@ def _ends_sentence(text: str, start: int, candidate: re.Match[str], has_capitals
         return False
     if mark != ".":
         return True
-    last = _LAST_WORD.search(text, start, candidate.start())
-    word = last[0].lower() if last else ""
+    before = text[max(start, candidate.start() - _LONGEST_WORD) : candidate.start()]
+    word = before.rpartition(" ")[2].strip().lstrip(_OPENING).lower()
     if _ABBREVIATION.fullmatch(word) or (_BEFORE_NUMBER.fullmatch(word) and following[1].isdigit()):
         return False
     # J. Smith, and the number that opens an item of a list.
     is_initial = len(word) == 1 and word.isalpha() and word != "i"
-    opens_list = word.isdigit() and last is not None and not text[start : last.start()].strip()
+    opens_list = word.isdigit() and before.strip() == word
     return not (is_initial or opens_list)
 
 

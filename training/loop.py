@@ -30,7 +30,7 @@ class Progress:
     elapsed_s: float = 0.0
     joules: float | None = 0.0
     """Of this machine while the run held it, idle included; None where there is no meter."""
-    quality: str = Quality.UNAVAILABLE
+    quality: str = Quality.UNAVAILABLE.value
     loss: float = math.nan
     """Exponential mean over about 50 steps."""
 
@@ -131,10 +131,10 @@ def _add_energy(progress: Progress, before: Progress, begun: Sequence[Reading], 
     first = {reading.device: reading.energy_uj for reading in begun}
     spent = [reading.energy_uj - first[reading.device] for reading in now if reading.device in first]
     if not spent or before.joules is None:
-        progress.joules, progress.quality = None, Quality.UNAVAILABLE
+        progress.joules, progress.quality = None, Quality.UNAVAILABLE.value
         return
     progress.joules = before.joules + sum(spent) / 1e6
-    progress.quality = max((reading.quality for reading in now), key=list(Quality).index)
+    progress.quality = max((reading.quality for reading in now), key=list(Quality).index).value
 
 
 def _save(
@@ -172,7 +172,7 @@ def load_checkpoint(
         model.load_state_dict(state["model"])
         for optimiser, saved in zip(optimisers or (), state["optimisers"], strict=optimisers is not None):
             optimiser.load_state_dict(saved)
-    except (RuntimeError, ValueError, KeyError, UnpicklingError) as error:
+    except (RuntimeError, ValueError, LookupError, EOFError, UnpicklingError) as error:
         raise TrainingError(
             f"{path}: not a checkpoint of this model ({str(error).splitlines()[0]}); "
             "name another runs folder, or delete it to begin anew"

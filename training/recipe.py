@@ -2,9 +2,9 @@
 
 import tomllib
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from models.config import TransformerConfig
 from models.manifest import GenerationDefaults, Task
@@ -34,6 +34,14 @@ class TokenizerRecipe(_Part):
     vocab_size: int
     mask_handles: bool = False
     """Read @names as ``@user`` and addresses as ``http``, as TweetEval does."""
+
+
+class BudgetRecipe(_Part):
+    """The size that a model may have; its ``[model]`` then gives the proportions only."""
+
+    max_parameters: int | None = Field(default=None, gt=0)
+    max_mb: float | None = Field(default=None, gt=0)
+    """Megabytes (10^6 bytes) of the exported weights."""
 
 
 class DataRecipe(_Part):
@@ -118,6 +126,7 @@ class Recipe(_Part):
     """Licence of the exported weights."""
     model: TransformerConfig
     """``vocab_size`` is the most that the tokenizer may use."""
+    budget: BudgetRecipe = BudgetRecipe()
     trunk: TrunkRecipe | None = None
     tokenizer: TokenizerRecipe
     labels: tuple[str, ...] = ()
@@ -130,6 +139,15 @@ class Recipe(_Part):
     evaluate: tuple[EvaluateRecipe, ...] = ()
     fit: FitRecipe
     export: ExportRecipe
+
+    @model_validator(mode="after")
+    def _one_size(self) -> Self:
+        limits = (self.budget.max_parameters, self.budget.max_mb)
+        if None not in limits:
+            raise ValueError("budget: give max_parameters or max_mb, not both")
+        if self.trunk is not None and limits != (None, None):
+            raise ValueError("budget: a model that starts from a trunk has the trunk's size")
+        return self
 
 
 def load_recipe(name_or_path: str) -> Recipe:

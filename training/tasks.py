@@ -127,6 +127,7 @@ class Answer:
 
     fields: ClassVar[tuple[str, ...]] = ("context", "question", "answers")
     stride = 128
+    """Context tokens that neighbouring windows share, at most half of a window."""
 
     def __init__(self, recipe: Recipe, tokenizer: Tokenizer) -> None:
         self.tokenizer, self.max_tokens = tokenizer, recipe.max_tokens
@@ -152,7 +153,8 @@ class Answer:
             if not covered:
                 return
             first, last = covered[0], covered[-1]
-        for begin in range(0, max(1, len(context.ids) - self.stride), room - self.stride):
+        shared = min(self.stride, room // 2)
+        for begin in range(0, max(1, len(context.ids) - shared), room - shared):
             window = context.ids[begin : begin + room]
             inside = begin <= first and last < begin + len(window)
             if row["answers"] and not inside:

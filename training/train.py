@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from models.transformer import Transformer
+from training.budget import sized
 from training.data import Row, batches_by_tokens, read_rows, take_share
 from training.errors import TrainingError
 from training.loop import CHECKPOINT, Progress, fit_model, load_checkpoint
@@ -48,9 +49,8 @@ def train(recipe: Recipe, data: Path, runs: Path) -> Trained:
     run.mkdir(parents=True, exist_ok=True)
     rows = load_rows(recipe, data)
     tokenizer, kept = _tokenizer(recipe, rows, run)
-    config = recipe.model.model_copy(update={"vocab_size": tokenizer.get_vocab_size()})
     torch.manual_seed(recipe.fit.seed)
-    model = Transformer(config, recipe.fit.dropout)
+    model = Transformer(sized(recipe, tokenizer.get_vocab_size()), recipe.fit.dropout)
     if recipe.trunk is not None and kept is not None and not (run / CHECKPOINT).exists():
         load_trunk(model, find_trunk(recipe.trunk), kept)
     task = TASKS[recipe.task](recipe, tokenizer)
@@ -83,7 +83,7 @@ def load_trained(recipe: Recipe, runs: Path) -> Trained:
     if not (run / CHECKPOINT).exists():
         raise TrainingError(f"{run}: no checkpoint; `wattle train {recipe.name}` makes one")
     tokenizer = Tokenizer.from_file(str(run / TOKENIZER))
-    model = Transformer(recipe.model.model_copy(update={"vocab_size": tokenizer.get_vocab_size()}))
+    model = Transformer(sized(recipe, tokenizer.get_vocab_size()))
     steps, progress = load_checkpoint(run, model)
     if progress.step < steps:
         raise TrainingError(f"{run}: at step {progress.step} of {steps}; `wattle train {recipe.name}` goes on with it")

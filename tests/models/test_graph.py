@@ -133,7 +133,7 @@ def test_prefill_and_single_steps_equal_a_full_recompute(tmp_path: Path, kind: K
     firsts = np.array([1, 1, 1, 1, 1]) if kind == "encoder-decoder" else prefixes
     texts = np.random.default_rng(1).integers(1, config.vocab_size, (5, 30))
     expected = reference(model, texts, prefixes)
-    decoder = Decoder(tmp_path, config, 5)
+    decoder = Decoder(tmp_path, config, 5, capacity=30)
     decoder.know(ragged(config, prefixes), prefixes)
     starts = np.zeros(5, np.int64)
     for lengths in (firsts, np.array([2, 4, 1, 3, 2]), *[np.ones(5, np.int64)] * 10):

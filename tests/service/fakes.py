@@ -42,7 +42,7 @@ PAD, UNK, CLS, SEP, EOS = range(5)
 SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[EOS]")
 WORDS = (
     "good bad fine paris is the capital of france where it rains what when question the city lies on river and "
-    "big small dog runs along beach #person1# alice bob said hello caf e"
+    "big small dog runs along beach #person1# alice bob said hello cafe"
 ).split()
 TIMING = Timing(queue_ns=2_000_000, compute_ns=5_000_000)
 CHAT_TEMPLATE = (

@@ -1,0 +1,42 @@
+"""Uncased WordPiece text becomes prose."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from service.prose import restore
+
+SOURCE = (
+    "Alice M\u00fcller met #Person1# in the U.S., at J.P. Morgan's well-known bank. They don't like \"iPhone\" prices "
+    "of $3,500.50. The CEO said so at 10:30. NATO agreed, and the weather changed."
+)
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        (
+            "alice muller met # person1 # in the u . s . and left .",
+            "Alice M\u00fcller met #Person1# in the U.S. and left.",
+        ),
+        ("the ceo paid $ 3 , 500 . 50 at 10 : 30 .", "The CEO paid $3,500.50 at 10:30."),
+        ("they don ' t . it isn ' t , either .", "They don't. It isn't, either."),
+        ("j . p . morgan ' s well - known iphone", "J.P. Morgan's well-known iPhone"),
+        ('he said " yes , we can " and left ( early ) ?', 'He said "yes, we can" and left (early)?'),
+        ("it cost 1 , 200 . 75 - twice", "It cost 1,200.75-twice"),
+        ("nato and the weather . the weather !", "NATO and the weather. The weather!"),
+        ("", ""),
+        ("...", "..."),
+    ],
+)
+def test_spacing_and_capitals_come_back(written: str, expected: str) -> None:
+    assert restore(written, SOURCE) == expected
+
+
+@given(st.text(max_size=80), st.text(max_size=200))
+def test_any_text_comes_back_with_its_letters(written: str, source: str) -> None:
+    def letters(text: str) -> int:
+        return sum(letter.isascii() and letter.isalnum() for letter in text)
+
+    assert letters(restore(written, "")) >= letters(written.lower())
+    restore(written, source)

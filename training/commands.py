@@ -1,0 +1,75 @@
+"""What ``wattle train``, ``wattle export`` and ``wattle evaluate`` do, stage after stage."""
+
+from pathlib import Path
+
+import torch
+
+from models.manifest import ArtefactError, Score, load_manifest, write_manifest
+from training.card import write_card
+from training.errors import TrainingError
+from training.evaluate import Ask, Evaluation, evaluate
+from training.export import export
+from training.recipe import BudgetRecipe, Recipe, load_recipe
+from training.settings import TrainingSettings
+from training.train import load_trained, train
+
+
+def _recipe(name: str, settings: TrainingSettings) -> Recipe:
+    """The recipe, with the budget of the command line over its own."""
+    recipe = load_recipe(name)
+    if settings.max_parameters is None and settings.max_mb is None:
+        return recipe
+    budget = BudgetRecipe(max_parameters=settings.max_parameters, max_mb=settings.max_mb)
+    try:
+        return Recipe.model_validate({**recipe.model_dump(), "budget": budget.model_dump()})
+    except ValueError as error:
+        raise TrainingError(f"{recipe.name}: {error}") from error
+
+
+def run_training(name: str, settings: TrainingSettings) -> None:
+    """Train and export; a run that was interrupted goes on, one that has ended is only exported."""
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    recipe = _recipe(name, settings)
+    train(recipe, settings.data, settings.runs)
+    run_export(name, settings)
+
+
+def run_export(name: str, settings: TrainingSettings) -> None:
+    """Export a finished run."""
+    recipe = _recipe(name, settings)
+    manifest = export(recipe, load_trained(recipe, settings.runs), settings.data, settings.out)
+    stored = manifest.quantisation
+    print(
+        f"{settings.out / recipe.name}: {manifest.size_bytes / 1e6:.1f} MB, "
+        f"cosine {stored.parity_cosine} and largest difference {stored.parity_max_error} to PyTorch"
+    )
+
+
+def run_evaluation(folder: Path, ask: Ask, settings: TrainingSettings) -> list[Score]:
+    """Score the model in ``folder``, served by ``ask``, on the sets that the recipe of its name lists."""
+    try:
+        manifest = load_manifest(folder)
+    except ArtefactError as error:
+        raise TrainingError(f"{folder}: {error}") from error
+    recipe = load_recipe(manifest.name)
+    scores: list[Score] = []
+    for each in recipe.evaluate:
+        found = evaluate(ask, manifest, folder, recipe, each, settings.data, settings.limit)
+        scores += found.scores
+        print(_line(manifest.name, found))
+    if settings.write:
+        manifest = manifest.model_copy(update={"scores": tuple(scores)})
+        write_card(folder, manifest, recipe.licence)
+        write_manifest(folder, manifest)
+    return scores
+
+
+def _line(name: str, found: Evaluation) -> str:
+    first = found.scores[0]
+    values = ", ".join(f"{score.metric} {score.value:.2f}" for score in found.scores)
+    cost = "" if not found.queries or found.joules is None else f"; {found.joules / found.queries:.3g} J a query"
+    setting = f" ({first.setting})" if first.setting else ""
+    return f"{name} on {first.data} {first.split}{setting}, {first.rows:,} rows: {values}{cost}" + (
+        f" ({found.quality})" if cost else ""
+    )
