@@ -54,7 +54,7 @@ def _ends_sentence(text: str, start: int, candidate: re.Match[str], has_capitals
     if mark != ".":
         return True
     before = text[max(start, candidate.start() - _LONGEST_WORD) : candidate.start()]
-    word = before.rpartition(" ")[2].strip().lstrip(_OPENING).lower()
+    word = (before.split() or [""])[-1].lstrip(_OPENING).lower()
     if _ABBREVIATION.fullmatch(word) or (_BEFORE_NUMBER.fullmatch(word) and following[1].isdigit()):
         return False
     # J. Smith, and the number that opens an item of a list.

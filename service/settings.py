@@ -105,4 +105,6 @@ def read_settings(**flags: str) -> Settings:
         return Settings(**flags)  # type: ignore[arg-type]  # pydantic reads each flag from its text
     except ValidationError as error:
         complaints = [(".".join(map(str, each["loc"])), each["msg"]) for each in error.errors()]
-        raise ValueError("; ".join(f"{name}: {message}" if name else message for name, message in complaints)) from None
+        raise ValueError(
+            "; ".join(f"{name}: {message}" if name else message for name, message in complaints)
+        ) from None

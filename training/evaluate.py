@@ -4,7 +4,7 @@ Knows nothing of how the model is served: every prediction is the answer to a re
 a user gets. Only bits per byte, which no answer shows, are read from the exported graph itself.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -22,6 +22,7 @@ from training.data import Row, clean, read_rows
 from training.errors import TrainingError
 from training.recipe import EvaluateRecipe, Recipe
 from training.tasks import TASKS
+from training.tokenizer import EOS, token_id
 from training.train import held_out_passages
 
 Ask = Callable[[str, dict[str, Any]], dict[str, Any]]
@@ -162,36 +163,37 @@ def negative_log_likelihood(folder: Path, text: str, block: int = 256, rows: int
     session = ort.InferenceSession(str(folder / "decoder.onnx"), options, providers=["CPUExecutionProvider"])
     ids = tokenizer.encode(text, add_special_tokens=False).ids
     blocks = [ids[start : start + block] for start in range(0, len(ids), block)]
-    first = tokenizer.token_to_id("</s>")
-    caches = {each.name: each.shape[1:] for each in session.get_inputs() if each.name.startswith(("k_", "v_"))}
+    first = token_id(tokenizer, EOS)
+    caches = {each.name: each.shape[-1] for each in session.get_inputs() if each.name.startswith(("k_", "v_"))}
     total = 0.0
     for start in tqdm(range(0, len(blocks), rows), desc="reading", unit="batch", mininterval=1.0):
-        part = blocks[start : start + rows]
-        n = len(part)
-        width = max(len(each) for each in part)
-        tokens = np.full((n, width + 1), first, dtype=np.int64)
-        for row, each in enumerate(part):
-            tokens[row, 1 : 1 + len(each)] = each
-        feeds = {
-            name: np.zeros([n, *(width if isinstance(size, str) else size for size in shape)], dtype=np.float32)
-            for name, shape in caches.items()
-        }
-        for position in range(width):
-            outputs = session.run(
-                None,
-                {
-                    **feeds,
-                    "input_ids": tokens[:, position : position + 1],
-                    "positions": np.full(n, position, dtype=np.int64),
-                    "lengths": np.ones(n, dtype=np.int64),
-                },
-            )
-            named = dict(zip((each.name for each in session.get_outputs()), outputs, strict=True))
-            feeds = {name: named[f"new_{name}"] for name in caches}
-            logits = named["logits"].astype(np.float64)
-            logits -= logits.max(axis=1, keepdims=True)
-            log_total = np.log(np.exp(logits).sum(axis=1))
-            for row, each in enumerate(part):
-                if position < len(each):
-                    total += log_total[row] - logits[row, each[position]]
-    return float(total)
+        total += _block_loss(session, caches, first, blocks[start : start + rows])
+    return total
+
+
+def _block_loss(
+    session: ort.InferenceSession, caches: Mapping[str, int], first: int, blocks: Sequence[Sequence[int]]
+) -> float:
+    """Negative log-likelihood of the ``blocks``, side by side and token by token, each after the token ``first``."""
+    n, size = len(blocks), max(map(len, blocks))
+    tokens = np.full((n, size + 1), first, dtype=np.int64)
+    for row, block in enumerate(blocks):
+        tokens[row, 1 : 1 + len(block)] = block
+    real = np.arange(size) < np.array([[len(block)] for block in blocks])
+    binding = session.io_binding()
+    for name, width in caches.items():
+        buffer = ort.OrtValue.ortvalue_from_numpy(np.zeros((n, size, width), dtype=np.float32))
+        binding.bind_ortvalue_input(name, buffer)
+        binding.bind_ortvalue_output(f"new_{name}", buffer)
+    binding.bind_output("logits")
+    binding.bind_cpu_input("lengths", np.ones(n, dtype=np.int64))
+    total = 0.0
+    for position in range(size):
+        binding.bind_cpu_input("input_ids", np.ascontiguousarray(tokens[:, position : position + 1]))
+        binding.bind_cpu_input("positions", np.full(n, position, dtype=np.int64))
+        session.run_with_iobinding(binding)
+        logits = binding.get_outputs()[-1].numpy().astype(np.float64)
+        logits -= logits.max(axis=1, keepdims=True)
+        losses = np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(n), tokens[:, position + 1]]
+        total += float(losses[real[:, position]].sum())
+    return total

@@ -1,5 +1,6 @@
 """Which waiting sequences are computed together: pure functions of their lengths."""
 
+import math
 from collections.abc import Sequence
 
 _MULTIPLE = 4
@@ -26,23 +27,17 @@ def form_batch(lengths: Sequence[int], most: int, max_tokens: int) -> list[int]:
     low = order.index(0)
     high = low + 1
     longest = total = lengths[0]
-    while high - low < most:
-        shorter = lengths[order[low - 1]] if low > 0 else None
-        longer = lengths[order[high]] if high < len(order) else None
-        if shorter is None and longer is None:
+    while high - low < min(most, len(order)):
+        count = high - low
+        # What the next neighbours would add in padding: a shorter one its own, a longer one everybody's.
+        shorter = longest - lengths[order[low - 1]] if low > 0 else math.inf
+        longer = (lengths[order[high]] - longest) * count if high < len(order) else math.inf
+        joining = lengths[order[high if longer <= shorter else low - 1]]
+        longest, total = max(longest, joining), total + joining
+        too_many = padded_width(longest) * (count + 1) > max_tokens
+        if too_many or longest * (count + 1) - total > _MOST_PADDING * total:
             break
-        # What each neighbour would add in padding: the shorter its own, the longer everybody's.
-        take_longer = shorter is None or (
-            longer is not None and (longer - longest) * (high - low) <= longest - shorter
-        )
-        joining = longer if take_longer else shorter
-        assert joining is not None
-        total += joining
-        longest = max(longest, joining)
-        padded = padded_width(longest) * (high - low + 1)
-        if padded > max_tokens or longest * (high - low + 1) - total > _MOST_PADDING * total:
-            break
-        if take_longer:
+        if longer <= shorter:
             high += 1
         else:
             low -= 1

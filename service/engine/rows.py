@@ -40,9 +40,10 @@ class Rows(Generic[OwnerT]):
         """How many more rows can be occupied."""
         return self.capacity - self.used
 
-    def owners(self) -> Iterator[OwnerT]:
+    @property
+    def owners(self) -> list[OwnerT]:
         """Each owner once, by its lowest row."""
-        return iter(dict.fromkeys(self._owners))
+        return list(dict.fromkeys(self._owners))
 
     def join(self, owners: Sequence[OwnerT], rows_each: Sequence[int]) -> None:
         """Give each of ``owners`` its rows behind those in use: first one to each, in order, then the others."""

@@ -23,13 +23,15 @@ def choose(logits: NDArray[np.float32], sampling: Sampling, random: np.random.Ge
     """
     if sampling.temperature == 0:
         return int(logits.argmax())
-    scaled = logits.astype(np.float64) / sampling.temperature
-    # Likeliest first; a stable sort, so that ties fall the same way in every batch.
-    order = np.argsort(-scaled, kind="stable")[: sampling.top_k or None]
-    weights = np.exp(scaled[order] - scaled[order[0]])
-    cumulated = np.cumsum(weights)
-    # The nucleus ends with the token that reaches top_p.
-    kept = int(np.searchsorted(cumulated, sampling.top_p * cumulated[-1])) + 1
-    end = cumulated[min(kept, len(cumulated)) - 1]
-    place = int(np.searchsorted(cumulated, random.random() * end, side="right"))
-    return int(order[min(place, kept - 1, len(order) - 1)])
+    scaled = (logits.astype(np.float64) - logits.max()) / sampling.temperature
+    tokens = np.arange(len(scaled))
+    if 0 < sampling.top_k < len(scaled):
+        tokens = np.argpartition(-scaled, sampling.top_k - 1)[: sampling.top_k]
+    if sampling.top_p < 1:
+        tokens = tokens[np.argsort(-scaled[tokens], kind="stable")]
+    cumulated = np.cumsum(np.exp(scaled[tokens]))
+    if sampling.top_p < 1:
+        # The token that reaches top_p is the last one in.
+        cumulated = cumulated[: np.searchsorted(cumulated, sampling.top_p * cumulated[-1]) + 1]
+    place = np.searchsorted(cumulated, random.random() * cumulated[-1], side="right")
+    return int(tokens[min(place, len(cumulated) - 1)])

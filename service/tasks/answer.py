@@ -11,9 +11,19 @@ from pydantic import BaseModel, Field, model_validator
 
 from models.manifest import ArtefactError, Manifest
 from service.engine.types import EncodeItem, Output
-from service.errors import InvalidValue, TooManyTokens
+from service.errors import InvalidValue
 from service.models import Model
-from service.tasks.base import Encoded, Task, TaskRequest, Texts, frame, scored, unreadable
+from service.tasks.base import (
+    MAX_DOCUMENT_TOKENS,
+    Encoded,
+    Task,
+    TaskRequest,
+    Texts,
+    frame,
+    refuse_longer,
+    scored,
+    unreadable,
+)
 
 STRIDE = 128
 """Context tokens that neighbouring windows share."""
@@ -24,7 +34,7 @@ class AnswerRequest(TaskRequest):
     """Questions, each with the context to look for its answer in."""
 
     question: Texts = Field(description="A question, or a list of them; `truncate` cuts it.")
-    context: Texts = Field(description="The context of the question, of any length, or one for each question.")
+    context: Texts = Field(description="The question's context, however long, or one for each question.")
 
     @model_validator(mode="after")
     def _paired(self) -> Self:
@@ -93,6 +103,8 @@ class Answer(Task[AnswerRequest, tuple[Reading, ...]]):
             encoding = model.tokenizer.encode(context, add_special_tokens=False)
             if not encoding.ids:
                 raise unreadable("context")
+            refuse_longer(len(encoding.ids), MAX_DOCUMENT_TOKENS, param="context", truncate=request.truncate)
+            encoding.truncate(MAX_DOCUMENT_TOKENS)
             room = model.manifest.max_input_tokens - len(head) - 1
             windows = tuple(split_windows(len(encoding.ids), room))
             for window in windows:
@@ -151,8 +163,7 @@ def _question_ids(model: Model, question: str, truncate: bool) -> tuple[int, ...
     if not ids:
         raise unreadable("question")
     allowed = model.manifest.max_input_tokens // 2 - 2
-    if len(ids) > allowed and not truncate:
-        raise TooManyTokens("question", len(ids), allowed)
+    refuse_longer(len(ids), allowed, param="question", truncate=truncate)
     return tuple(ids[:allowed])
 
 

@@ -38,6 +38,9 @@ def read_texts(value: Any) -> list[str]:
     return texts
 
 
+MAX_DOCUMENT_TOKENS = 65_536
+"""Longest text that is read in windows; what one request can ask for must have an end."""
+
 _TEXT = {"type": "string", "minLength": 1}
 Texts = Annotated[
     list[str],
@@ -121,11 +124,15 @@ def encode_text(
         raise unreadable(param)
     special = model.tokenizer.num_special_tokens_to_add(is_pair=False)
     allowed = model.manifest.max_input_tokens - special
-    if len(encoding.ids) > allowed:
-        if not truncate:
-            raise TooManyTokens(param, len(encoding.ids), allowed)
-        encoding.truncate(allowed, direction="right" if keep == "start" else "left")
+    refuse_longer(len(encoding.ids), allowed, param=param, truncate=truncate)
+    encoding.truncate(allowed, direction="right" if keep == "start" else "left")
     return tuple(model.tokenizer.post_process(encoding).ids)
+
+
+def refuse_longer(tokens: int, allowed: int, *, param: str, truncate: bool) -> None:
+    """Raise ``TooManyTokens`` for a text that must not be cut and doesn't fit."""
+    if tokens > allowed and not truncate:
+        raise TooManyTokens(param, tokens, allowed)
 
 
 def unreadable(param: str) -> InvalidValue:

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from models.manifest import Manifest
 from service.chat import ChatTemplate, TemplateRefusal
 from service.engine.types import Output, WriteItem
-from service.errors import InvalidValue, TooManyTokens
+from service.errors import InvalidValue
 from service.models import Model
 from service.tasks.base import (
     Encoded,
@@ -20,6 +20,7 @@ from service.tasks.base import (
     WrittenText,
     check_writer,
     encode_text,
+    refuse_longer,
     sampling,
     unreadable,
     written,
@@ -157,6 +158,5 @@ def _chat_prompt(chat: ChatTemplate, model: Model, text: str, truncate: bool) ->
     if not turn:
         raise unreadable("input")
     allowed = max(0, model.manifest.max_input_tokens - frame)
-    if turn > allowed and not truncate:
-        raise TooManyTokens("input", turn, allowed)
+    refuse_longer(turn, allowed, param="input", truncate=truncate)
     return tuple(token for message, ids in pieces for token in (ids if message is None else ids[:allowed]))

@@ -15,6 +15,7 @@ from service.errors import InvalidValue
 from service.models import Model
 from service.prose import restore
 from service.tasks.base import (
+    MAX_DOCUMENT_TOKENS,
     Encoded,
     Task,
     TextRequest,
@@ -22,6 +23,7 @@ from service.tasks.base import (
     check_writer,
     encode_text,
     frame,
+    refuse_longer,
     sampling,
     scored,
     unreadable,
@@ -35,7 +37,7 @@ class SummarizeRequest(TextRequest):
     """Documents to summarise."""
 
     mode: Literal["abstractive", "extractive"] = Field(
-        "abstractive", description="Write a summary, or pick sentences of a document of any length."
+        "abstractive", description="Write a summary, or pick sentences of a document, however long."
     )
     max_tokens: int | None = Field(None, ge=1, description="Most tokens to write (abstractive).")
     sentences: int | None = Field(
@@ -107,7 +109,9 @@ class Summarize(Task[SummarizeRequest, Plan]):
         if not model.manifest.config.extract_head:
             raise InvalidValue("mode", f"the model {model.name} does not pick sentences")
         sentences = request.sentences or DEFAULT_SENTENCES
-        plan = tuple(Extract(tuple(split_document(model, text)), sentences) for text in request.input)
+        plan = tuple(
+            Extract(tuple(split_document(model, text, request.truncate)), sentences) for text in request.input
+        )
         return Encoded(
             tuple(ExtractItem(request_id, window.input_ids) for part in plan for window in part.windows), plan
         )
@@ -128,34 +132,43 @@ class Summarize(Task[SummarizeRequest, Plan]):
         return results
 
 
-def split_document(model: Model, document: str) -> Iterator[Window]:
+def split_document(model: Model, document: str, truncate: bool = False) -> Iterator[Window]:
     """Cut a document at sentence borders into sequences that the model can read.
 
     A sentence is scored at its first token, so one too long for any window may lose its end. Raises
-    ``InvalidValue`` for a document without a single token.
+    ``TooManyTokens`` unless ``truncate``, and ``InvalidValue`` for a document without a single token.
     """
-    cls, sep = frame(model.manifest)
-    room = model.manifest.max_input_tokens - 2
-    ids: list[int] = []
-    sentences: list[str] = []
-    starts: list[int] = []
-
-    def window() -> Window:
-        return Window((cls, *ids, sep), tuple(sentences), tuple(starts))
-
+    room = model.manifest.max_input_tokens - len(frame(model.manifest))
+    sentences: list[tuple[str, list[int]]] = []
+    total = 0
     for start, end in split_sentences(document):
-        tokens = model.tokenizer.encode(document[start:end], add_special_tokens=False).ids[:room]
-        if not tokens:
-            continue
-        if len(ids) + len(tokens) > room:
-            yield window()
-            ids, sentences, starts = [], [], []
-        starts.append(1 + len(ids))
-        sentences.append(document[start:end])
-        ids += tokens
-    if not ids:
+        ids = model.tokenizer.encode(document[start:end], add_special_tokens=False).ids
+        total += len(ids)
+        if ids:
+            sentences.append((document[start:end], ids[:room]))
+        if truncate and total >= MAX_DOCUMENT_TOKENS:
+            break
+    if not sentences:
         raise unreadable("input")
-    yield window()
+    refuse_longer(total, MAX_DOCUMENT_TOKENS, param="input", truncate=truncate)
+    together: list[tuple[str, list[int]]] = []
+    taken = 0
+    for sentence, ids in sentences:
+        if taken + len(ids) > room:
+            yield _window(model, together)
+            together, taken = [], 0
+        together.append((sentence, ids))
+        taken += len(ids)
+    yield _window(model, together)
+
+
+def _window(model: Model, sentences: Sequence[tuple[str, list[int]]]) -> Window:
+    cls, sep = frame(model.manifest)
+    input_ids, starts = [cls], []
+    for _, ids in sentences:
+        starts.append(len(input_ids))
+        input_ids += ids
+    return Window((*input_ids, sep), tuple(sentence for sentence, _ in sentences), tuple(starts))
 
 
 def pick_sentences(part: Extract, logits: Sequence[NDArray[np.float32]]) -> str:

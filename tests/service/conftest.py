@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from fastapi import FastAPI
 from starlette.testclient import TestClient
 
 from service.app import create_app
@@ -23,14 +24,20 @@ def models(models_folder: Path) -> dict[str, Model]:
     return {folder.name.removeprefix("tiny-"): load_model(folder) for folder in models_folder.iterdir()}
 
 
-@pytest.fixture
-def settings(models_folder: Path, tmp_path: Path) -> Settings:
-    return Settings(models=(models_folder,), ledger=tmp_path / "ledger.sqlite")
+@pytest.fixture(scope="session")
+def settings(models_folder: Path) -> Settings:
+    return Settings(models=(models_folder,))
+
+
+@pytest.fixture(scope="session")
+def app(settings: Settings) -> FastAPI:
+    return create_app(settings, build)
 
 
 @pytest.fixture
-def client(settings: Settings) -> Iterator[TestClient]:
-    with TestClient(create_app(settings, build)) as client:
+def client(app: FastAPI) -> Iterator[TestClient]:
+    """A client to a service that has just started."""
+    with TestClient(app) as client:
         yield client
 
 

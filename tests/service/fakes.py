@@ -194,7 +194,9 @@ class FakeEngine:
                 return EncodeOutput(np.array(item.input_ids, np.float32) + self.logit, TIMING)
             case EncodeItem(input_ids=ids, token_types=types) if types:
                 # The answer is the word "paris" in the context; there is none where it is missing.
-                hits = np.array([token == words["paris"] and kind == 1 for token, kind in zip(ids, types, strict=True)])
+                hits = np.array(
+                    [token == words["paris"] and kind == 1 for token, kind in zip(ids, types, strict=True)]
+                )
                 logits = np.where(hits, 5, -5).astype(np.float32)
                 logits[0] = 0
                 return EncodeOutput(np.stack([logits, logits], axis=1) + self.logit, TIMING)

@@ -1,0 +1,55 @@
+import unicodedata
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from training.errors import TrainingError
+from training.tokenizer import BOS, CHAT_TOKENS, EOS, PAD, learn_byte_bpe, prune_word_pieces, token_id
+from training.trunk import trunk_tokenizer
+
+TEXTS = ["Ein kleiner Junge spielt.", "A small boy plays.", "A boy and a boy."] * 3
+
+
+CHAT = learn_byte_bpe(TEXTS, 300, end_every_text=False, chat=True)
+CHAT.encode_special_tokens = True  # a mark in a text is text
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"]), max_size=40))
+def test_byte_bpe_writes_every_text(text):
+    assert CHAT.decode(CHAT.encode(text).ids) == unicodedata.normalize("NFC", text)
+
+
+def test_byte_bpe_ends_a_source_and_knows_its_marks():
+    tokenizer = learn_byte_bpe(TEXTS, 300, end_every_text=True, chat=False)
+    assert [token_id(tokenizer, mark) for mark in (PAD, BOS, EOS)] == [0, 1, 2]
+    ids = tokenizer.encode("A boy.").ids
+    assert ids[-1] == 2
+    assert tokenizer.decode(ids).strip() == "A boy."
+    with pytest.raises(TrainingError, match=r"has no <\|user\|>"):
+        token_id(tokenizer, CHAT_TOKENS[0])
+
+
+def test_pruning_keeps_the_frequent_and_splits_the_rest(trunk_package):
+    _, folder = trunk_package
+    trunk = trunk_tokenizer(folder)
+    assert len(trunk.encode("a " * 30).ids) == 32, "the trunk's own truncation is off"
+    # Room for the marks, the characters and two words.
+    characters = sum(len(piece.removeprefix("##")) == 1 for piece in trunk.get_vocab())
+    tokenizer, kept = prune_word_pieces(trunk, ["river river happy"], 4 + characters + 2, mask_handles=False)
+    assert tokenizer.get_vocab_size() == len(kept) == 4 + characters + 2
+    assert tokenizer.encode("river happy").tokens == ["[CLS]", "river", "happy", "[SEP]"]
+    assert tokenizer.encode("sad").tokens == ["[CLS]", "s", "##a", "##d", "[SEP]"]
+    assert tokenizer.encode("river", "happy").type_ids == [0, 0, 0, 1, 1]
+    vocabulary = trunk.get_vocab()
+    for piece, index in tokenizer.get_vocab().items():
+        assert kept[index] == vocabulary[piece]
+    assert kept.dtype == np.int64
+
+
+def test_handles_and_addresses_are_masked(trunk_package):
+    _, folder = trunk_package
+    tokenizer, _ = prune_word_pieces(trunk_tokenizer(folder), ["happy"], 250, mask_handles=True)
+    masked = tokenizer.encode("@someone it\\u2019s http://t.co/xyz").tokens
+    assert masked == tokenizer.encode("@user it's http").tokens
