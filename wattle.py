@@ -1,16 +1,22 @@
-"""The command line: ``wattle serve`` and ``wattle models``. Imports the part it needs when it needs it."""
+"""The command line. Imports the part that a command needs when it runs: serving needs no training, nor torch."""
 
 import argparse
+import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 1 where it failed, 2 where it was asked wrongly."""
-    options = vars(_parser().parse_args(arguments))
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    options = vars(_parser(arguments).parse_args(arguments))
     command = COMMANDS[options.pop("command")]
     try:
-        return command({name: value for name, value in options.items() if value is not None})
+        return command.run({name: value for name, value in options.items() if value is not None})
     except KeyboardInterrupt:
         return 130
 
@@ -59,28 +65,109 @@ def models(flags: dict[str, str]) -> int:
     return 1 if found.refused else 0
 
 
-# One line per command: what argparse calls it, and what runs.
-COMMANDS = {"serve": serve, "models": models}
+def train(flags: dict[str, str]) -> int:
+    """Carry out a recipe and export its model; what was interrupted goes on where it stopped."""
+    from training.commands import run_training
+
+    return _stage(run_training, flags)
 
 
-def _parser() -> argparse.ArgumentParser:
-    from service.settings import ENV_PREFIX, Settings
+def export(flags: dict[str, str]) -> int:
+    """Export the model of a finished run once more."""
+    from training.commands import run_export
 
+    return _stage(run_export, flags)
+
+
+def evaluate(flags: dict[str, str]) -> int:
+    """Score exported models through the service, on the data sets that their recipes name."""
+    from starlette.testclient import TestClient
+
+    from service.app import create_app
+    from service.settings import read_settings
+    from training.commands import run_evaluation
+    from training.errors import TrainingError
+
+    def served(folder: str, settings: Any) -> None:
+        # The scores are the users': the whole application answers, only the socket is left out. Waiting has no
+        # limit here, and the bills of an evaluation are no user's, so its ledger is forgotten.
+        with TemporaryDirectory() as scratch:
+            ledger = str(Path(scratch) / "ledger.sqlite")
+            app = create_app(read_settings(models=folder, ledger=ledger, request_timeout_s="3600"))
+            with TestClient(app) as client:
+
+                def ask(task: str, body: dict[str, Any]) -> dict[str, Any]:
+                    answer = client.post(f"/v1/{task}", json=body)
+                    document: dict[str, Any] = answer.json()
+                    if answer.status_code != 200:
+                        raise TrainingError(f"the service answered {answer.status_code}: {document['error']}")
+                    return document
+
+                run_evaluation(Path(folder), ask, settings)
+
+    return _stage(served, flags)
+
+
+def _stage(run: Callable[[str, Any], object], flags: dict[str, str]) -> int:
+    """Run a stage of training; an error that the user can mend is one line on stderr."""
+    from training.errors import TrainingError
+    from training.settings import read_settings
+
+    name = flags.pop("name")
+    try:
+        run(name, read_settings(**flags))  # its Settings, whose type only that part knows
+    except TrainingError as error:
+        return _fail(str(error), 1)
+    return 0
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command: what runs, and which settings of which part are its flags."""
+
+    run: Callable[[dict[str, str]], int]
+    part: str
+    settings: tuple[str, ...] = ()
+    """Empty is every setting of the part."""
+    argument: str = ""
+    """What its positional argument means; empty where it takes none."""
+
+
+SIZES = ("max_parameters", "max_mb")
+RECIPE = "Name of a shipped recipe, or path of a TOML file."
+COMMANDS = {
+    "serve": Command(serve, "service"),
+    "models": Command(models, "service", ("models",)),
+    "train": Command(train, "training", ("data", "runs", "out", "threads", *SIZES), RECIPE),
+    "export": Command(export, "training", ("data", "runs", "out", *SIZES), RECIPE),
+    "evaluate": Command(evaluate, "training", ("data", "recipe", "limit", "write"), "Folder of an exported model."),
+}
+
+
+def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("wattle", description="Five NLP tasks over HTTP, each answer with its joules.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    wanted = {"serve": tuple(Settings.model_fields), "models": ("models",)}
-    for name, run in COMMANDS.items():
-        summary = (run.__doc__ or "").partition("\n")[0]
-        command = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
-        for setting in wanted[name]:
-            field = Settings.model_fields[setting]
-            command.add_argument(
-                f"--{setting.replace('_', '-')}",
-                dest=setting,
-                metavar=setting.upper(),
-                help=f"{field.description} [{ENV_PREFIX}{setting.upper()}]".replace("%", "%%"),
-            )
+    for name, command in COMMANDS.items():
+        summary = (command.run.__doc__ or "").partition("\n")[0]
+        flags = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
+        # Only the command that is asked for learns its flags: the other part may not be installed.
+        if name in arguments[:1]:
+            _add_flags(flags, command)
     return parser
+
+
+def _add_flags(parser: argparse.ArgumentParser, command: Command) -> None:
+    if command.argument:
+        parser.add_argument("name", metavar="NAME", help=command.argument)
+    module = importlib.import_module(f"{command.part}.settings")
+    fields = module.Settings.model_fields
+    for setting in command.settings or tuple(fields):
+        # A switch needs no value; every other setting is read from its text by the part's own settings.
+        kind: dict[str, Any] = {"metavar": setting.upper()}
+        if fields[setting].annotation is bool:
+            kind = {"action": "store_const", "const": "true"}
+        help = f"{fields[setting].description} [{module.ENV_PREFIX}{setting.upper()}]".replace("%", "%%")
+        parser.add_argument(f"--{setting.replace('_', '-')}", dest=setting, help=help, **kind)
 
 
 def _fail(message: str, status: int) -> int:

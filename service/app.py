@@ -21,9 +21,10 @@ from service import __version__
 from service.core import Service
 from service.door import Door
 from service.edge import Edge
+from service.engine.engine import Engine, engine_settings
 from service.errors import TABLE, WattleError, render
 from service.metrics import Metrics
-from service.models import load_models
+from service.models import Models, load_models
 from service.routes.energy import energy_routes
 from service.routes.operations import operations_routes
 from service.routes.tasks import task_routes
@@ -70,9 +71,7 @@ def create_app(settings: Settings, build: Build | None = None) -> FastAPI:
 @contextmanager
 def build_service(settings: Settings) -> Iterator[Service]:
     """Everything that answers requests, ready to; what runs when it is left gets time to finish."""
-    from service.engine.engine import Engine, engine_settings
-
-    models = load_models(settings.models, check_manifest)
+    models = open_models(settings)
     metrics = Metrics()
     account = open_account(settings)
 
@@ -96,6 +95,14 @@ def build_service(settings: Settings) -> Iterator[Service]:
         engine.drain(settings.drain_timeout_s)
         engine.close()
         account.shutdown()
+
+
+def open_models(settings: Settings) -> Models:
+    """The models that ``settings`` name; logs those that are refused."""
+    models = load_models(settings.models, check_manifest)
+    for refusal in models.refused:
+        _log.error("refused the model %s: %s", refusal.folder_name, refusal.reason)
+    return models
 
 
 def open_account(settings: Settings) -> Account:

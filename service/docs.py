@@ -1,6 +1,7 @@
 """The page at `/docs`: the OpenAPI document as HTML that needs nothing from anywhere else. Knows no routes."""
 
 import json
+import re
 import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+from markupsafe import Markup, escape
 
 Schema = Mapping[str, Any]
 _HTML = Path(__file__).with_name("docs.html")
@@ -42,8 +44,14 @@ class Operation:
 def docs_page(openapi: Schema, base_url: str) -> str:
     """The whole page. Everything from the document is escaped."""
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["code"] = _code
     template = environment.from_string(_HTML.read_text(encoding="utf-8"))
     return template.render(info=openapi["info"], operations=list(_operations(openapi, base_url)))
+
+
+def _code(text: str) -> Markup:
+    """Escaped text in which what stands in backticks is code."""
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
 
 
 def _operations(openapi: Schema, base_url: str) -> Iterator[Operation]:
@@ -58,7 +66,7 @@ def _operations(openapi: Schema, base_url: str) -> Iterator[Operation]:
                 path=path,
                 summary=operation["summary"],
                 curl=_curl(base_url + path, body.get("example")),
-                parameters=_fields(openapi, body.get("schema", {})),
+                parameters=sorted(_fields(openapi, body.get("schema", {})), key=lambda field: not field.required),
                 answer=_fields(openapi, answer.get("schema", {})),
                 errors=[
                     (status, response["description"])
@@ -100,7 +108,7 @@ def _type(openapi: Schema, schema: Schema) -> str:
     if schema.get("type") == "array":
         return f"list of {_type(openapi, schema.get('items', {}))}"
     low, high = schema.get("minimum", schema.get("exclusiveMinimum")), schema.get("maximum")
-    bounds = f" from {low}" * (low is not None) + f" to {high}" * (high is not None)
+    bounds = ("" if low is None else f" from {low:g}") + ("" if high is None else f" to {high:g}")
     return f"{schema.get('format', schema.get('type', 'any'))}{bounds}"
 
 

@@ -164,7 +164,7 @@ def render(error: Exception) -> JsonResponse:
 def documented(*kinds: type[Exception]) -> dict[int | str, dict[str, Any]]:
     """The OpenAPI responses of an operation that may raise ``kinds``."""
     codes: dict[int, list[str]] = {}
-    for kind in (*kinds, Exception):
+    for kind in dict.fromkeys((*kinds, Exception)):
         codes.setdefault(TABLE[kind].status, []).append(TABLE[kind].code)
     return {
         status: {"model": ErrorBody, "description": " or ".join(f"`{code}`" for code in names)}

@@ -6,7 +6,7 @@ Names follow text-embeddings-inference; joules end in ``_joules_total``, as Kepl
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -27,6 +27,8 @@ class Metrics:
     """The metrics of one service. Methods may be called from any thread."""
 
     def __init__(self) -> None:
+        # Another gauge per counter, which nobody asks for.
+        disable_created_metrics()
         self._registry = CollectorRegistry()
         by_model = ("task", "model")
         self._requests = Counter(
@@ -60,7 +62,9 @@ class Metrics:
         self._registry.register(_Live(waiting, running, totals))
 
     def step(self, step: Step) -> None:
-        """Count a step of the engine."""
+        """Count a step of the engine; one without work is a warm-up."""
+        if not step.work:
+            return
         tokens = step.padding_tokens + sum(work.tokens for work in step.work)
         self._batch_size.labels(step.model).observe(len(step.work))
         self._batch_tokens.labels(step.model).observe(tokens)

@@ -1,6 +1,5 @@
 """The models that the service offers: finds their folders, verifies and names them. Knows nothing of weights."""
 
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +12,6 @@ from service.chat import ChatTemplate
 from service.errors import ModelNotFound
 
 TOKENIZER_NAME = "tokenizer.json"
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +77,6 @@ def load_models(roots: Sequence[Path], check: Callable[[Manifest], None]) -> Mod
             if model.name in served:
                 raise ArtefactError(f"{MANIFEST_NAME}: the name {model.name} is taken by an earlier folder")
         except (ArtefactError, OSError) as error:
-            logger.error("refused the model in %s: %s", folder, error)
             refused.append(Refusal(folder.name, str(error).replace(f"{folder}/", "")))
         else:
             served[model.name] = model

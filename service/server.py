@@ -30,9 +30,9 @@ class _Server(uvicorn.Server):
 
 def serve(settings: Settings) -> int:
     """Serve until SIGTERM or SIGINT, finish what runs, and return the exit status. Raises ``CannotListen``."""
-    logging.config.dictConfig(_logging(settings.log_level.upper()))
-    app = create_app(settings)
     with _listen(settings.host, settings.port) as listener:
+        logging.config.dictConfig(_logging(settings.log_level.upper()))
+        app = create_app(settings)
         config = uvicorn.Config(
             app,
             log_config=None,

@@ -13,6 +13,8 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from energy.carbon import Carbon
 
 ENV_PREFIX = "WATTLE_"
+_TRAINING_PREFIX = "WATTLE_TRAIN_"
+"""Settings of the training commands, which may stand in the same environment."""
 STARTERS = Path(__file__).resolve().parent.parent / "models" / "starters"
 
 
@@ -46,10 +48,12 @@ class Settings(BaseSettings):
         120.0, gt=0, description="Seconds that a request may take, waiting included, before the answer is 504."
     )
     drain_timeout_s: float = Field(30.0, ge=0, description="Seconds that running requests get to finish at shutdown.")
-    groups: int = Field(
-        0, ge=0, description="Groups of pinned CPU cores, each an executor of its own; 0 makes all that fit."
+    threads: int = Field(1, ge=1, description="Threads of each executor, pinned to as many cores.")
+    executors: int = Field(
+        default_factory=lambda settings: max(1, len(os.sched_getaffinity(0)) // settings["threads"]),
+        ge=1,
+        description="Groups of cores that compute side by side; by default as many as the cores allow.",
     )
-    threads: int = Field(1, ge=1, description="Threads, and so cores, of each group.")
     meter: Literal["auto", "nvml", "powercap", "estimate", "none"] = Field(
         "auto", description="Where joules are read from; auto takes the best that this machine lets us read."
     )
@@ -98,7 +102,8 @@ def read_settings(**flags: str) -> Settings:
     one would be ignored in silence.
     """
     known = {ENV_PREFIX + name.upper() for name in Settings.model_fields}
-    unknown = sorted(name for name in os.environ if name.upper().startswith(ENV_PREFIX) and name.upper() not in known)
+    ours = [name.upper() for name in os.environ if name.upper().startswith(ENV_PREFIX)]
+    unknown = sorted(name for name in ours if name not in known and not name.startswith(_TRAINING_PREFIX))
     if unknown:
         raise ValueError(f"unknown environment variable {', '.join(unknown)}; known are {', '.join(sorted(known))}")
     try:

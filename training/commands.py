@@ -10,11 +10,11 @@ from training.errors import TrainingError
 from training.evaluate import Ask, Evaluation, evaluate
 from training.export import export
 from training.recipe import BudgetRecipe, Recipe, load_recipe
-from training.settings import TrainingSettings
+from training.settings import Settings
 from training.train import load_trained, train
 
 
-def _recipe(name: str, settings: TrainingSettings) -> Recipe:
+def _recipe(name: str, settings: Settings) -> Recipe:
     """The recipe, with the budget of the command line over its own."""
     recipe = load_recipe(name)
     if settings.max_parameters is None and settings.max_mb is None:
@@ -26,7 +26,7 @@ def _recipe(name: str, settings: TrainingSettings) -> Recipe:
         raise TrainingError(f"{recipe.name}: {error}") from error
 
 
-def run_training(name: str, settings: TrainingSettings) -> None:
+def run_training(name: str, settings: Settings) -> None:
     """Train and export; a run that was interrupted goes on, one that has ended is only exported."""
     if settings.threads:
         torch.set_num_threads(settings.threads)
@@ -35,7 +35,7 @@ def run_training(name: str, settings: TrainingSettings) -> None:
     run_export(name, settings)
 
 
-def run_export(name: str, settings: TrainingSettings) -> None:
+def run_export(name: str, settings: Settings) -> None:
     """Export a finished run."""
     recipe = _recipe(name, settings)
     manifest = export(recipe, load_trained(recipe, settings.runs), settings.data, settings.out)
@@ -46,13 +46,13 @@ def run_export(name: str, settings: TrainingSettings) -> None:
     )
 
 
-def run_evaluation(folder: Path, ask: Ask, settings: TrainingSettings) -> list[Score]:
+def run_evaluation(folder: Path, ask: Ask, settings: Settings) -> list[Score]:
     """Score the model in ``folder``, served by ``ask``, on the sets that the recipe of its name lists."""
     try:
         manifest = load_manifest(folder)
     except ArtefactError as error:
         raise TrainingError(f"{folder}: {error}") from error
-    recipe = load_recipe(manifest.name)
+    recipe = load_recipe(settings.recipe or manifest.name)
     scores: list[Score] = []
     for each in recipe.evaluate:
         found = evaluate(ask, manifest, folder, recipe, each, settings.data, settings.limit)

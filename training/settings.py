@@ -13,7 +13,7 @@ from training.errors import TrainingError
 ENV_PREFIX = "WATTLE_TRAIN_"
 
 
-class TrainingSettings(BaseSettings):
+class Settings(BaseSettings):
     """Settings of ``wattle train``, ``wattle export`` and ``wattle evaluate``; each uses those that concern it."""
 
     model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, extra="forbid", frozen=True, env_ignore_empty=True)
@@ -23,17 +23,18 @@ class TrainingSettings(BaseSettings):
     out: Path = Field(
         Path(__file__).parent.parent / "models" / "starters", description="Folder that exported models are put into."
     )
-    max_parameters: int | None = Field(None, description="Size the model to this many parameters.")
-    max_mb: float | None = Field(None, description="Size the model to this many megabytes of exported weights.")
+    max_parameters: int | None = Field(None, gt=0, description="Size the model to this many parameters.")
+    max_mb: float | None = Field(None, gt=0, description="Size the model to this many megabytes of exported weights.")
     threads: int = Field(0, ge=0, description="Threads of the training; 0 takes every core.")
+    recipe: str | None = Field(None, description="Recipe that lists the sets; the shipped one of the model's name.")
     limit: int | None = Field(None, ge=1, description="Score only the first rows of each set.")
     write: bool = Field(False, description="Write the scores into the model's manifest and card.")
 
 
-def read_settings(**flags: str) -> TrainingSettings:
+def read_settings(**flags: str) -> Settings:
     """Settings from the environment, overruled by ``flags``. Raises ``TrainingError`` naming the setting."""
     try:
-        return TrainingSettings(**flags)  # type: ignore[arg-type]  # pydantic reads each flag from its text
+        return Settings(**flags)  # type: ignore[arg-type]  # pydantic reads each flag from its text
     except ValidationError as error:
         complaints = [f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()]
         raise TrainingError("; ".join(complaints)) from None

@@ -4,8 +4,10 @@ import math
 from collections.abc import Sequence
 
 _MULTIPLE = 4
-# A step on a CPU costs its padded tokens and little besides, so padding is worth little more than this part of them.
-_MOST_PADDING = 0.15
+# A step on a CPU costs its tokens, padded or not, and as much as a few more for being a step. So joining is worth
+# about that many padding tokens for each sequence that needs no step of its own, and a little for its wider products.
+_STEP_IN_TOKENS = 4
+_PADDING_SHARE = 0.15
 
 
 def padded_width(length: int) -> int:
@@ -20,8 +22,8 @@ def padded_width(length: int) -> int:
 def form_batch(lengths: Sequence[int], most: int, max_tokens: int) -> list[int]:
     """Choose up to ``most`` of the waiting sequences: the first, which has waited longest, and others of its length.
 
-    Neighbours in order of length join, the nearest first, as long as the batch has no more than ``max_tokens``, padding
-    included, and little padding; a sequence over ``max_tokens`` goes alone. Returns their places, in rising order.
+    Neighbours in order of length join, the nearest first, as long as the batch has little padding and, padding
+    included, no more than ``max_tokens``; a sequence over that goes alone. Returns their places, in rising order.
     """
     order = sorted(range(len(lengths)), key=lambda place: (lengths[place], place))
     low = order.index(0)
@@ -34,8 +36,10 @@ def form_batch(lengths: Sequence[int], most: int, max_tokens: int) -> list[int]:
         longer = (lengths[order[high]] - longest) * count if high < len(order) else math.inf
         joining = lengths[order[high if longer <= shorter else low - 1]]
         longest, total = max(longest, joining), total + joining
-        too_many = padded_width(longest) * (count + 1) > max_tokens
-        if too_many or longest * (count + 1) - total > _MOST_PADDING * total:
+        padding = longest * (count + 1) - total
+        if padding > _PADDING_SHARE * total + _STEP_IN_TOKENS * count:
+            break
+        if padded_width(longest) * (count + 1) > max_tokens:
             break
         if longer <= shorter:
             high += 1

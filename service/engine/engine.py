@@ -1,27 +1,19 @@
-"""Items in, tickets out: queues what is submitted, and runs one step at a time on each device.
-
-An executor is a thread pinned to a group of cores, its device. Each has a worker for every model; waiting items are
-common to all executors.
-"""
+"""Items in, tickets out: queues what is submitted, and keeps one step at a time running on each device."""
 
 import logging
-import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
-import onnxruntime as ort
-
 from energy.types import Step
-from models.manifest import ArtefactError, Manifest
+from models.manifest import Manifest
 from service.engine.backlog import Backlog
 from service.engine.batching import fair_share
-from service.engine.graphs import DecoderGraph, EncoderGraph, open_graph
+from service.engine.executor import Executor
+from service.engine.loading import LoadedModel, open_executors
+from service.engine.settings import EngineSettings
 from service.engine.texts import Written
 from service.engine.types import (
     EncodeItem,
@@ -29,45 +21,18 @@ from service.engine.types import (
     EngineClosed,
     ExtractItem,
     Item,
-    Output,
     Ticket,
     Timing,
     WriteItem,
     WriteOutput,
 )
-from service.engine.workers import EncodeWorker, Job, Result, Turn, Worker, WriteWorker
+from service.engine.workers import Job, Result
 
 # How many waiting items are looked at for a batch of similar lengths.
 _WINDOW = 512
+_NS_PER_S = 1e9
 
 _log = logging.getLogger(__name__)
-
-
-class LoadedModel(Protocol):
-    """A verified model folder."""
-
-    @property
-    def manifest(self) -> Manifest:
-        """What the folder says of itself."""
-
-    @property
-    def folder(self) -> Path:
-        """Where the graphs lie."""
-
-
-@dataclass(frozen=True, slots=True)
-class EngineSettings:
-    """How much the engine may use, and take on."""
-
-    executors: int = 1
-    threads: int = 1
-    """Of each executor."""
-    max_rows: int = 32
-    """Texts, or beams of texts, that an executor writes at once with one model."""
-    max_batch_tokens: int = 2048
-    """Of one forward pass over new sequences, counted with padding."""
-    max_waiting_items: int = 512
-    max_waiting_tokens: int = 262_144
 
 
 class ServiceSettings(Protocol):
@@ -75,7 +40,7 @@ class ServiceSettings(Protocol):
 
     @property
     def executors(self) -> int:
-        """Executors that run side by side."""
+        """How many run side by side."""
 
     @property
     def threads(self) -> int:
@@ -101,7 +66,7 @@ def engine_settings(settings: ServiceSettings) -> EngineSettings:
 
 
 class Engine:
-    """Runs the models that it is given; every method but ``close`` may be called from any thread."""
+    """Runs the models that it is given; its methods may be called from any thread."""
 
     def __init__(
         self, models: Mapping[str, LoadedModel], recorder: Callable[[Step], None], settings: EngineSettings
@@ -111,26 +76,23 @@ class Engine:
         ``recorder`` is called on the executor's thread after each step, before the items that ended in it are
         answered. Raises ``ArtefactError`` for a model that the engine does not run.
         """
-        self._recorder = recorder
+        self._recorder, self._settings = recorder, settings
         self._manifests = {name: model.manifest for name, model in models.items()}
+        self._executors = open_executors(models, settings)
         self._changed = threading.Condition()
-        """Guards what follows; notified when there is work, and when there is none left."""
+        """Guards what follows; notified when work comes, when none is left, and at the end."""
         self._waiting: dict[str, list[Job]] = {name: [] for name in models}
         self._backlog = Backlog(settings.max_waiting_items, settings.max_waiting_tokens)
         self._accepts = self._lives = True
-        self._executors = [
-            _Executor(f"cpu:{group}", workers, cores, settings.threads)
-            for group, (workers, cores) in enumerate(_groups(models, settings))
-        ]
-        ready: list[Future[None]] = [Future() for _ in self._executors]
+        warm: list[Future[None]] = [Future() for _ in self._executors]
         self._threads = [
-            threading.Thread(target=self._run, args=pair, name=pair[0].device, daemon=True)
-            for pair in zip(self._executors, ready, strict=True)
+            threading.Thread(target=self._live, args=(executor, future), name=executor.device, daemon=True)
+            for executor, future in zip(self._executors, warm, strict=True)
         ]
         for thread in self._threads:
             thread.start()
         try:
-            for future in ready:
+            for future in warm:
                 future.result()
         except BaseException:
             self.close()
@@ -144,13 +106,13 @@ class Engine:
         """
         manifest = self._manifests[model]
         for item in items:
-            _check(item, manifest, self._max_rows)
+            _check(item, manifest, self._settings.max_rows)
         now_ns = time.monotonic_ns()
         jobs = [Job(item, now_ns) for item in items]
         with self._changed:
             if not self._accepts:
                 raise EngineClosed("the engine is draining and takes no more work")
-            self._drop_cancelled(self._waiting[model])
+            self._drop_cancelled(model)
             self._backlog.enter(len(jobs), sum(job.tokens for job in jobs))
             self._waiting[model] += jobs
             self._changed.notify_all()
@@ -173,33 +135,128 @@ class Engine:
             self._changed.wait_for(self._is_idle, timeout_s)
 
     def close(self) -> None:
-        """Stop after the steps that are running; what is unfinished fails with ``EngineClosed``. Call it once."""
+        """Stop after the steps that are running; what is unfinished fails with ``EngineClosed``."""
         with self._changed:
             self._accepts = self._lives = False
             self._changed.notify_all()
         for thread in self._threads:
             thread.join()
-        unfinished = [job for waiting in self._waiting.values() for job in waiting]
-        unfinished += [
-            job for executor in self._executors for worker in executor.workers.values() for job in worker.jobs
-        ]
+        unfinished = [job for jobs in self._waiting.values() for job in jobs]
+        for executor in self._executors:
+            unfinished += [job for worker in executor.workers.values() for job in worker.jobs]
         for job in unfinished:
-            _answer(job, EngineClosed("the engine was closed before the item was done"))
-
-    @property
-    def _max_rows(self) -> int:
-        return self._settings.max_rows
+            _answer(job, EngineClosed("the engine was closed before this was done"))
 
     def _is_idle(self) -> bool:
         return not self._backlog.items and not any(any(each.running.values()) for each in self._executors)
 
-    def _run(self, executor: "_Executor", ready: "Future[None]") -> None:
+    def _live(self, executor: Executor, warm: "Future[None]") -> None:
         """The life of an executor's thread."""
         try:
             executor.pin()
-            for model, worker in executor.workers.items():
-                with executor.timed(model, (), 0) as step:
-                    worker.warm_up()
+            for step in executor.warm_up():
+                self._record(step)
         except BaseException as error:
-            ready.set_exception(error)
+            warm.set_exception(error)
             return
+        warm.set_result(None)
+        while (model := self._next_model(executor)) is not None:
+            self._step(executor, model)
+
+    def _next_model(self, executor: Executor) -> str | None:
+        """Wait until a model has work for ``executor``, and hand it its jobs; None at the end."""
+        with self._changed:
+            while self._lives:
+                for model in executor.order:
+                    if self._hand_over(executor, model) or executor.workers[model].busy:
+                        executor.served(model)
+                        return model
+                self._changed.wait()
+        return None
+
+    def _hand_over(self, executor: Executor, model: str) -> bool:
+        """Let the worker of ``model`` take waiting jobs, if it can begin any."""
+        self._drop_cancelled(model)
+        waiting = self._waiting[model]
+        running = sum(each.running[model] for each in self._executors)
+        share = fair_share(len(waiting), executor.running[model], running, len(self._executors))
+        if not waiting or not share:
+            return False
+        taken = set(executor.workers[model].take(waiting[:_WINDOW], share))
+        self._waiting[model] = [job for job in waiting if job not in taken]
+        self._backlog.leave(len(taken), sum(job.tokens for job in taken))
+        executor.running[model] += len(taken)
+        return bool(taken)
+
+    def _step(self, executor: Executor, model: str) -> None:
+        """Run one step, record it, and answer what ended."""
+        worker = executor.workers[model]
+        turn = worker.turn()
+        new_tokens, elapsed_s = 0, 0.0
+        if turn is not None:
+            step, ended = executor.run(model, turn)
+            self._record(step)
+            for job, result in ended:
+                _answer(job, result)
+            new_tokens = sum(job.tokens for job in turn.jobs if job.started_ns == step.started_ns)
+            elapsed_s = (step.ended_ns - step.started_ns) / _NS_PER_S
+        with self._changed:
+            executor.running[model] = len(worker.jobs)
+            self._backlog.stepped(new_tokens, elapsed_s / len(self._executors))
+            if self._is_idle():
+                self._changed.notify_all()
+
+    def _record(self, step: Step) -> None:
+        try:
+            self._recorder(step)
+        except Exception:
+            # The device must go on serving; whoever reads the account sees the gap.
+            _log.exception("a step of %s was not recorded", step.model)
+
+    def _drop_cancelled(self, model: str) -> None:
+        """Forget waiting jobs that nobody waits for."""
+        gone = [job for job in self._waiting[model] if job.cancelled]
+        if gone:
+            self._waiting[model] = [job for job in self._waiting[model] if not job.cancelled]
+            self._backlog.leave(len(gone), sum(job.tokens for job in gone))
+
+
+def _check(item: Item, manifest: Manifest, max_rows: int) -> None:
+    """Raise ``ValueError`` for what the model's graphs cannot compute."""
+    config = manifest.config
+    length, limit = len(item.input_ids), config.max_positions
+    match item:
+        case EncodeItem():
+            fits = config.architecture == "encoder"
+            if item.token_types and len(item.token_types) != length:
+                raise ValueError(f"{len(item.token_types)} token types for {length} tokens")
+        case ExtractItem():
+            fits = config.extract_head
+        case WriteItem():
+            fits = config.head == "lm"
+            if config.architecture != "encoder-decoder":
+                limit -= 1  # room for the first token written
+            if item.sampling.max_tokens < 1:
+                raise ValueError(f"a text of {item.sampling.max_tokens} tokens cannot be written")
+            if not 1 <= item.sampling.beams <= min(max_rows, config.vocab_size // 2):
+                raise ValueError(f"{item.sampling.beams} beams; at most {max_rows} are possible")
+    if not fits:
+        raise ValueError(f"{manifest.name} does not take an item of the kind {type(item).__name__}")
+    if not 1 <= length <= limit:
+        raise ValueError(f"{length} tokens; {manifest.name} reads 1 to {limit}")
+
+
+def _answer(job: Job, result: Result) -> None:
+    future = job.ticket.future
+    # From here on it cannot be cancelled any more; False where it already is.
+    if not future.set_running_or_notify_cancel():
+        return
+    started_ns = job.submitted_ns if job.started_ns is None else job.started_ns
+    timing = Timing(started_ns - job.submitted_ns, job.compute_ns)
+    match result:
+        case Exception():
+            future.set_exception(result)
+        case Written():
+            future.set_result(WriteOutput(result.ids, result.finish_reason, timing))
+        case _:
+            future.set_result(EncodeOutput(result, timing))

@@ -23,13 +23,13 @@ class Written:
 class Text(Protocol):
     """A text in progress."""
 
-    width: int
-    """How many rows it occupies."""
-    next_ids: Sequence[int]
-    """What each row reads next."""
+    @property
+    def next_ids(self) -> Sequence[int]:
+        """What each of its rows reads next."""
 
     def advance(self, logits: NDArray[np.float32]) -> Written | list[int]:
-        """Take the rows' logits ``(width, words)``: the whole text if it ends here, else which row each continues."""
+        """Take the logits of its rows ``(rows, words)``: the whole text if it ends here, else the row that each of its
+        rows continues, counted from 0."""
 
 
 def begin(
@@ -43,8 +43,6 @@ def begin(
 
 class PlainText:
     """Greedy or sampled: one row, one token at a time."""
-
-    width = 1
 
     def __init__(
         self,
@@ -60,7 +58,7 @@ class PlainText:
 
     @property
     def next_ids(self) -> Sequence[int]:
-        """What each row reads next."""
+        """See ``Text``."""
         return self._ids[-1:]
 
     def advance(self, logits: NDArray[np.float32]) -> Written | list[int]:
@@ -81,13 +79,12 @@ class BeamText:
     """Beam search: a row for each beam."""
 
     def __init__(self, sampling: Sampling, max_tokens: int, eos: int | None) -> None:
-        self.width = sampling.beams
         self._no_repeat_ngram = sampling.no_repeat_ngram
         self._search = BeamSearch(sampling.beams, sampling.length_penalty, eos, max_tokens)
 
     @property
     def next_ids(self) -> Sequence[int]:
-        """What each row reads next."""
+        """See ``Text``."""
         return [text[-1] for text in self._search.texts]
 
     def advance(self, logits: NDArray[np.float32]) -> Written | list[int]:

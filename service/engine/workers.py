@@ -2,18 +2,18 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from energy.types import Phase, Work
-from models.manifest import Manifest
+from models.manifest import ArtefactError, Manifest
 from service.engine.batching import form_batch, padded_width
 from service.engine.graphs import DecoderGraph, EncoderGraph
 from service.engine.rows import Rows, continue_rows
 from service.engine.texts import Text, Written, begin
-from service.engine.types import EncodeItem, ExtractItem, Item, Ticket, WriteItem
+from service.engine.types import EncodeItem, Item, Ticket, WriteItem
 
 Result = NDArray[np.float32] | Written | Exception
 """Logits, a text, or what went wrong with this item alone."""
@@ -63,8 +63,8 @@ class Worker(Protocol):
     """An executor's hands for one model."""
 
     @property
-    def running(self) -> int:
-        """Jobs that it has taken and not finished."""
+    def jobs(self) -> Sequence[Job]:
+        """What it has taken and not finished."""
 
     @property
     def busy(self) -> bool:
@@ -88,9 +88,9 @@ class EncodeWorker:
         self._jobs: list[Job] = []
 
     @property
-    def running(self) -> int:
+    def jobs(self) -> Sequence[Job]:
         """See ``Worker``."""
-        return len(self._jobs)
+        return self._jobs
 
     @property
     def busy(self) -> bool:
@@ -129,6 +129,13 @@ class EncodeWorker:
         self._jobs = []
 
 
+class _Source(NamedTuple):
+    """What reads sources, and the id that a text over one starts from."""
+
+    graph: EncoderGraph
+    bos: int
+
+
 class _Place:
     """A job that occupies rows, and what it does there: write a text, or (None) have its tokens scored."""
 
@@ -153,16 +160,25 @@ class WriteWorker:
         max_rows: int,
         max_batch_tokens: int,
     ) -> None:
-        """``source`` reads the sources of an encoder-decoder; other models read prompts."""
-        self._manifest, self._decoder, self._source = manifest, decoder, source
+        """``source`` reads the sources of an encoder-decoder; other models read prompts.
+
+        Raises ``ArtefactError`` where nothing says how a text over a source begins.
+        """
+        self._manifest, self._decoder = manifest, decoder
+        self._source: _Source | None = None
+        if source is not None:
+            bos = manifest.special_ids.bos
+            if bos is None:
+                raise ArtefactError("manifest.json: an encoder-decoder needs the special id bos")
+            self._source = _Source(source, bos)
         self._max_batch_tokens = max_batch_tokens
         self._rows: Rows[_Place] = Rows(max_rows)
         self._new: list[Job] = []
 
     @property
-    def running(self) -> int:
+    def jobs(self) -> Sequence[Job]:
         """See ``Worker``."""
-        return len(self._new) + len(self._rows.owners)
+        return [*self._new, *(place.job for place in self._rows.owners)]
 
     @property
     def busy(self) -> bool:
@@ -201,7 +217,7 @@ class WriteWorker:
         if self._source is None:
             self._decoder.prefill(0, [[0]])
         else:
-            self._decoder.know_source(0, 1, {name: rows[0] for name, rows in self._source.run([[0]]).items()})
+            self._decoder.know_source(0, 1, {name: rows[0] for name, rows in self._source.graph.run([[0]]).items()})
         self._decoder.step([0])
 
     def _reading(self, jobs: tuple[Job, ...]) -> Turn:
@@ -227,11 +243,10 @@ class WriteWorker:
         )
         return Turn(jobs, work, 0, lambda: self._write(places), lambda: self._drop(jobs))
 
-    def _read_sources(self, jobs: Sequence[Job], source: EncoderGraph) -> list[tuple[Job, Result]]:
-        crosses = source.run([job.item.input_ids for job in jobs])
-        bos = self._manifest.special_ids.bos or 0
+    def _read_sources(self, jobs: Sequence[Job], source: _Source) -> list[tuple[Job, Result]]:
+        crosses = source.graph.run([job.item.input_ids for job in jobs])
         for number, place in enumerate(self._join(jobs)):
-            place.next_ids = [bos] * len(place.rows)
+            place.next_ids = [source.bos] * len(place.rows)
             for row in place.rows:
                 self._decoder.know_source(
                     row, place.job.tokens, {name: rows[number] for name, rows in crosses.items()}

@@ -18,32 +18,29 @@ from energy.settlement import Reason
 from energy.types import Bill, CarbonAssumptions, Phase, Quality, RequestRecord, SettledRecord
 from models.config import TransformerConfig
 from models.manifest import GenerationDefaults, Manifest, Quantisation, SpecialIds, write_manifest
-from service.app import check_manifest
+from service.app import open_models
 from service.core import Service
 from service.door import Door
 from service.engine.types import (
     EncodeItem,
     EncodeOutput,
-    EngineClosed,
     ExtractItem,
     Item,
     Output,
-    Overloaded,
     Ticket,
     Timing,
     WriteItem,
     WriteOutput,
 )
 from service.metrics import Metrics
-from service.models import load_models
 from service.settings import Settings
 
 PAD, UNK, CLS, SEP, EOS = range(5)
 SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[EOS]")
-WORDS = (
-    "good bad fine paris is the capital of france where it rains what when question the city lies on river and "
-    "big small dog runs along beach #person1# alice bob said hello cafe"
-).split()
+_WORDS = """
+    good bad fine paris is the capital of france where it rains what when question city lies on river and big small
+    dog runs along beach #person1# alice bob said hello cafe
+"""
 TIMING = Timing(queue_ns=2_000_000, compute_ns=5_000_000)
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message.role }}|>\n{{ message.content }}<|end|>\n{% endfor %}"
@@ -56,7 +53,7 @@ LABELS = ("negative", "neutral", "positive")
 def word_tokenizer(single: str) -> Tokenizer:
     """Uncased WordPiece over a few words and every ASCII letter, digit and mark; ``single`` frames a text."""
     letters = [chr(code) for code in range(33, 127) if not chr(code).isupper()]
-    pieces = dict.fromkeys([*SPECIALS, *letters, *(f"##{letter}" for letter in letters), *WORDS])
+    pieces = dict.fromkeys([*SPECIALS, *letters, *(f"##{letter}" for letter in letters), *_WORDS.split()])
     vocabulary = {piece: number for number, piece in enumerate(pieces)}
     tokenizer = Tokenizer(tokenizer_models.WordPiece(vocabulary, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
@@ -256,7 +253,7 @@ class FakeAccount:
 @contextmanager
 def build(settings: Settings) -> Iterator[Service]:
     """The service as ``create_app`` builds it, with the fake engine and account."""
-    models = load_models(settings.models, check_manifest)
+    models = open_models(settings)
     engine = FakeEngine({name: model.tokenizer.get_vocab() for name, model in models.served.items()})
     account = FakeAccount()
     metrics = Metrics()

@@ -1,6 +1,7 @@
 """Windows cover a context, spans come back letter by letter, and the model may abstain."""
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -37,7 +38,7 @@ def test_windows_cover_everything_and_overlap_by_the_stride(tokens: int, room: i
     assert windows[0].first == 0
     assert windows[-1].first + windows[-1].tokens == tokens
     assert all(0 < window.tokens <= room for window in windows)
-    for left, right in zip(windows, windows[1:], strict=False):
+    for left, right in pairwise(windows):
         assert left.first + left.tokens - right.first == overlap
         assert right.first + right.tokens > left.first + left.tokens
 

@@ -1,5 +1,6 @@
 """Summaries are written as a person would, or picked sentence by sentence."""
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -82,7 +83,7 @@ def test_windows_break_between_sentences_and_lose_none(models: dict[str, Model],
         assert len(window.input_ids) <= room
         assert (window.input_ids[0], window.input_ids[-1]) == (CLS, SEP)
         assert [window.input_ids[start] for start in window.starts] == [first] * len(window.sentences)
-    for left, right in zip(windows, windows[1:], strict=False):
+    for left, right in pairwise(windows):
         # Windows are as full as sentences allow.
         assert len(left.input_ids) + (right.starts[1:] or (len(right.input_ids) - 1,))[0] - 1 > room
 

@@ -1,0 +1,73 @@
+"""A device and the worker that it has for each model: runs steps, one at a time, and times them."""
+
+import logging
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+
+from energy.types import Step, Work
+from service.engine.workers import Job, Result, Turn, Worker
+
+_log = logging.getLogger(__name__)
+
+
+class Executor:
+    """Everything but ``running`` is used by one thread, the device's own."""
+
+    def __init__(self, device: str, workers: Mapping[str, Worker], cores: Sequence[int], threads: int) -> None:
+        self.device, self.workers = device, workers
+        self.running = dict.fromkeys(workers, 0)
+        """Jobs that each model's worker has; guarded by the engine's lock."""
+        self._cores, self._threads = cores, threads
+        self.order = list(workers)
+        """The models, the one that has waited longest for a step first."""
+
+    def pin(self) -> None:
+        """Bind the calling thread to the device's cores, where the system can."""
+        if hasattr(os, "sched_setaffinity"):
+            os.sched_setaffinity(0, self._cores)
+
+    def served(self, model: str) -> None:
+        """Put ``model``, which gets the next step, last in the order."""
+        self.order.remove(model)
+        self.order.append(model)
+
+    def warm_up(self) -> Iterator[Step]:
+        """Run every model once."""
+        for model, worker in self.workers.items():
+            timer = _Timer(self._threads)
+            worker.warm_up()
+            yield timer.step(self.device, model, (), 0)
+
+    def run(self, model: str, turn: Turn) -> tuple[Step, list[tuple[Job, Result]]]:
+        """Run one step; where it raises, all of its jobs end with the error."""
+        timer = _Timer(self._threads)
+        try:
+            ended = turn.run()
+        except Exception as error:
+            _log.exception("a step of %s failed", model)
+            turn.abandon()
+            ended = [(job, error) for job in turn.jobs]
+        step = timer.step(self.device, model, turn.work, turn.padding_tokens)
+        for job in turn.jobs:
+            if job.started_ns is None:
+                job.started_ns = step.started_ns
+            job.compute_ns += step.ended_ns - step.started_ns
+        return step, ended
+
+
+class _Timer:
+    """Times a step from its making on."""
+
+    def __init__(self, threads: int) -> None:
+        self._threads = threads
+        # A graph of one thread runs on the caller's. Of more, the process's time is the nearest there is: it holds
+        # what other parts of the service did meanwhile.
+        self._cpu_clock = time.thread_time_ns if threads == 1 else time.process_time_ns
+        self._cpu_ns = self._cpu_clock()
+        self._started_ns = time.monotonic_ns()
+
+    def step(self, device: str, model: str, work: tuple[Work, ...], padding_tokens: int) -> Step:
+        ended_ns = time.monotonic_ns()
+        cpu_ns = min(self._cpu_clock() - self._cpu_ns, self._threads * (ended_ns - self._started_ns))
+        return Step(device, model, self._started_ns, ended_ns, cpu_ns, work, padding_tokens)

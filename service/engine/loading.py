@@ -1,0 +1,90 @@
+"""Opens model folders: which graphs an architecture has, and which worker runs them."""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
+
+import onnxruntime as ort
+
+from models.manifest import ArtefactError, Manifest
+from service.engine.executor import Executor
+from service.engine.graphs import DecoderGraph, EncoderGraph, open_graph
+from service.engine.settings import EngineSettings
+from service.engine.workers import EncodeWorker, Worker, WriteWorker
+
+
+class LoadedModel(Protocol):
+    """A verified model folder."""
+
+    @property
+    def manifest(self) -> Manifest:
+        """What the folder says of itself."""
+
+    @property
+    def folder(self) -> Path:
+        """Where the graphs lie."""
+
+
+def open_executors(models: Mapping[str, LoadedModel], settings: EngineSettings) -> list[Executor]:
+    """Load the graphs of ``models``, and give each executor cores of its own where there are enough.
+
+    Graphs of one thread are loaded once and shared. Raises ``ArtefactError`` for a model that the engine does not run.
+    """
+    executors = []
+    sessions: dict[Path, ort.InferenceSession] = {}
+    for number, cores in enumerate(core_groups(_cores(), settings.executors, settings.threads)):
+        if settings.threads > 1:
+            sessions = {}
+        # Threads stay on the cores of the thread that makes them: those of a session on its executor's.
+        with _on(cores):
+            workers = {name: _open(model, sessions, settings) for name, model in models.items()}
+        executors.append(Executor(f"cpu:{number}", workers, cores, settings.threads))
+    return executors
+
+
+def core_groups(cores: list[int], groups: int, threads: int) -> list[list[int]]:
+    """Which cores each of ``groups`` gets: ``threads`` of its own, or all where there are too few."""
+    if groups * threads > len(cores):
+        return [cores] * groups
+    return [cores[group * threads : (group + 1) * threads] for group in range(groups)]
+
+
+def _open(model: LoadedModel, sessions: dict[Path, ort.InferenceSession], settings: EngineSettings) -> Worker:
+    manifest, config = model.manifest, model.manifest.config
+    if manifest.layout != "wattle":
+        raise ArtefactError(f"manifest.json: graphs of the layout {manifest.layout} are not run")
+
+    def session(name: str) -> ort.InferenceSession:
+        path = model.folder / name
+        if path not in sessions:
+            sessions[path] = open_graph(path, settings.threads)
+        return sessions[path]
+
+    pad_id = manifest.special_ids.pad
+    if config.architecture == "encoder":
+        return EncodeWorker(EncoderGraph(session("model.onnx"), pad_id), settings.max_batch_tokens)
+    source = EncoderGraph(session("encoder.onnx"), pad_id) if config.has_encoder else None
+    decoder = DecoderGraph(session("decoder.onnx"), config, pad_id, settings.max_rows)
+    return WriteWorker(manifest, decoder, source, settings.max_rows, settings.max_batch_tokens)
+
+
+def _cores() -> list[int]:
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+@contextmanager
+def _on(cores: list[int]) -> Iterator[None]:
+    """Bind the calling thread to ``cores`` for a while, where the system can."""
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
