@@ -16,7 +16,7 @@ from energy.carbon import Carbon
 from energy.ledger import Ledger
 from energy.meters.choose import MeterSettings, choose_meter
 from energy.types import Step
-from models.manifest import Manifest
+from models.manifest import ArtefactError, Manifest
 from service import __version__
 from service.core import Service
 from service.door import Door
@@ -120,7 +120,9 @@ def open_account(settings: Settings) -> Account:
 
 
 def check_manifest(manifest: Manifest) -> None:
-    """Raise ``ArtefactError`` where a model lacks what one of its tasks needs."""
+    """Raise ``ArtefactError`` where a model lacks what the engine or one of its tasks needs."""
+    if manifest.layout != "wattle":
+        raise ArtefactError(f"manifest.json: graphs of the layout {manifest.layout} are not served")
     for task in TASKS:
         if task.name in manifest.tasks:
             task.check(manifest)

@@ -28,7 +28,7 @@ class Metrics:
 
     def __init__(self) -> None:
         # Another gauge per counter, which nobody asks for.
-        disable_created_metrics()
+        disable_created_metrics()  # type: ignore[no-untyped-call]
         self._registry = CollectorRegistry()
         by_model = ("task", "model")
         self._requests = Counter(

@@ -230,6 +230,8 @@ def _check(item: Item, manifest: Manifest, max_rows: int) -> None:
             fits = config.architecture == "encoder"
             if item.token_types and len(item.token_types) != length:
                 raise ValueError(f"{len(item.token_types)} token types for {length} tokens")
+            if not all(0 <= kind < config.n_token_types for kind in item.token_types):
+                raise ValueError(f"a token type is not one of the {config.n_token_types} that {manifest.name} knows")
         case ExtractItem():
             fits = config.extract_head
         case WriteItem():
@@ -244,6 +246,9 @@ def _check(item: Item, manifest: Manifest, max_rows: int) -> None:
         raise ValueError(f"{manifest.name} does not take an item of the kind {type(item).__name__}")
     if not 1 <= length <= limit:
         raise ValueError(f"{length} tokens; {manifest.name} reads 1 to {limit}")
+    # A graph that fails at an id fails for everybody in the step.
+    if min(item.input_ids) < 0 or max(item.input_ids) >= config.vocab_size:
+        raise ValueError(f"a token id is not one of the {config.vocab_size} that {manifest.name} knows")
 
 
 def _answer(job: Job, result: Result) -> None:

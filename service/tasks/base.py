@@ -145,7 +145,10 @@ def check_writer(manifest: Manifest) -> None:
     config = manifest.config
     if config.head != "lm" or manifest.max_output_tokens < generation(manifest).max_tokens:
         raise ArtefactError("manifest.json: writing needs an lm head and max_output_tokens above the default")
-    if config.architecture != "encoder-decoder" and manifest.max_input_tokens + 1 >= config.max_positions:
+    if config.architecture == "encoder-decoder":
+        if manifest.special_ids.bos is None:
+            raise ArtefactError("manifest.json: an encoder-decoder needs the special id bos")
+    elif manifest.max_input_tokens + 1 >= config.max_positions:
         raise ArtefactError("manifest.json: max_input_tokens leaves no position to write in")
 
 
@@ -170,7 +173,7 @@ def sampling(model: Model, prompt_tokens: int, **chosen: Any) -> Sampling:
     Raises ``InvalidValue`` for more tokens than the model writes.
     """
     manifest = model.manifest
-    defaults = Sampling(**manifest.generation.model_dump()) if manifest.generation else Sampling(max_tokens=1)
+    defaults = Sampling(**generation(manifest).model_dump())
     wanted = replace(defaults, **{name: value for name, value in chosen.items() if value is not None})
     if wanted.max_tokens > manifest.max_output_tokens:
         raise InvalidValue("max_tokens", f"the model writes at most {manifest.max_output_tokens} tokens")

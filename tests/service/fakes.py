@@ -116,7 +116,7 @@ def manifest(name: str, task: str, **fields: Any) -> Manifest:
         "tasks": (task,),
         "languages": ("en",),
         "max_input_tokens": 128,
-        "special_ids": SpecialIds(pad=PAD, unk=UNK, cls=CLS, sep=SEP, eos=EOS),
+        "special_ids": SpecialIds(pad=PAD, unk=UNK, cls=CLS, sep=SEP, bos=EOS, eos=EOS),
         "quantisation": Quantisation(scheme="none"),
         **by_task[task],
         **fields,

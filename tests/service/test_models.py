@@ -121,6 +121,8 @@ SPAN = {"architecture": "encoder", "head": "span", "n_encoder_layers": 1}
         ("answer", {"config": {"architecture": "encoder", "head": "classify", "n_encoder_layers": 1, "n_labels": 3}}),
         ("translate", {"languages": ("en",)}),
         ("translate", {"generation": None}),
+        ("translate", {"layout": "optimum"}),
+        ("translate", {"special_ids": SpecialIds(pad=0, eos=4)}),
         ("translate", {"generation": GenerationDefaults(max_tokens=65)}),
         ("generate", {"config": SPAN}),
         ("generate", {"max_input_tokens": 255}),

@@ -1,0 +1,515 @@
+"""The engine on tiny real models, against PyTorch written plainly and against itself in other company."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from energy.types import Phase, Step
+from models.graph import KEY_BLOCK
+from models.manifest import ArtefactError, Manifest
+from service.engine import graphs
+from service.engine.engine import Engine
+from service.engine.loading import core_groups
+from service.engine.settings import EngineSettings
+from service.engine.types import (
+    EncodeItem,
+    EncodeOutput,
+    EngineClosed,
+    ExtractItem,
+    Item,
+    Output,
+    Overloaded,
+    Sampling,
+    Ticket,
+    WriteItem,
+    WriteOutput,
+)
+from tests.service.engine.reference import beam_search, greedy
+from tests.tiny import BOS, EOS, WRITERS, Kind, tiny_transformer, write_tiny
+
+WAIT_S = 30.0
+
+
+@dataclass(frozen=True)
+class Loaded:
+    manifest: Manifest
+    folder: Path
+
+
+class Steps:
+    """A recorder that keeps every step, and can hold the executor inside one."""
+
+    def __init__(self) -> None:
+        self.all: list[Step] = []
+        self.go = threading.Event()
+        self.go.set()
+        self.held = threading.Event()
+
+    def __call__(self, step: Step) -> None:
+        self.all.append(step)
+        if step.work and not self.go.is_set():
+            self.held.set()
+            self.go.wait(WAIT_S)
+
+    @property
+    def worked(self) -> list[Step]:
+        """All but the warm-up."""
+        return [step for step in self.all if step.work]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Loaded]:
+    root = tmp_path_factory.mktemp("models")
+    kinds: tuple[Kind, ...] = ("classify", "span", "bert-span", *WRITERS)
+    loaded = {kind: Loaded(write_tiny(root / kind, kind), root / kind) for kind in kinds}
+    quantised = write_tiny(root / "blocks", "encoder-decoder", name="blocks", scheme="blockwise")
+    return {**loaded, "blocks": Loaded(quantised, root / "blocks")}
+
+
+@contextmanager
+def engine(
+    models: Mapping[str, Loaded], names: Sequence[str], recorder: Callable[[Step], None] | None = None, **limits: int
+) -> Iterator[Engine]:
+    running = Engine({name: models[name] for name in names}, recorder or Steps(), EngineSettings(**limits))
+    try:
+        yield running
+    finally:
+        running.close()
+
+
+def ids(seed: int, length: int) -> tuple[int, ...]:
+    return tuple(np.random.default_rng(seed).integers(6, 90, length).tolist())
+
+
+def write(number: int, length: int, **how: Any) -> WriteItem:
+    return WriteItem(f"request-{number}", ids(number, length), Sampling(**{"max_tokens": 12, **how}))
+
+
+def results(tickets: Sequence[Ticket]) -> list[Output]:
+    return [ticket.future.result(WAIT_S) for ticket in tickets]
+
+
+def texts(tickets: Sequence[Ticket]) -> list[tuple[tuple[int, ...], str]]:
+    outputs = results(tickets)
+    assert all(isinstance(output, WriteOutput) for output in outputs)
+    return [(output.output_ids, output.finish_reason) for output in outputs if isinstance(output, WriteOutput)]
+
+
+SEEDS = range(10)
+LENGTHS = [9, 1, 20, 5, 13, 3, 30, 2, 8, 11]
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+@pytest.mark.parametrize("how", [{}, {"no_repeat_ngram": 2}, {"beams": 3}, {"beams": 4, "length_penalty": 0.4}])
+def test_texts_equal_a_plain_pytorch_loop(models: dict[str, Loaded], kind: Kind, how: dict[str, Any]) -> None:
+    items = [write(seed, length, **how) for seed, length in zip(SEEDS, LENGTHS, strict=True)]
+    with engine(models, [kind], max_rows=10) as running:
+        written = texts(running.submit(kind, items))
+    model = tiny_transformer(models[kind].manifest.config)
+    reference = beam_search if "beams" in how else greedy
+    for item, text in zip(items, written, strict=True):
+        expected, reason = reference(model, list(item.input_ids), item.sampling, BOS, EOS)
+        assert text == (tuple(expected), reason)
+
+
+def test_the_tiny_models_write_texts_of_different_lengths(models: dict[str, Loaded]) -> None:
+    """Or the tests of joining and leaving would prove little."""
+    for kind in WRITERS:
+        with engine(models, [kind]) as running:
+            written = texts(running.submit(kind, [write(seed, 5, max_tokens=30) for seed in range(40)]))
+        assert len({ids for ids, _ in written}) > 20
+
+
+@pytest.mark.parametrize("kind", ["classify", "span", "bert-span"])
+def test_encoders_equal_pytorch(models: dict[str, Loaded], kind: Kind) -> None:
+    config = models[kind].manifest.config
+    model = tiny_transformer(config)
+    items = []
+    for seed, length in zip(SEEDS, LENGTHS, strict=True):
+        types = tuple((np.arange(length) > length // 2).astype(int).tolist()) if config.n_token_types else ()
+        items.append(EncodeItem(f"request-{seed}", ids(seed, length), types if seed % 2 else ()))
+    with engine(models, [kind]) as running:
+        outputs = results(running.submit(kind, items))
+    for item, output in zip(items, outputs, strict=True):
+        lengths = torch.tensor([len(item.input_ids)])
+        token_types = torch.tensor([item.token_types]) if item.token_types else None
+        with torch.no_grad():
+            hidden = model.encode(torch.tensor([item.input_ids]), lengths, token_types)
+            logits = model.label_logits(hidden, lengths) if kind == "classify" else model.span_logits(hidden)
+        assert isinstance(output, EncodeOutput)
+        np.testing.assert_allclose(output.logits, logits[0].numpy(), atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["prefix-lm", "bert-prefix-lm"])
+def test_documents_are_scored_between_texts_that_are_written(models: dict[str, Loaded], kind: Kind) -> None:
+    model = tiny_transformer(models[kind].manifest.config)
+    with engine(models, [kind], max_rows=6) as running:
+        alone = texts(running.submit(kind, [write(1, 7, beams=3)]))
+        mixed: list[Item] = [ExtractItem("a", ids(2, 15)), write(1, 7, beams=3), ExtractItem("b", ids(3, 6))]
+        tickets = running.submit(kind, mixed)
+        assert texts(tickets[1:2]) == alone
+        for item, output in zip((mixed[0], mixed[2]), results([tickets[0], tickets[2]]), strict=True):
+            lengths = torch.tensor([len(item.input_ids)])
+            with torch.no_grad():
+                expected = model.extract_logits(model.decode(torch.tensor([item.input_ids]), prefix_lengths=lengths))
+            assert isinstance(output, EncodeOutput)
+            np.testing.assert_allclose(output.logits, expected[0].numpy(), atol=1e-4)
+
+
+MIXED = [
+    write(0, 9),
+    write(1, 1, beams=3),
+    write(2, 20, temperature=1.0, seed=7),
+    write(3, 5, temperature=0.8, seed=8, top_k=5, top_p=0.9),
+    write(4, 13, no_repeat_ngram=1, max_tokens=3),
+    write(5, 30, beams=2, length_penalty=2.0),
+    write(6, 2, max_tokens=1),
+    write(7, 8, temperature=1.5, seed=7, max_tokens=20),
+]
+
+
+@pytest.mark.parametrize("name", [*WRITERS, "blocks"])
+def test_a_text_is_the_same_alone_and_in_any_company(models: dict[str, Loaded], name: str) -> None:
+    """Greedy, drawn and beams; the same seed gives the same text."""
+    with engine(models, [name], executors=2, max_rows=7) as running:
+        alone = [texts(running.submit(name, [item]))[0] for item in MIXED]
+        assert texts(running.submit(name, MIXED)) == alone
+        assert texts(running.submit(name, MIXED[::-1] * 2)) == (alone[::-1] * 2)
+
+
+def test_two_seeds_write_two_texts(models: dict[str, Loaded]) -> None:
+    items = [write(1, 9, temperature=1.5, seed=seed, max_tokens=20) for seed in range(5)]
+    with engine(models, ["decoder"]) as running:
+        assert len(set(texts(running.submit("decoder", items)))) == 5
+        fresh = [write(1, 9, temperature=1.5, max_tokens=20)] * 5
+        assert len(set(texts(running.submit("decoder", fresh)))) == 5
+
+
+@settings(max_examples=25)
+@given(data=st.data())
+def test_no_row_ever_sees_anothers_cache(models: dict[str, Loaded], solo: dict[str, Any], data: st.DataObject) -> None:
+    """Any schedule of joins, leaves and departures gives everybody the text that they get alone."""
+    name = data.draw(st.sampled_from([*WRITERS, "blocks"]))
+    running: Engine = solo["engine"]
+    alone: list[tuple[tuple[int, ...], str]] = solo[name]
+    waiting: list[tuple[int, Ticket]] = []
+    for _ in range(data.draw(st.integers(1, 6))):
+        chosen = data.draw(st.lists(st.integers(0, len(MIXED) - 1), min_size=1, max_size=5))
+        waiting += zip(chosen, running.submit(name, [MIXED[number] for number in chosen]), strict=True)
+        if data.draw(st.booleans()):
+            waiting[data.draw(st.integers(0, len(waiting) - 1))][1].future.cancel()
+        time.sleep(data.draw(st.sampled_from([0.0, 0.0005, 0.002])))
+    for number, ticket in waiting:
+        if not ticket.future.cancelled():
+            assert texts([ticket]) == [alone[number]]
+
+
+@pytest.fixture(scope="module")
+def solo(models: dict[str, Loaded]) -> Iterator[dict[str, Any]]:
+    """An engine with few rows, and what each of ``MIXED`` gets alone in it."""
+    with engine(models, [*WRITERS, "blocks"], max_rows=5) as running:
+        alone = {name: [texts(running.submit(name, [item]))[0] for item in MIXED] for name in (*WRITERS, "blocks")}
+        yield {"engine": running, **alone}
+
+
+def test_a_stop_callback_ends_a_text(models: dict[str, Loaded]) -> None:
+    with engine(models, ["decoder"]) as running:
+        [(whole, _)] = texts(running.submit("decoder", [write(0, 9)]))
+        seen: list[tuple[int, ...]] = []
+
+        def should_stop(written: Sequence[int]) -> bool:
+            seen.append(tuple(written))
+            return len(written) == 4
+
+        item = replace(write(0, 9), should_stop=should_stop)
+        assert texts(running.submit("decoder", [item])) == [(whole[:4], "stop")]
+        assert seen == [whole[:length] for length in range(1, 5)]
+
+
+def test_a_callback_that_raises_ends_its_own_text_only(models: dict[str, Loaded]) -> None:
+    def should_stop(written: Sequence[int]) -> bool:
+        raise RuntimeError("a stop text that cannot be decoded")
+
+    with engine(models, ["decoder"]) as running:
+        good, bad = running.submit("decoder", [write(0, 9), replace(write(1, 9), should_stop=should_stop)])
+        with pytest.raises(RuntimeError, match="cannot be decoded"):
+            bad.future.result(WAIT_S)
+        assert len(texts([good])[0][0]) > 0
+
+
+@pytest.mark.parametrize("kind", ["decoder", "prefix-lm"])
+def test_a_text_ends_where_the_positions_do(models: dict[str, Loaded], kind: Kind) -> None:
+    limit = models[kind].manifest.config.max_positions
+    with engine(models, [kind]) as running:
+        cramped = [write(seed, limit - 4, max_tokens=30, temperature=1.0, seed=seed) for seed in range(4)]
+        for written, reason in texts(running.submit(kind, cramped)):
+            assert len(written) <= 4 and (len(written) == 4) == (reason == "length")
+        with pytest.raises(ValueError, match="64 tokens"):
+            running.submit(kind, [write(0, limit)])
+
+
+def test_every_step_names_its_work(models: dict[str, Loaded]) -> None:
+    steps = Steps()
+    with engine(models, ["encoder-decoder", "decoder", "classify"], steps) as running:
+        results(running.submit("classify", [EncodeItem("c", ids(0, 5)), EncodeItem("d", ids(1, 7))]))
+        results(running.submit("decoder", [write(0, 9, max_tokens=4, no_repeat_ngram=1)]))
+        results(running.submit("encoder-decoder", [write(1, 6, max_tokens=3, beams=2)]))
+        assert (running.queue_depth(), running.running()) == (0, 0)
+    assert [step.model for step in steps.all[:3]] == ["encoder-decoder", "decoder", "classify"]  # warm-up
+    said = [
+        (step.model, [(work.request_id, work.phase, work.tokens, work.context_tokens) for work in step.work])
+        for step in steps.worked
+    ]
+    assert said[0] == ("classify", [("c", Phase.ENCODE, 5, 0), ("d", Phase.ENCODE, 7, 0)])
+    assert steps.worked[0].padding_tokens == 2 * 8 - 12
+    # The prompt's last position writes the first of four tokens.
+    assert said[1:5] == [
+        ("decoder", [("request-0", Phase.PREFILL, 9, 0)]),
+        *(("decoder", [("request-0", Phase.DECODE, 1, 9 + read)]) for read in range(3)),
+    ]
+    # Two beams read a token each, and look back on what they have written and on the source.
+    assert said[5:] == [
+        ("encoder-decoder", [("request-1", Phase.ENCODE, 6, 0)]),
+        *(("encoder-decoder", [("request-1", Phase.DECODE, 2, 2 * (6 + read))]) for read in range(3)),
+    ]
+    assert all(step.device == "cpu:0" and 0 < step.cpu_ns <= step.ended_ns - step.started_ns for step in steps.all)
+    ends = [step.ended_ns for step in steps.all]
+    assert all(end <= step.started_ns for end, step in zip(ends, steps.all[1:], strict=False))
+
+
+def test_an_output_says_where_its_time_went(models: dict[str, Loaded]) -> None:
+    steps = Steps()
+    with engine(models, ["decoder"], steps) as running:
+        submitted_ns = time.monotonic_ns()
+        [output] = results(running.submit("decoder", [write(0, 9)]))
+    assert output.timing.compute_ns == sum(step.ended_ns - step.started_ns for step in steps.worked)
+    assert 0 < output.timing.queue_ns <= steps.worked[0].started_ns - submitted_ns
+
+
+def test_a_step_is_recorded_before_its_items_are_answered(models: dict[str, Loaded]) -> None:
+    steps = Steps()
+    steps.go.clear()
+    with engine(models, ["classify"], steps) as running:
+        [ticket] = running.submit("classify", [EncodeItem("c", ids(0, 5))])
+        assert steps.held.wait(WAIT_S)
+        assert not ticket.future.done()
+        steps.go.set()
+        results([ticket])
+
+
+def test_a_recorder_that_raises_stops_nobody(models: dict[str, Loaded], caplog: pytest.LogCaptureFixture) -> None:
+    def recorder(step: Step) -> None:
+        raise OSError("the disk is full")
+
+    with engine(models, ["classify"], recorder) as running:
+        results(running.submit("classify", [EncodeItem("c", ids(0, 5))]))
+    assert "was not recorded" in caplog.text
+
+
+def test_a_cancelled_item_frees_its_rows(models: dict[str, Loaded]) -> None:
+    steps = Steps()
+    with engine(models, ["decoder"], steps, max_rows=2) as running:
+        steps.go.clear()
+        long, gone, waiting = running.submit(
+            "decoder",
+            [write(seed, 5, max_tokens=40, no_repeat_ngram=1) for seed in range(3)],
+        )
+        assert steps.held.wait(WAIT_S)
+        assert running.running() == 2 and running.queue_depth() == 1
+        gone.future.cancel()
+        steps.go.set()
+        results([long, waiting])
+    took_part = [{work.request_id for work in step.work} for step in steps.worked]
+    assert sum("request-1" in names for names in took_part) == 1
+    assert {"request-0", "request-2"} in took_part  # the freed row was used beside the other's
+
+
+def test_items_cancelled_in_the_queue_are_never_computed(models: dict[str, Loaded]) -> None:
+    steps = Steps()
+    with engine(models, ["classify"], steps) as running:
+        steps.go.clear()
+        [first] = running.submit("classify", [EncodeItem("first", ids(0, 5))])
+        assert steps.held.wait(WAIT_S)
+        others = running.submit("classify", [EncodeItem(f"r{seed}", ids(seed, 5)) for seed in range(4)])
+        for ticket in others[:3]:
+            ticket.future.cancel()
+        steps.go.set()
+        results([first, others[3]])
+        assert running.queue_depth() == 0
+    assert [work.request_id for step in steps.worked for work in step.work] == ["first", "r3"]
+
+
+def test_a_full_queue_refuses_the_whole_submission(models: dict[str, Loaded]) -> None:
+    steps = Steps()
+    with engine(models, ["classify"], steps, max_waiting_items=4, max_waiting_tokens=30) as running:
+        steps.go.clear()
+        tickets = running.submit("classify", [EncodeItem("a", ids(0, 5))])
+        assert steps.held.wait(WAIT_S)
+        tickets += running.submit("classify", [EncodeItem("b", ids(1, 5)) for _ in range(3)])
+        with pytest.raises(Overloaded) as refusal:
+            running.submit("classify", [EncodeItem("c", ids(2, 5)) for _ in range(2)])
+        assert 0.1 <= refusal.value.retry_after_s <= 60
+        with pytest.raises(Overloaded):
+            running.submit("classify", [EncodeItem("d", ids(3, 16))])
+        assert running.queue_depth() == 3
+        # Places of those who left are free at once.
+        tickets[1].future.cancel()
+        tickets += running.submit("classify", [EncodeItem("c", ids(2, 5)) for _ in range(2)])
+        steps.go.set()
+        results([ticket for ticket in tickets if not ticket.future.cancelled()])
+
+
+def test_models_take_turns(models: dict[str, Loaded]) -> None:
+    """A long text does not keep another model's short work waiting."""
+    steps = Steps()
+    with engine(models, ["decoder", "encoder-decoder", "classify"], steps) as running:
+        steps.go.clear()
+        tickets = running.submit("decoder", [write(0, 5, max_tokens=30, no_repeat_ngram=1)])
+        assert steps.held.wait(WAIT_S)
+        tickets += running.submit("encoder-decoder", [write(1, 5, max_tokens=10, no_repeat_ngram=1)])
+        tickets += running.submit("classify", [EncodeItem("c", ids(0, 5))])
+        steps.go.set()
+        results(tickets)
+    order = [step.model for step in steps.worked]
+    assert order.index("classify") <= 3
+    first = order.index("encoder-decoder")
+    assert order[first : first + 10 : 2] == ["encoder-decoder"] * 5
+
+
+def test_executors_share_a_batch_and_its_weights(models: dict[str, Loaded]) -> None:
+    steps = Steps()
+    with engine(models, ["decoder"], steps, executors=2) as running:
+        items = [write(seed, 9, max_tokens=30, no_repeat_ngram=1) for seed in range(8)]
+        written = texts(running.submit("decoder", items))
+    by_device: dict[str, set[str]] = {"cpu:0": set(), "cpu:1": set()}
+    for step in steps.worked:
+        by_device[step.device] |= {work.request_id for work in step.work}
+    assert [len(names) for names in by_device.values()] == [4, 4]
+    with engine(models, ["decoder"]) as running:
+        assert texts(running.submit("decoder", items)) == written
+
+
+def test_an_executor_of_two_threads_writes_the_same(models: dict[str, Loaded]) -> None:
+    steps = Steps()
+    with engine(models, ["decoder"]) as running:
+        expected = texts(running.submit("decoder", MIXED))
+    with engine(models, ["decoder"], steps, threads=2) as running:
+        assert texts(running.submit("decoder", MIXED)) == expected
+    assert all(0 < step.cpu_ns <= 2 * (step.ended_ns - step.started_ns) for step in steps.all)
+
+
+def test_a_step_that_raises_fails_its_own_items_only(
+    models: dict[str, Loaded], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The manifest promises more words than the graph has, so that the last ones are an error inside the step."""
+    honest = models["classify"].manifest
+    larger = honest.config.model_copy(update={"vocab_size": 1000})
+    lying = {"lying": replace(models["classify"], manifest=honest.model_copy(update={"config": larger}))}
+    steps = Steps()
+    with engine(models | lying, ["lying", "classify"], steps) as running:
+        bad, near = running.submit("lying", [EncodeItem("bad", (7, 999)), EncodeItem("near", (7, 8, 9))])
+        [good] = running.submit("classify", [EncodeItem("good", (7, 8))])
+        for ticket in (bad, near):
+            with pytest.raises(Exception, match="out of data bounds"):
+                ticket.future.result(WAIT_S)
+        results([good])
+        results(running.submit("lying", [EncodeItem("later", (7, 8))]))
+        assert running.running() == 0
+    assert "a step of lying failed" in caplog.text
+    # What it used until it failed is on the bill all the same.
+    assert {work.request_id for step in steps.worked for work in step.work} == {"bad", "near", "good", "later"}
+
+
+@pytest.mark.parametrize(
+    ("name", "item", "message"),
+    [
+        ("classify", write(0, 3), "does not take an item of the kind WriteItem"),
+        ("classify", ExtractItem("r", (7,)), "does not take an item of the kind ExtractItem"),
+        ("decoder", EncodeItem("r", (7,)), "does not take an item of the kind EncodeItem"),
+        ("decoder", ExtractItem("r", (7,)), "does not take an item of the kind ExtractItem"),
+        ("classify", EncodeItem("r", ()), "0 tokens"),
+        ("classify", EncodeItem("r", ids(0, 65)), "65 tokens"),
+        ("classify", EncodeItem("r", (7, 128)), "not one of the"),
+        ("classify", EncodeItem("r", (7, -1)), "not one of the"),
+        ("bert-span", EncodeItem("r", (7, 8), (0,)), "1 token types for 2 tokens"),
+        ("bert-span", EncodeItem("r", (7, 8), (0, 2)), "a token type is not one"),
+        ("decoder", write(0, 3, max_tokens=0), "a text of 0 tokens"),
+        ("decoder", write(0, 3, beams=0), "0 beams"),
+        ("decoder", write(0, 3, beams=33), "33 beams; at most 32"),
+    ],
+)
+def test_what_a_model_cannot_compute_is_refused_at_the_door(
+    models: dict[str, Loaded], name: str, item: Item, message: str
+) -> None:
+    with engine(models, [name]) as running:
+        with pytest.raises(ValueError, match=message):
+            running.submit(name, [write(1, 3) if name == "decoder" else EncodeItem("good", (7,)), item])
+        assert running.queue_depth() == 0
+        with pytest.raises(KeyError):
+            running.submit("unknown", [item])
+
+
+def test_draining_finishes_what_runs_and_refuses_the_rest(models: dict[str, Loaded]) -> None:
+    with engine(models, ["decoder"]) as running:
+        tickets = running.submit("decoder", [write(seed, 5, max_tokens=30) for seed in range(40)])
+        running.drain(WAIT_S)
+        assert all(ticket.future.done() for ticket in tickets)
+        assert (running.queue_depth(), running.running()) == (0, 0)
+        with pytest.raises(EngineClosed):
+            running.submit("decoder", [write(0, 5)])
+        assert len(texts(tickets)) == 40
+
+
+def test_what_draining_cannot_finish_in_time_fails_at_the_close(models: dict[str, Loaded]) -> None:
+    steps = Steps()
+    running = Engine({"decoder": models["decoder"]}, steps, EngineSettings(max_rows=1))
+    steps.go.clear()
+    tickets = running.submit("decoder", [write(seed, 5) for seed in range(3)])
+    assert steps.held.wait(WAIT_S)
+    running.drain(0.01)
+    assert not any(ticket.future.done() for ticket in tickets)
+    closing = threading.Thread(target=running.close)
+    closing.start()
+    steps.go.set()
+    closing.join(WAIT_S)
+    for ticket in tickets:
+        with pytest.raises(EngineClosed):
+            ticket.future.result(0)
+
+
+def test_a_model_that_the_engine_cannot_run_is_an_error_at_the_start(models: dict[str, Loaded]) -> None:
+    translator = models["encoder-decoder"].manifest
+    ids = translator.special_ids.model_copy(update={"bos": None})
+    for change, message in (({"special_ids": ids}, "special id bos"), ({"layout": "optimum"}, "layout optimum")):
+        model = replace(models["encoder-decoder"], manifest=translator.model_copy(update=change))
+        with pytest.raises(ArtefactError, match=message):
+            Engine({"broken": model}, Steps(), EngineSettings())
+
+
+def test_a_graph_that_fails_at_once_is_an_error_at_the_start(models: dict[str, Loaded]) -> None:
+    """A decoder in place of an encoder: it loads, and its first run lacks inputs."""
+    wrong = replace(models["encoder-decoder"], manifest=models["decoder"].manifest)
+    threads = threading.active_count()
+    with pytest.raises(Exception, match="source_lengths"):
+        Engine({"wrong": wrong}, Steps(), EngineSettings())
+    assert threading.active_count() == threads
+
+
+def test_cores_are_divided_among_executors() -> None:
+    assert core_groups([0, 1, 2, 3], groups=2, threads=2) == [[0, 1], [2, 3]]
+    assert core_groups([2, 5, 7], groups=2, threads=1) == [[2], [5]]
+    assert core_groups([0], groups=2, threads=1) == [[0], [0]]
+
+
+def test_buffers_keep_to_the_blocks_of_the_graphs() -> None:
+    assert graphs.KEY_BLOCK == KEY_BLOCK

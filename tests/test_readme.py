@@ -1,0 +1,117 @@
+"""The README tells the truth: its commands run, its answers come back, its scores are the manifests'."""
+
+import json
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from models.manifest import read_manifest
+from service.tasks import TASKS
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+STARTERS = ROOT / "models" / "starters"
+ADDRESS = "http://127.0.0.1:8000"
+COMMANDS = [
+    command.strip()
+    for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+    for command in re.split(r"\n(?=\S)", block)
+]
+CURLS = [command for command in COMMANDS if command.startswith("curl ")]
+MAX_STARTERS_BYTES = 64_000_000
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The starters, served as `make serve` does, on a free port."""
+    ledger = tmp_path_factory.mktemp("ledger") / "ledger.sqlite"
+    command = [sys.executable, "-m", "wattle", "serve", "--port", "0", "--ledger", str(ledger)]
+    server = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert server.stdout is not None
+    try:
+        first = server.stdout.readline()
+        assert (found := re.search(r"http://\S+", first)), first
+        yield found[0]
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(timeout=30) == 0
+    finally:
+        server.kill()
+        server.wait()
+        server.stdout.close()
+
+
+def run(command: str, address: str) -> str:
+    arguments = shlex.split(command.replace(ADDRESS, address))
+    return subprocess.run(arguments, capture_output=True, text=True, check=True, timeout=60).stdout
+
+
+def test_there_is_a_curl_for_every_task() -> None:
+    asked = [re.search(r"/v1/(\w+)", command) for command in CURLS]
+    assert {found[1] for found in asked if found} >= {task.path for task in TASKS}
+
+
+@pytest.mark.parametrize("command", CURLS, ids=lambda command: command.split(ADDRESS)[1].split()[0])
+def test_a_curl_is_answered_with_its_energy(address: str, command: str) -> None:
+    headers, _, body = run(f"{command} -sS -i", address).partition("\n\n")
+    assert float(re.findall(r"(?im)^x-energy-joules: (\S+)", headers)[0]) > 0
+    answer = json.loads(body)
+    assert answer["results"], answer
+    assert all(result.get("text", result.get("answer", result.get("label"))) for result in answer["results"])
+    energy = answer["energy"]
+    assert energy["active_j"] > 0
+    assert energy["allocated_j"] >= energy["active_j"]
+    assert energy["gco2e"] > 0
+    assert energy["quality"] in ("measured", "apportioned", "estimated")
+
+
+def test_the_answer_shown_is_what_comes(address: str) -> None:
+    """The first curl's answer in the README, figures that vary from run to run aside."""
+    shown = json.loads(re.findall(r"```json\n(.*?)```", README, re.DOTALL)[0])
+    came = json.loads(run(CURLS[0] + " -sS", address))
+    assert came.keys() == shown.keys()
+    assert (came["model"], came["usage"]) == (shown["model"], shown["usage"])
+    for result, wanted in zip(came["results"], shown["results"], strict=True):
+        assert result == pytest.approx(wanted, abs=0.01)
+    assert came["energy"].keys() == shown["energy"].keys()
+
+
+@pytest.mark.parametrize("folder", sorted(STARTERS.iterdir()), ids=lambda folder: folder.name)
+def test_the_table_gives_the_measured_scores(folder: Path) -> None:
+    manifest = read_manifest(folder)
+    assert manifest.scores, "run `wattle evaluate --write`"
+    (row,) = re.findall(rf"^\| `{manifest.name}` \|.*$", README, re.MULTILINE)
+    assert f"| {manifest.size_bytes / 1e6:.1f} |" in row
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    numbers = [float(number) for number in re.findall(r"\d+\.\d+", row)]
+    for score in manifest.scores:
+        assert f"| {score.metric} | {score.value:.2f} |" in card
+    measured = {round(score.value, 2) for score in manifest.scores} | {round(manifest.size_bytes / 1e6, 1)}
+    assert set(numbers) <= measured, "the README gives a figure that nobody measured"
+    assert len(numbers) > 1
+
+
+def test_make_knows_the_commands() -> None:
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    named = {command.split()[1] for command in COMMANDS if command.startswith("make ")}
+    assert {"serve", "test"} <= named <= targets
+
+
+def test_the_starters_stay_small() -> None:
+    assert sum(path.stat().st_size for path in STARTERS.rglob("*")) < MAX_STARTERS_BYTES
+
+
+def test_every_setting_is_documented() -> None:
+    from service.settings import ENV_PREFIX, Settings
+    from training.settings import ENV_PREFIX as TRAINING_PREFIX
+    from training.settings import Settings as TrainingSettings
+
+    known = {ENV_PREFIX + name.upper() for name in Settings.model_fields}
+    known |= {TRAINING_PREFIX + name.upper() for name in TrainingSettings.model_fields}
+    documented = set(re.findall(r"`(WATTLE_\w+)`", (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")))
+    assert documented == known
