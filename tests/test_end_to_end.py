@@ -84,7 +84,10 @@ def test_trained_exported_served_answered(folder: Path, capsys: pytest.CaptureFi
         answer = client.post("/v1/translate", json={"input": ["two six six two", "five one one five"], "target": "de"})
         assert answer.status_code == 200
         body = answer.json()
-        assert [result["text"].strip() for result in body["results"]] == ["zwei sechs sechs zwei", "fünf eins eins fünf"]
+        assert [result["text"].strip() for result in body["results"]] == [
+            "zwei sechs sechs zwei",
+            "fünf eins eins fünf",
+        ]
         assert body["model"] == "translate-tiny"
         assert body["energy"]["active_j"] > 0
         assert body["energy"]["allocated_j"] >= body["energy"]["active_j"]

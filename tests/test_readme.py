@@ -35,9 +35,8 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     server = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert server.stdout is not None
     try:
-        first = server.stdout.readline()
-        assert (found := re.search(r"http://\S+", first)), first
-        yield found[0]
+        (address,) = re.findall(r"http://\S+", server.stdout.readline())
+        yield address
         server.send_signal(signal.SIGTERM)
         assert server.wait(timeout=30) == 0
     finally:

@@ -85,12 +85,15 @@ class DecoderGraph:
             return {f"{name}_{layer}": np.zeros(shape, dtype=np.float32) for layer in layers for name in names}
 
         self._memory = buffers("k", "v")
-        self._known: dict[str, NDArray[Any]] = {}
-        """Of each row, what stays the same while it is written."""
+        self._lengths: dict[str, NDArray[Any]] = {}
+        """Of each row's prefix or source."""
+        self._cross: dict[str, NDArray[Any]] = {}
+        """What each row knows of its source."""
         if config.architecture == "prefix-lm":
-            self._known["prefix_lengths"] = np.zeros(n_rows, dtype=np.int64)
+            self._lengths["prefix_lengths"] = np.ones(n_rows, dtype=np.int64)
         if config.architecture == "encoder-decoder":
-            self._known = {"source_lengths": np.ones(n_rows, dtype=np.int64), **buffers("cross_k", "cross_v")}
+            self._lengths["source_lengths"] = np.ones(n_rows, dtype=np.int64)
+            self._cross = buffers("cross_k", "cross_v")
         self.positions = np.zeros(n_rows, dtype=np.int64)
         """How many tokens each row has read."""
         self._next_ids = np.zeros((n_rows, 1), dtype=np.int64)
@@ -106,8 +109,8 @@ class DecoderGraph:
         ids, lengths = pad(prompts, self._pad_id)
         end = first + len(prompts)
         self.positions[first:end] = 0
-        if "prefix_lengths" in self._known:
-            self._known["prefix_lengths"][first:end] = lengths
+        if "prefix_lengths" in self._lengths:
+            self._lengths["prefix_lengths"][first:end] = lengths
         extracted = np.empty(ids.shape, dtype=np.float32)
         binding = self._bind(first, end, ids, lengths)
         if self._extracts:
@@ -129,37 +132,36 @@ class DecoderGraph:
     def know_source(self, row: int, length: int, cross: Mapping[str, NDArray[np.float32]]) -> None:
         """Let ``row`` start a text over a source of ``length`` tokens; ``cross`` holds its ``cross_*`` ``(t, d)``."""
         self.positions[row] = 0
-        self._known["source_lengths"][row] = length
+        self._lengths["source_lengths"][row] = length
         for name, values in cross.items():
-            self._known[name][row, :length] = values[:length]
+            self._cross[name][row, :length] = values[:length]
 
     def context(self, row: int) -> int:
         """How many tokens ``row`` attends to besides the one that it reads: its text and its source."""
-        source = self._known.get("source_lengths")
+        source = self._lengths.get("source_lengths")
         return int(self.positions[row]) + (0 if source is None else int(source[row]))
 
     def fork(self, source: int, target: int) -> None:
-        """Let ``target`` go on where ``source`` stands; both are rows over the same source or prefix."""
+        """Let ``target`` go on where ``source`` stands; both are rows of one text, so they know the same source."""
         read = int(self.positions[source])
         self.positions[target] = read
         for buffer in self._memory.values():
             buffer[target, :read] = buffer[source, :read]
+        for lengths in self._lengths.values():
+            lengths[target] = lengths[source]
 
     def move(self, source: int, target: int) -> None:
         """Let ``target`` be what ``source`` is, with all that it knows."""
         self.fork(source, target)
-        length = int(self._known["source_lengths"][source]) if "source_lengths" in self._known else 0
-        for known in self._known.values():
-            if known.ndim == 1:
-                known[target] = known[source]
-            else:
-                known[target, :length] = known[source, :length]
+        for cross in self._cross.values():
+            length = int(self._lengths["source_lengths"][source])
+            cross[target, :length] = cross[source, :length]
 
     def _bind(self, first: int, end: int, ids: Ids, lengths: Ids) -> ort.IOBinding:
         binding = self._session.io_binding()
         rows = slice(first, end)
         inputs = {"input_ids": ids, "lengths": lengths, "positions": self.positions[rows]}
-        inputs |= {name: array[rows] for name, array in self._known.items()}
+        inputs |= {name: array[rows] for name, array in (self._lengths | self._cross).items()}
         for name, array in inputs.items():
             binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
         for name, buffer in self._memory.items():

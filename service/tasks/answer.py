@@ -1,5 +1,6 @@
 """Question answering: the span of a context that answers a question, or none."""
 
+import math
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ class AnswerRequest(TaskRequest):
 
     question: Texts = Field(description="A question, or a list of them; `truncate` cuts it.")
     context: Texts = Field(description="The question's context, however long, or one for each question.")
+    abstain: bool = Field(True, description="Say that there is no answer where that is likelier than any span.")
 
     @model_validator(mode="after")
     def _paired(self) -> Self:
@@ -74,6 +76,7 @@ class Reading:
     context_starts: int
     """Position of the context's first token in every window."""
     windows: tuple[Window, ...]
+    may_abstain: bool = True
 
 
 class Answer(Task[AnswerRequest, tuple[Reading, ...]]):
@@ -111,13 +114,20 @@ class Answer(Task[AnswerRequest, tuple[Reading, ...]]):
                 tail = [*encoding.ids[window.first : window.first + window.tokens], sep]
                 types = (0,) * len(head) + (1,) * len(tail)
                 items.append(EncodeItem(request_id, (*head, *tail), types))
-            readings.append(Reading(context, encoding.offsets, len(head), windows))
+            readings.append(Reading(context, encoding.offsets, len(head), windows, request.abstain))
         return Encoded(tuple(items), tuple(readings))
 
     def decode(self, plan: tuple[Reading, ...], model: Model, outputs: Sequence[Output]) -> list[BaseModel]:
         logits = iter(outputs)
         threshold = model.manifest.no_answer_threshold or 0.0
-        return [read_answer(reading, [scored(next(logits)) for _ in reading.windows], threshold) for reading in plan]
+        return [
+            read_answer(
+                reading,
+                [scored(next(logits)) for _ in reading.windows],
+                threshold if reading.may_abstain else math.inf,
+            )
+            for reading in plan
+        ]
 
 
 def split_windows(tokens: int, room: int) -> Iterator[Window]:

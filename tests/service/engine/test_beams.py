@@ -5,9 +5,11 @@ import math
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from service.engine.beams import BeamSearch, log_softmax
+from service.engine.beams import BeamSearch, likeliest, log_softmax
 
 EOS = 0
 WORDS = 4
@@ -121,3 +123,22 @@ def test_log_softmax_equals_its_formula() -> None:
         - exact.max(-1, keepdims=True)
     )
     np.testing.assert_allclose(log_softmax(logits), exact, atol=1e-5)
+
+
+@given(beams=st.integers(1, 4), words=st.integers(2, 300), seed=st.integers(0, 999))
+def test_the_likeliest_are_those_of_a_full_sort(beams: int, words: int, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    log_probabilities = log_softmax(random.standard_normal((beams, words)).astype(np.float32))
+    scores = np.sort(random.standard_normal(beams))[::-1]
+    if seed % 2:
+        scores[1:] = -np.inf
+    every = [
+        (float(scores[beam] + log_probabilities[beam, word]), beam, word)
+        for beam in range(beams)
+        for word in range(words)
+    ]
+    found = likeliest(scores, log_probabilities, 2 * beams)
+    expected = sorted(every, key=lambda candidate: -candidate[0])[: 2 * beams]
+    assert [score for score, _, _ in found] == [score for score, _, _ in expected]
+    finite = [candidate for candidate in expected if candidate[0] > -np.inf]
+    assert found[: len(finite)] == finite

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from starlette.testclient import TestClient
 
+from service.engine.types import EncodeOutput, Timing
 from service.errors import InvalidValue, TooManyTokens
 from service.models import Model
 from service.tasks.answer import (
@@ -181,3 +182,17 @@ def test_any_logits_give_the_best_span(rows: list[list[float]]) -> None:
     found = float(scores[3 + result.start // 2, 0]) + float(scores[3 + (result.end - 1) // 2, 1])
     assert found == pytest.approx(best)
     assert 0 < result.score <= 1
+
+
+def test_a_caller_may_want_a_span_at_any_price(models: dict[str, Model]) -> None:
+    spans = {}
+    for abstain in (True, False):
+        encoded = encode(models["answer"], "what city", "paris is good", abstain=abstain)
+        logits = np.zeros((len(encoded.items[0].input_ids), 2), dtype=np.float32)
+        logits[0] = 9.0
+        output = EncodeOutput(logits, Timing(queue_ns=0, compute_ns=1))
+        (spans[abstain],) = TASK.decode(encoded.plan, models["answer"], [output])
+    assert spans[True].abstained
+    assert not spans[False].abstained
+    assert spans[False].answer in "paris is good"
+    assert spans[False].score < 0.5
