@@ -52,13 +52,14 @@ def run(command: str, address: str) -> str:
 
 def test_there_is_a_curl_for_every_task() -> None:
     asked = [re.search(r"/v1/(\w+)", command) for command in CURLS]
-    assert {found[1] for found in asked if found} >= {task.path for task in TASKS}
+    assert {found[1] for found in asked if found} >= {task.name for task in TASKS}
 
 
 @pytest.mark.parametrize("command", CURLS, ids=lambda command: command.split(ADDRESS)[1].split()[0])
 def test_a_curl_is_answered_with_its_energy(address: str, command: str) -> None:
     headers, _, body = run(f"{command} -sS -i", address).partition("\n\n")
-    assert float(re.findall(r"(?im)^x-energy-joules: (\S+)", headers)[0]) > 0
+    for name in ("x-energy-joules", "x-energy-gco2e"):
+        assert float(re.findall(rf"(?im)^{name}: (\S+)", headers)[0]) > 0
     answer = json.loads(body)
     assert answer["results"], answer
     assert all(result.get("text", result.get("answer", result.get("label"))) for result in answer["results"])

@@ -109,4 +109,6 @@ def _respond(receipt: Receipt) -> JsonResponse:
     }
     if energy.allocated_j is not None:
         headers["x-energy-joules"] = f"{energy.allocated_j:.6f}"
+    if energy.gco2e is not None:
+        headers["x-energy-gco2e"] = f"{energy.gco2e:.9f}"
     return JsonResponse(response.model_dump(serialize_as_any=True), headers=headers)

@@ -31,10 +31,10 @@ def ragged(config: TransformerConfig, lengths: NDArray[np.int64] = LENGTHS) -> N
     return np.where(np.arange(ids.shape[1]) < lengths[:, None], ids, 0)
 
 
-def padded(config: TransformerConfig, rows: list[int]) -> NDArray[np.int64]:
-    """Some rows of ``ragged``, padded to a multiple of four."""
-    width = -(-int(LENGTHS[rows].max()) // 4) * 4
-    return ragged(config)[rows, :width]
+def padded(config: TransformerConfig, lengths: NDArray[np.int64] = LENGTHS) -> NDArray[np.int64]:
+    """``ragged``, padded to a multiple of four."""
+    ids = ragged(config, lengths)
+    return np.pad(ids, ((0, 0), (0, -ids.shape[1] % 4)))
 
 
 def run(graph: ort.InferenceSession, feeds: dict[str, Any]) -> dict[str, NDArray[np.float32]]:
@@ -162,7 +162,8 @@ def test_an_encoded_row_has_the_same_bits_alone_and_in_company(tmp_path: Path, k
     graph = session(tmp_path / "model.onnx")
 
     def logits(rows: list[int]) -> NDArray[np.float32]:
-        feeds: dict[str, Any] = {"input_ids": padded(config, rows), "lengths": LENGTHS[rows]}
+        width = -(-int(LENGTHS[rows].max()) // 4) * 4
+        feeds: dict[str, Any] = {"input_ids": padded(config)[rows, :width], "lengths": LENGTHS[rows]}
         if config.n_token_types:
             feeds["token_types"] = np.zeros_like(feeds["input_ids"])
         return run(graph, feeds)["logits"]
@@ -173,30 +174,41 @@ def test_an_encoded_row_has_the_same_bits_alone_and_in_company(tmp_path: Path, k
         np.testing.assert_array_equal(together[row][real], logits([row])[0][real])
 
 
+def greedy(
+    folder: Path, config: TransformerConfig, ids: NDArray[np.int64], lengths: NDArray[np.int64], capacity: int
+) -> tuple[list[list[int]], NDArray[np.float32]]:
+    """Fifteen tokens after each row of ``ids``, and the logits of each ``(rows, 15, words)``."""
+    starts = np.zeros(len(ids), np.int64)
+    decoder = Decoder(folder, config, len(ids), capacity)
+    decoder.know(ids, lengths)
+    if config.architecture == "encoder-decoder":
+        ids, lengths = np.full((len(ids), 1), 2), np.ones(len(ids), np.int64)
+    logits = []
+    for _ in range(15):
+        logits.append(decoder.step(ids, starts, lengths)["logits"].copy())
+        starts, lengths = starts + lengths, np.ones_like(lengths)
+        ids = logits[-1].argmax(-1)[:, None]
+    by_row = np.stack(logits, axis=1)
+    return by_row.argmax(-1).tolist(), by_row
+
+
 @pytest.mark.parametrize("kind", WRITERS)
-def test_a_written_row_has_the_same_bits_alone_and_in_company(tmp_path: Path, kind: Kind, scheme: Scheme) -> None:
-    config, _ = built(tmp_path, kind, scheme)
-
-    def greedy(rows: list[int], capacity: int) -> tuple[list[list[int]], NDArray[np.float32]]:
-        ids, lengths, starts = padded(config, rows), LENGTHS[rows], np.zeros(len(rows), np.int64)
-        decoder = Decoder(tmp_path, config, len(rows), capacity)
-        decoder.know(ids, lengths)
-        if kind == "encoder-decoder":
-            ids, lengths = np.full((len(rows), 1), 2), np.ones(len(rows), np.int64)
-        logits = []
-        for _ in range(15):
-            logits.append(decoder.step(ids, starts, lengths)["logits"].copy())
-            starts, lengths = starts + lengths, np.ones_like(lengths)
-            ids = logits[-1].argmax(-1)[:, None]
-        by_row = np.stack(logits, axis=1)
-        return by_row.argmax(-1).tolist(), by_row
-
-    texts, together = greedy([0, 1, 2, 3, 4], capacity=48)
+@pytest.mark.parametrize("is_long", [False, True])
+def test_a_written_row_has_the_same_bits_alone_and_in_company(
+    tmp_path: Path, kind: Kind, scheme: Scheme, is_long: bool
+) -> None:
+    config, lengths = tiny_config(kind), LENGTHS
+    if is_long:
+        wide = {"d_model": 128, "n_heads": 2, "d_ff": 256, "max_positions": 256}
+        config, lengths = config.model_copy(update=wide), np.array([37, 5, 150, 64, 2])
+    write_graphs(tmp_path, config, weights_of(tiny_transformer(config)), scheme, block_size=64)
+    texts, together = greedy(tmp_path, config, padded(config, lengths), lengths, capacity=176)
     assert len({tuple(text) for text in texts}) == 5  # else the rows would prove nothing
     for row in range(5):
-        text, alone = greedy([row], capacity=64)
+        alone = padded(config, lengths)[[row], : -(-lengths[row] // 4) * 4]
+        text, logits = greedy(tmp_path, config, alone, lengths[[row]], capacity=192)
         assert text == [texts[row]]
-        np.testing.assert_array_equal(together[row], alone[0])
+        np.testing.assert_array_equal(together[row], logits[0])
 
 
 @pytest.mark.parametrize(("bits", "block_size", "least"), [(8, 32, 0.998), (8, 64, 0.998), (4, 16, 0.9)])

@@ -43,6 +43,7 @@ def test_the_example_is_answered_with_its_bill(client: TestClient, account: Fake
     assert response.headers["x-queue-time"] == "2.000"
     assert response.headers["x-inference-time"] == "5.000"
     assert response.headers["x-energy-joules"] == "2.000000"
+    assert response.headers["x-energy-gco2e"] == "0.250000000"
     assert response.headers["x-energy-quality"] == "measured"
     assert response.headers["x-request-id"] == body["id"]
     record = account.records[body["id"]].request
@@ -56,7 +57,7 @@ def test_an_unknown_bill_is_null_and_never_zero(client: TestClient, account: Fak
     response = ask(client, task)
     energy = response.json()["energy"]
     assert (energy["active_j"], energy["allocated_j"], energy["gco2e"]) == (None, None, None)
-    assert "x-energy-joules" not in response.headers
+    assert not {"x-energy-joules", "x-energy-gco2e"} & set(response.headers)
     assert response.headers["x-energy-quality"] == "unavailable"
 
 
