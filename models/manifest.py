@@ -131,6 +131,8 @@ class Manifest(_Part):
     no_answer_threshold: float | None = None
     """A question is left unanswered where the null score is above the best span's by more than this; None is 0."""
     quantisation: Quantisation
+    licence: str = ""
+    """Of the weights."""
     parent: Parent | None = None
     training_data: tuple[TrainingData, ...] = ()
     scores: tuple[Score, ...] = ()

@@ -5,7 +5,7 @@ from pathlib import Path
 from models.manifest import Manifest
 
 
-def write_card(folder: Path, manifest: Manifest, licence: str) -> None:
+def write_card(folder: Path, manifest: Manifest) -> None:
     """Write ``README.md`` of a model folder; call it before the manifest, which hashes it."""
     config, stored = manifest.config, manifest.quantisation
     layers = [
@@ -21,7 +21,7 @@ def write_card(folder: Path, manifest: Manifest, licence: str) -> None:
         f"{config.n_heads} heads, d_ff {config.d_ff}, {config.vocab_size:,} words",
         f"- Reads at most {manifest.max_input_tokens} tokens at a time"
         + (f" and writes at most {manifest.max_output_tokens}" if manifest.max_output_tokens else ""),
-        f"- Licence of the weights: {licence}",
+        f"- Licence of the weights: {manifest.licence}",
     ]
     if manifest.parent is not None:
         parent = manifest.parent

@@ -60,7 +60,7 @@ def run_evaluation(folder: Path, ask: Ask, settings: Settings) -> list[Score]:
         print(_line(manifest.name, found))
     if settings.write:
         manifest = manifest.model_copy(update={"scores": tuple(scores)})
-        write_card(folder, manifest, recipe.licence)
+        write_card(folder, manifest)
         write_manifest(folder, manifest)
     return scores
 

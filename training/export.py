@@ -86,7 +86,7 @@ def export(recipe: Recipe, trained: Trained, data: Path, out: Path) -> Manifest:
             )
         trained.tokenizer.save(str(folder / "tokenizer.json"))
         manifest = _manifest(recipe, trained, config, quantisation)
-        write_card(folder, manifest, recipe.licence)
+        write_card(folder, manifest)
         manifest = write_manifest(folder, manifest)
         target = out / recipe.name
         out.mkdir(parents=True, exist_ok=True)
@@ -114,6 +114,7 @@ def _manifest(recipe: Recipe, trained: Trained, config: TransformerConfig, quant
         generation=recipe.export.generation,
         chat_template=CHAT_TEMPLATE if recipe.task == "generate" else None,
         quantisation=quantisation,
+        licence=recipe.licence,
         parent=None
         if trunk is None
         else Parent(name=trunk.name, relation="fine-tuned", licence=trunk.licence, note=trunk.note),
