@@ -3,7 +3,6 @@
 The graphs are first written in float32 and compared with PyTorch, then quantised and compared with float32.
 """
 
-import shutil
 import tempfile
 from dataclasses import dataclass
 from itertools import islice
@@ -14,6 +13,7 @@ import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
+from tqdm import tqdm
 
 from energy.carbon import Carbon
 from models.config import TransformerConfig
@@ -58,41 +58,43 @@ def export(recipe: Recipe, trained: Trained, data: Path, out: Path) -> Manifest:
 
     Raises ``TrainingError`` where the float32 graph differs from PyTorch by more than ``PARITY_LIMIT``.
     """
-    batch = _parity_batch(recipe, trained, data)
-    config = trained.model.config
-    weights = {name: weight.float().numpy() for name, weight in trained.model.state_dict().items()}
-    reference = torch_logits(trained.model, batch)
-    with tempfile.TemporaryDirectory(prefix=f"{recipe.name}-") as scratch:
-        plain = Path(scratch) / "plain"
-        plain.mkdir()
-        write_graphs(plain, config, weights, "none")
-        exact = compare(onnx_logits(plain, config, batch), reference)
-        if not exact.max_error <= PARITY_LIMIT:
-            raise TrainingError(f"{recipe.name}: the float32 graph differs from PyTorch by {exact.max_error:.2g}")
-        folder = Path(scratch) / recipe.name
+    config, name = trained.model.config, recipe.name
+    weights = {key: weight.float().numpy() for key, weight in trained.model.state_dict().items()}
+    out.mkdir(parents=True, exist_ok=True)
+    # Beside its place, so that the last step is a rename; a server passes over names with a dot.
+    with (
+        tempfile.TemporaryDirectory(dir=out, prefix=f".{name}-") as scratch,
+        tqdm(total=3, desc=f"exporting {name}", unit="stage", delay=1.0) as bar,
+    ):
+        batch = _parity_batch(recipe, trained, data)
+        reference = torch_logits(trained.model, batch)
+        bar.update()
+        folder = Path(scratch) / name
         folder.mkdir()
-        if recipe.export.bits == 32:
-            write_graphs(folder, config, weights, "none")
-            quantisation = Quantisation(scheme="none", parity_max_error=exact.max_error, parity_cosine=exact.cosine)
-        else:
-            write_graphs(folder, config, weights, "blockwise", recipe.export.bits, recipe.export.block_size)
+        write_graphs(folder, config, weights, "none")
+        found = compare(onnx_logits(folder, config, batch), reference)
+        if not found.max_error <= PARITY_LIMIT:
+            raise TrainingError(f"{name}: the float32 graph differs from PyTorch by {found.max_error:.2g}")
+        bar.update()
+        bits, block_size = recipe.export.bits, recipe.export.block_size
+        if bits != 32:
+            write_graphs(folder, config, weights, "blockwise", bits, block_size)
             found = compare(onnx_logits(folder, config, batch), reference)
-            quantisation = Quantisation(
-                scheme="blockwise",
-                bits=recipe.export.bits,
-                block_size=recipe.export.block_size,
-                parity_max_error=round(found.max_error, 4),
-                parity_cosine=round(found.cosine, 6),
-            )
+        quantisation = Quantisation(
+            scheme="none" if bits == 32 else "blockwise",
+            bits=bits,
+            block_size=0 if bits == 32 else block_size,
+            parity_max_error=round(found.max_error, 6),
+            parity_cosine=round(found.cosine, 6),
+        )
         trained.tokenizer.save(str(folder / "tokenizer.json"))
         manifest = _manifest(recipe, trained, config, quantisation)
         write_card(folder, manifest)
         manifest = write_manifest(folder, manifest)
-        target = out / recipe.name
-        out.mkdir(parents=True, exist_ok=True)
-        if target.exists():
-            shutil.rmtree(target)
-        shutil.move(folder, target)
+        bar.update()
+        if (out / name).exists():
+            (out / name).rename(Path(scratch) / "replaced")
+        folder.rename(out / name)
     return manifest
 
 

@@ -95,7 +95,8 @@ def load_rows(recipe: Recipe, data: Path) -> list[tuple[DataRecipe, list[Row]]]:
     fields = TASKS[recipe.task].fields
     result = []
     for part in recipe.data:
-        rows = list(read_rows(data / part.path / f"{part.split}.jsonl.gz", fields))
+        source = read_rows(data / part.path / f"{part.split}.jsonl.gz", fields)
+        rows = list(tqdm(source, desc=f"reading {part.path}", unit="row", delay=1.0))
         if recipe.held_out is not None and recipe.held_out.path == part.path:
             unseen = held_out_passages(recipe.held_out, rows)
             rows = [row for row in rows if row["context"] not in unseen]
