@@ -15,6 +15,9 @@ from models.graph import KEY_BLOCK, Scheme, quantize, write_graphs
 from models.transformer import Transformer
 from tests.tiny import KINDS, WRITERS, Kind, tiny_config, tiny_transformer, weights_of
 
+# The very same bits where the processor multiplies 8-bit integers (AVX-512 VNNI); elsewhere the last bit of a sum may
+# depend on how many rows there are. One scale for a whole batch would move logits by a tenth and more.
+SAME = 1e-5
 LENGTHS = np.array([7, 1, 12, 3, 9])
 
 
@@ -157,7 +160,7 @@ def test_extract_scores_equal_pytorch(tmp_path: Path, kind: Kind) -> None:
 
 
 @pytest.mark.parametrize("kind", ["classify", "span", "bert-span"])
-def test_an_encoded_row_has_the_same_bits_alone_and_in_company(tmp_path: Path, kind: Kind, scheme: Scheme) -> None:
+def test_an_encoded_row_is_the_same_alone_and_in_company(tmp_path: Path, kind: Kind, scheme: Scheme) -> None:
     config, _ = built(tmp_path, kind, scheme)
     graph = session(tmp_path / "model.onnx")
 
@@ -171,7 +174,7 @@ def test_an_encoded_row_has_the_same_bits_alone_and_in_company(tmp_path: Path, k
     together = logits([0, 1, 2, 3, 4])
     for row, length in enumerate(LENGTHS):
         real = slice(None) if config.head == "classify" else slice(length)
-        np.testing.assert_array_equal(together[row][real], logits([row])[0][real])
+        np.testing.assert_allclose(together[row][real], logits([row])[0][real], rtol=0, atol=SAME)
 
 
 def greedy(
@@ -194,7 +197,7 @@ def greedy(
 
 @pytest.mark.parametrize("kind", WRITERS)
 @pytest.mark.parametrize("is_long", [False, True])
-def test_a_written_row_has_the_same_bits_alone_and_in_company(
+def test_a_written_row_is_the_same_alone_and_in_company(
     tmp_path: Path, kind: Kind, scheme: Scheme, is_long: bool
 ) -> None:
     config, lengths = tiny_config(kind), LENGTHS
@@ -208,7 +211,7 @@ def test_a_written_row_has_the_same_bits_alone_and_in_company(
         alone = padded(config, lengths)[[row], : -(-lengths[row] // 4) * 4]
         text, logits = greedy(tmp_path, config, alone, lengths[[row]], capacity=192)
         assert text == [texts[row]]
-        np.testing.assert_array_equal(together[row], logits[0])
+        np.testing.assert_allclose(together[row], logits[0], rtol=0, atol=SAME)
 
 
 @pytest.mark.parametrize(("bits", "block_size", "least"), [(8, 32, 0.998), (8, 64, 0.998), (4, 16, 0.9)])
