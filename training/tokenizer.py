@@ -51,7 +51,10 @@ def learn_byte_bpe(texts: Iterable[str], vocab_size: int, *, end_every_text: boo
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=not chat)
-    tokenizer.decoder = decoders.ByteLevel()
+    # The space that a text is given in front, so that its first word is read as any other, is no part of it.
+    tokenizer.decoder = (
+        decoders.ByteLevel() if chat else decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
+    )
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[PAD, BOS, EOS, *(CHAT_TOKENS if chat else ())],
