@@ -20,7 +20,7 @@ _SPACING = [
         (r"\s+([.,;:!?%)\]}…]+)", r"\1"),
         (r"([(\[{$£€])\s+", r"\1"),
         (r"(?<=\d)([.,:])\s+(?=\d)", r"\1"),
-        (r"(?i)(?<=[a-z]) ' (?=(?:s|t|re|ve|ll|d|m)\b)", "'"),
+        (r"(?i)(?<=[a-z#]) ' (?=(?:s|t|re|ve|ll|d|m)\b)", "'"),
         (r"(?<=\w) - (?=\w)", "-"),
         (r"\" ([^\"]*?) \"", r'"\1"'),
     )
@@ -53,14 +53,17 @@ def _spellings(source: str) -> dict[tuple[str, ...], str]:
     """How the source spells each of its words, by the pieces that an uncased tokenizer makes of it."""
     seen: dict[tuple[str, ...], Counter[str]] = {}
     for start, end in split_sentences(source):
-        for number, raw in enumerate(source[start:end].split()):
+        words = source[start:end].split()
+        # In "Tom: Yes" the name is one wherever it stands, and the sentence begins after it.
+        first = int(words[0].endswith(":"))
+        for number, raw in enumerate(words):
             # An abbreviation keeps its full stop: "U.S.," is "U.S.".
             word = raw.strip(_EDGE)
             word += "." if "." in word and raw.startswith(word + ".") else ""
             pieces = tuple(_pieces(word))
             if 0 < len(pieces) <= _LONGEST:
                 # A capital at a sentence's start says nothing about the word.
-                votes = 0 if number == 0 and word[1:].islower() else 1
+                votes = 0 if number == first and word[1:].islower() else 1
                 seen.setdefault(pieces, Counter())[word] += votes
     return {pieces: _likeliest(spelt) for pieces, spelt in seen.items()}
 

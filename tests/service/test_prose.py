@@ -25,12 +25,18 @@ SOURCE = (
         ('he said " yes , we can " and left ( early ) ?', 'He said "yes, we can" and left (early)?'),
         ("it cost 1 , 200 . 75 - twice", "It cost 1,200.75-twice"),
         ("nato and the weather . the weather !", "NATO and the weather. The weather!"),
+        ("# person1 # ' s bank", "#Person1#'s bank"),
         ("", ""),
         ("...", "..."),
     ],
 )
 def test_spacing_and_capitals_come_back(written: str, expected: str) -> None:
     assert restore(written, SOURCE) == expected
+
+
+def test_a_speaker_has_a_name_and_what_follows_begins_a_sentence() -> None:
+    source = "Tom: The class ends late.\nAnna: The notes are here."
+    assert restore("anna told tom that the notes are here .", source) == "Anna told Tom that the notes are here."
 
 
 @given(st.text(max_size=80), st.text(max_size=200))
