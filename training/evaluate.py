@@ -5,7 +5,7 @@ a user gets. Only bits per byte, which no answer shows, are read from the export
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,6 @@ class _Client:
     queries: int = 0
     joules: float | None = 0.0
     quality: str = "unavailable"
-    bar: Any = field(default=None)
 
     def results(self, **columns: Sequence[Any]) -> Iterator[dict[str, Any]]:
         """One result per row of the equally long ``columns``."""

@@ -54,7 +54,6 @@ class DataRecipe(_Part):
     """Where anybody gets it."""
     share: float = Field(1.0, gt=0)
     """How often its rows appear in an epoch: 0.5 takes half of them, 2 all of them twice."""
-    drop_labels: tuple[str, ...] = ()
     labels: dict[str, str] = {}
     """Labels of the set that the model knows under another name."""
     extractive: bool = False

@@ -100,12 +100,8 @@ def load_rows(recipe: Recipe, data: Path) -> list[tuple[DataRecipe, list[Row]]]:
         if recipe.held_out is not None and recipe.held_out.path == part.path:
             unseen = held_out_passages(recipe.held_out, rows)
             rows = [row for row in rows if row["context"] not in unseen]
-        if part.drop_labels or part.labels:
-            rows = [
-                {**row, "label": part.labels.get(row["label"], row["label"])}
-                for row in rows
-                if row["label"] not in part.drop_labels
-            ]
+        if part.labels:
+            rows = [{**row, "label": part.labels.get(row["label"], row["label"])} for row in rows]
         if part.extractive:
             rows = [{**row, "extractive": True} for row in rows]
         result.append((part, take_share(rows, part.share, recipe.fit.seed)))

@@ -107,12 +107,12 @@ def test_a_label_that_is_unknown_is_said(data, tmp_path, trunk_package):
         train(recipe, data, tmp_path)
 
 
-def test_labels_can_be_dropped_and_renamed(data):
-    part = {"path": "sentiment/days", "licence": "CC0", "where": "here", "drop_labels": ["neutral"]}
+def test_labels_can_be_renamed(data):
+    part = {"path": "sentiment/days", "licence": "CC0", "where": "here"}
     recipe = recipes.sentiment(data=[{**part, "labels": {"positive": "negative"}}])
     ((_, rows),) = load_rows(recipe, data)
-    assert {row["label"] for row in rows} == {"negative"}
-    assert len(rows) == 16
+    assert {row["label"] for row in rows} == {"negative", "neutral"}
+    assert len(rows) == 24
 
 
 def test_held_out_passages_are_not_trained_on(data):
