@@ -2,25 +2,40 @@
 
 Knows nothing of PyTorch or training: float32 arrays, named as in ``models.transformer.Transformer.state_dict()``, go
 in; files come out. ``models/transformer.py`` is the reference that these graphs repeat. Shapes in comments: ``b``
-rows, ``s`` tokens of a chunk, ``t`` keys, ``c`` capacity of a buffer, ``d`` model width, ``h`` heads, ``e`` head size.
+rows, ``s`` tokens of a chunk, ``n`` real tokens of all rows, ``c`` capacity of a buffer, ``d`` model width, ``h``
+heads, ``e`` head size.
 
 Inputs are int64 and padded on the right; outputs are float32.
 
 - ``model.onnx`` (encoder): ``input_ids`` (b, s), ``lengths`` (b,), with the bert style ``token_types`` (b, s)
   -> ``logits``: (b, labels), or (b, s, 2) of a span head.
-- ``encoder.onnx`` (encoder-decoder): ``input_ids``, ``lengths`` -> ``cross_k_{i}``, ``cross_v_{i}`` (b, s, d), the
+- ``encoder.onnx`` (encoder-decoder): ``input_ids``, ``lengths`` -> ``cross_k_{i}``, ``cross_v_{i}`` (b, h, s, e), the
   keys and values that layer i of the decoder attends to.
 - ``decoder.onnx``: ``input_ids`` (b, s); ``positions`` (b,), where in its text each row's chunk starts; ``lengths``
-  (b,), real tokens of the chunk; ``k_{i}``, ``v_{i}`` (b, c, d), what was read before, with ``c`` no less than any
+  (b,), real tokens of the chunk; ``k_{i}``, ``v_{i}`` (b, h, c, e), what was read before, with ``c`` no less than any
   start plus s; a prefix LM adds ``prefix_lengths`` (b,), which its first chunk must hold; an encoder-decoder adds
-  ``cross_k_{i}``, ``cross_v_{i}`` (b, c', d) and ``source_lengths`` (b,). -> ``logits`` (b, words) at the last real
-  token, with an extract head ``extract_logits`` (b, s), and ``new_k_{i}``, ``new_v_{i}`` (b, c, d): bind them to the
-  memory of ``k_{i}``, ``v_{i}``, which are then updated in place. One graph thus serves a prompt, a part of a prompt
-  and a single token; its cost follows what is read, not ``c``.
+  ``cross_k_{i}``, ``cross_v_{i}`` (b', h, c', e) and ``source_lengths`` (b',), where b is a multiple of b': as many
+  neighbouring rows, the beams of one text, share a source. -> ``logits`` (b, words) at the last real token, with an
+  extract head ``extract_logits`` (b, s), and ``new_k_{i}``, ``new_v_{i}`` (b, h, c, e): bind them to the memory of
+  ``k_{i}``, ``v_{i}``, which are then updated in place.
 
-All graphs of a folder share ``weights.bin``, in which every array lies once. With ``blockwise`` weights a row of a
-matrix is cut into blocks of ``block_size`` with one float32 scale each; token and position embeddings always have
-8 bits.
+- ``beams.onnx``, beside every decoder: ``logits`` (b, words), ``count`` (1,) -> ``log_probabilities`` and ``words``
+  (b, count), the likeliest of each row, best first. It has no weights.
+
+A decoder reads whole prompts (all positions 0), single tokens, and one row's next chunk of a prompt: several rows
+that have read something read one token each, as GroupQueryAttention takes no more. Its cost grows with ``c``: keep
+the buffers little larger than what they hold.
+
+An encoder works on the real tokens alone; only its attention sees rows padded to one width.
+
+All graphs of a folder share ``weights.bin``, in which every array lies once. A scheme says how matrices are stored:
+
+- ``rowwise``: 8 bits, one float32 scale for each output; a token's activations are quantised with one scale too, and
+  products are sums of integers (MatMulIntegerToFloat): twice as fast as blocks on batches.
+- ``blockwise``: rows cut into blocks of ``block_size`` with a scale each (MatMulNBits), of 8 or 4 bits: more exact,
+  and faster on a single token.
+
+Token and position embeddings always have 8 bits.
 
 A row gives the same bits alone as in any batch, measured on a CPU with AVX-512, as long as blocks have 64 numbers or
 fewer (of 128, MatMulNBits sums a single row in another order), buffers hold a multiple of ``KEY_BLOCK``, and texts are
@@ -44,9 +59,9 @@ _EMBEDDING_BLOCK = 64
 _ALIGNMENT = 64
 
 KEY_BLOCK = 16
-"""Attention cuts its keys to a multiple of this size, so that one query sums over them in whole groups of four."""
+"""Buffers hold a multiple of this many tokens, so that one query sums over them in whole groups of four."""
 
-Scheme = Literal["none", "blockwise"]
+Scheme = Literal["none", "blockwise", "rowwise"]
 
 
 def write_graphs(
@@ -60,17 +75,17 @@ def write_graphs(
     """Write the graphs of a model and the weights that they share into ``folder``; returns the files written.
 
     ``bits`` and ``block_size`` (a power of two from 16; halved for a matrix whose rows it does not divide) say how
-    ``blockwise`` stores the matrices. Raises ``ValueError`` where a row is no multiple of 16 and ``KeyError`` where a
-    weight is missing.
+    ``blockwise`` stores the matrices. Raises ``ValueError`` where it meets a row that is no multiple of 16, and
+    ``KeyError`` where a weight is missing.
     """
     path = folder / WEIGHTS_NAME
     with _Store(path, weights, scheme, bits, block_size) as store:
         if config.architecture == "encoder":
-            graphs = {"model.onnx": _encoder(config, store)}
-        elif config.architecture == "encoder-decoder":
-            graphs = {"encoder.onnx": _source_encoder(config, store), "decoder.onnx": _decoder(config, store)}
+            graphs: dict[str, _Graph] = {"model.onnx": _encoder(config, store)}
         else:
-            graphs = {"decoder.onnx": _decoder(config, store)}
+            graphs = {"decoder.onnx": _decoder(config, store), "beams.onnx": _beams(config, store)}
+            if config.architecture == "encoder-decoder":
+                graphs["encoder.onnx"] = _source_encoder(config, store)
     for name, graph in graphs.items():
         ir.save(graph.model(), folder / name)
     return [*(folder / name for name in graphs), path]
@@ -93,6 +108,13 @@ def quantize(weight: NDArray[np.float32], bits: int, block_size: int) -> tuple[N
     return codes, scale[..., 0]
 
 
+def quantize_rows(weight: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """Codes (n, k) and a scale for each row (n,): ``weight = code * scale``."""
+    peak = np.abs(weight).max(-1)
+    scale = np.where(peak == 0, 1, peak / 127).astype(np.float32)
+    return np.rint(weight / scale[:, None]).astype(np.int8), scale
+
+
 def _fitting_block_size(width: int, block_size: int) -> int:
     while width % block_size:
         block_size //= 2
@@ -112,17 +134,26 @@ class _Blocks:
     block_size: int
 
 
+@dataclass(frozen=True)
+class _Rows:
+    """A matrix as ``quantize_rows`` leaves it; the codes (n, k), or (k, n) where it is only multiplied with."""
+
+    codes: ir.ExternalTensor
+    scales: ir.ExternalTensor
+
+
 class _Store:
     """The weights, and the file in which every array lies once, whichever graphs and shapes refer to it."""
 
     def __init__(
         self, path: Path, weights: Mapping[str, NDArray[np.float32]], scheme: Scheme, bits: int, block_size: int
     ) -> None:
-        self.weights, self.quantised = weights, scheme == "blockwise"
+        self.weights, self.scheme = weights, scheme
         self._bits, self._block_size = bits, block_size
         self._path, self._file = path, path.open("wb")
         self._offsets: dict[str, int] = {}
         self._blocks: dict[str, _Blocks] = {}
+        self._rows: dict[str, _Rows] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -143,6 +174,17 @@ class _Store:
         """An embedding, which always has 8 bits."""
         return self._quantised(name, 8, _EMBEDDING_BLOCK)
 
+    def rows(self, name: str, *, transposed: bool = False) -> _Rows:
+        """A matrix with a scale per row."""
+        if name not in self._rows:
+            codes, scales = quantize_rows(self.weights[name])
+            key = name + ".codes"
+            self._rows[name] = _Rows(
+                self._tensor(key + ".T", codes.T) if transposed else self._tensor(key, codes),
+                self._tensor(name + ".scales", scales),
+            )
+        return self._rows[name]
+
     def _quantised(self, name: str, bits: int, block_size: int) -> _Blocks:
         if name not in self._blocks:
             weight = self.weights[name]
@@ -159,7 +201,7 @@ class _Store:
         return self._blocks[name]
 
     def _tensor(
-        self, key: str, array: NDArray[np.float32] | NDArray[np.uint8], alias: str | None = None
+        self, key: str, array: NDArray[np.float32] | NDArray[np.uint8] | NDArray[np.int8], alias: str | None = None
     ) -> ir.ExternalTensor:
         """Write ``array`` unless ``key`` has been written; ``alias`` names the same bytes under another shape."""
         if key not in self._offsets:
@@ -186,6 +228,9 @@ class _Graph:
         self._inputs: list[ir.Value] = []
         self._outputs: list[ir.Value] = []
         self._initializers: dict[str, ir.Value] = {}
+        self._quantised: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
+        """What several products read is quantised once."""
+        self._zero_points: ir.Value | None = None
 
     def model(self) -> ir.Model:
         """The finished graph."""
@@ -204,14 +249,9 @@ class _Graph:
         self._inputs.append(value)
         return value
 
-    def output(self, value: ir.Value, name: str, *shape: str | int) -> None:
-        value.name = name
-        self._outputs.append(self.known(value, *shape))
-
-    def known(self, value: ir.Value, *shape: str | int) -> ir.Value:
-        """Say the shape of a float32 ``value`` where shape inference does not find it."""
-        value.type, value.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(shape)
-        return value
+    def output(self, value: ir.Value, name: str, *shape: str | int, dtype: ir.DataType = ir.DataType.FLOAT) -> None:
+        value.name, value.type, value.shape = name, ir.TensorType(dtype), ir.Shape(shape)
+        self._outputs.append(value)
 
     def ops(
         self, op: str, *inputs: ir.Value | None, n_outputs: int, domain: str = "", **attributes: Any
@@ -247,20 +287,29 @@ class _Graph:
         return self.op("Unsqueeze", value, self.constant(list(axes)))
 
     def linear(self, x: ir.Value, name: str, *, plain: bool = False) -> ir.Value:
-        """``x`` (..., k) times the transposed matrix ``name`` (n, k), plus its bias where it has one.
+        """``x`` (m, k) times the transposed matrix ``name`` (n, k), plus its bias where it has one.
 
         ``plain`` keeps float32 whatever the scheme, for matrices of a few rows.
         """
         bias = self.weight(name + ".bias") if name + ".bias" in self.store.weights else None
-        if self.store.quantised and not plain:
-            return self._linear_in_blocks(x, self.store.blocks(name + ".weight"), bias)
-        x = self.op("MatMul", x, self._initializer(self.store.plain(name + ".weight", transposed=True)))
+        name += ".weight"
+        if self.store.scheme == "blockwise" and not plain:
+            return self._linear_in_blocks(x, self.store.blocks(name), bias)
+        if self.store.scheme == "rowwise" and not plain:
+            matrix = self.store.rows(name, transposed=True)
+            x = self._linear_in_integers(x, self._initializer(matrix.codes), matrix.scales)
+        else:
+            x = self.op("MatMul", x, self._initializer(self.store.plain(name, transposed=True)))
         return x if bias is None else self.op("Add", x, bias)
 
     def linear_tied(self, x: ir.Value, table: str) -> ir.Value:
-        """``x`` (b, d) times the transposed embedding ``table`` (n, d), read from the bytes that ``lookup`` reads."""
-        if self.store.quantised:
+        """``x`` (m, d) times the transposed embedding ``table`` (n, d), read from the bytes that ``lookup`` reads."""
+        if self.store.scheme == "blockwise":
             return self._linear_in_blocks(x, self.store.table(table), None)
+        if self.store.scheme == "rowwise":
+            matrix = self.store.rows(table)
+            # ONNX Runtime transposes it once, as it loads the graph.
+            return self._linear_in_integers(x, self.op("Transpose", self._initializer(matrix.codes)), matrix.scales)
         return self.op("Gemm", x, self.weight(table), transB=1)
 
     def _linear_in_blocks(self, x: ir.Value, matrix: "_Blocks", bias: ir.Value | None) -> ir.Value:
@@ -282,10 +331,47 @@ class _Graph:
             accuracy_level=4,
         )
 
+    def _linear_in_integers(self, x: ir.Value, codes: ir.Value, scales: ir.ExternalTensor) -> ir.Value:
+        """Integer products of the quantised rows of ``x`` (m, k) and ``codes`` (k, n)."""
+        rows, row_scales = self._quantised_rows(x)
+        one, zero_point = self.constant(1, np.float32), self.constant(128, np.uint8)
+        product = self.op(
+            "MatMulIntegerToFloat",
+            rows,
+            codes,
+            one,
+            self._initializer(scales),
+            zero_point,
+            domain="com.microsoft",
+        )
+        return self.op("Mul", product, row_scales)
+
+    def begin_rows(self, x: ir.Value) -> None:
+        """From here on, what matrices are multiplied with has as many rows as ``x`` (m, ...)."""
+        if self.store.scheme == "rowwise":
+            rows = self.op("Shape", x, start=0, end=1)
+            self._zero_points = self.op("Expand", self.constant([128], np.uint8), rows)
+
+    def _quantised_rows(self, x: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """``x`` (m, k) in unsigned 8 bits around 128, as integer products are fast with, and the rows' scales (m, 1).
+
+        One scale per row and not per tensor: rows of a batch stay independent.
+        """
+        if x not in self._quantised:
+            peaks = self.op("ReduceMax", self.op("Abs", x), self.constant([1]), keepdims=0)
+            scales = self.op("Mul", peaks, self.constant(1 / 127, np.float32))
+            codes = self.op("QuantizeLinear", x, scales, self._zero_points, axis=0)
+            self._quantised[x] = codes, self.unsqueeze(scales, 1)
+        return self._quantised[x]
+
     def lookup(self, table: str, ids: ir.Value) -> ir.Value:
-        """Rows ``ids`` of the embedding ``table`` (n, d)."""
-        if not self.store.quantised:
+        """Rows ``ids`` (m,) of the embedding ``table`` (n, d)."""
+        if self.store.scheme == "none":
             return self.op("Gather", self.weight(table), ids)
+        if self.store.scheme == "rowwise":
+            rows = self.store.rows(table)
+            codes, scales = (self.op("Gather", self._initializer(part), ids) for part in (rows.codes, rows.scales))
+            return self.op("DequantizeLinear", codes, scales, axis=0)
         matrix = self.store.table(table)
         return self.op(
             "GatherBlockQuantized",
@@ -301,7 +387,10 @@ class _Graph:
 
 
 class _Network(_Graph):
-    """The parts of a Transformer as nodes, in the order of ``models/transformer.py``."""
+    """The parts of a Transformer as nodes, in the order of ``models/transformer.py``.
+
+    Hidden states are (m, d): rows side by side, which only attention tells apart.
+    """
 
     def __init__(self, config: TransformerConfig, store: _Store) -> None:
         super().__init__(store)
@@ -315,7 +404,7 @@ class _Network(_Graph):
         return self.op("LayerNormalization", x, scale, bias, epsilon=self.config.norm_eps)
 
     def embed(self, ids: ir.Value, positions: ir.Value, token_types: ir.Value | None) -> ir.Value:
-        """(b, s) -> (b, s, d); ``positions`` is (b, s)."""
+        """(m,) -> (m, d); ``positions`` and ``token_types`` are (m,)."""
         x = self.lookup("embed.token.weight", ids)
         if self.modern:
             return self.op("Mul", x, self.constant(self.config.d_model**0.5, np.float32))
@@ -324,7 +413,7 @@ class _Network(_Graph):
         return self.norm(x, "embed.norm")
 
     def layer(self, x: ir.Value, name: str, branches: "Mapping[str, _Branch]") -> ir.Value:
-        """(b, s, d) -> (b, s, d) through ``branches``, each with its norm and residual."""
+        """(m, d) -> (m, d) through ``branches``, each with its norm and residual."""
         for part, branch in branches.items():
             norm = f"{name}.{part}_norm"
             if self.modern:
@@ -334,7 +423,7 @@ class _Network(_Graph):
         return x
 
     def feed_forward(self, x: ir.Value, name: str) -> ir.Value:
-        """(b, s, d) -> (b, s, d)."""
+        """(m, d) -> (m, d)."""
         x = self.linear(x, name + ".up")
         if self.modern:
             x = self.op("Relu", x)
@@ -343,28 +432,28 @@ class _Network(_Graph):
             x = self.op("Gelu", x)
         return self.linear(x, name + ".down")
 
-    def heads(self, x: ir.Value, norm: str, rotary: tuple[ir.Value, ir.Value, ir.Value] | None = None) -> ir.Value:
-        """Normalise each head of queries or keys (b, s, d), then rotate it by its position: the modern style only."""
+    def head_norm(self, x: ir.Value, norm: str) -> ir.Value:
+        """Normalise each head of queries or keys (m, d): the modern style only."""
         if not self.modern:
             return x
-        split = self.op("Reshape", x, self.constant([0, 0, self.config.n_heads, self.config.head_dim]))
-        x = self.op("Reshape", self.norm(split, norm), self.constant([0, 0, self.config.d_model]))
-        return x if rotary is None else self.op("RotaryEmbedding", x, *rotary, num_heads=self.config.n_heads)
+        split = self.op("Reshape", x, self.constant([0, self.config.n_heads, self.config.head_dim]))
+        return self.op("Reshape", self.norm(split, norm), self.constant([0, self.config.d_model]))
 
     def queries_keys_values(
-        self, x: ir.Value, name: str, rotary: tuple[ir.Value, ir.Value, ir.Value] | None
+        self, x: ir.Value, name: str, shape: ir.Value, rotary: tuple[ir.Value, ir.Value, ir.Value] | None
     ) -> tuple[ir.Value, ir.Value, ir.Value]:
-        """Of self-attention, (b, s, d) each."""
+        """Of self-attention, (m, d) -> ``shape`` (b, s, d) each."""
         q, k, v = self.ops("Split", self.linear(x, name + ".qkv"), n_outputs=3, axis=-1, num_outputs=3)
-        return self.heads(q, name + ".q_norm", rotary), self.heads(k, name + ".k_norm", rotary), v
+        q, k = self.head_norm(q, name + ".q_norm"), self.head_norm(k, name + ".k_norm")
+        q, k, v = (self.op("Reshape", part, shape) for part in (q, k, v))
+        if rotary:
+            q, k = (self.op("RotaryEmbedding", part, *rotary, num_heads=self.config.n_heads) for part in (q, k))
+        return q, k, v
 
-    def attention(
-        self, q: ir.Value, k: ir.Value, v: ir.Value, mask: ir.Value | None = None, lengths: ir.Value | None = None
-    ) -> ir.Value:
-        """(b, s, d), (b, t, d), (b, t, d) -> (b, s, d); ``mask`` (b, 1, s, t), True where a query sees a key, or the
-        keys' ``lengths`` (b,)."""
-        n_heads = self.config.n_heads
-        return self.op("Attention", q, k, v, mask, None, None, lengths, q_num_heads=n_heads, kv_num_heads=n_heads)
+    def split_heads(self, x: ir.Value) -> ir.Value:
+        """(b, s, d) -> (b, h, s, e)."""
+        split = self.op("Reshape", x, self.constant([0, 0, self.config.n_heads, self.config.head_dim]))
+        return self.op("Transpose", split, perm=[0, 2, 1, 3])
 
     def rotary(self, positions: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value] | None:
         """Cosines and sines (max_positions, e / 2), which ONNX Runtime folds into constants as it loads the graph, and
@@ -378,54 +467,96 @@ class _Network(_Graph):
         cos, sin = (self.op("Cast", self.op(op, angle), to=ir.DataType.FLOAT) for op in ("Cos", "Sin"))
         return cos, sin, positions
 
-    def in_key_blocks(self, n_keys: ir.Value) -> ir.Value:
-        """``n_keys`` rounded up to a multiple of ``KEY_BLOCK``."""
-        block = self.constant(KEY_BLOCK)
-        return self.op("Mul", self.op("Div", self.op("Add", n_keys, self.constant(KEY_BLOCK - 1)), block), block)
-
-    def encode(self, ids: ir.Value, lengths: ir.Value, token_types: ir.Value | None) -> ir.Value:
-        """(b, s) -> (b, s, d), every token seeing all of its row."""
-        positions = self.op("Expand", self.range(self.size(ids, 1)), self.op("Shape", ids))
-        rotary = self.rotary(positions)
-
-        def attend(x: ir.Value, name: str) -> ir.Value:
-            q, k, v = self.queries_keys_values(x, name, rotary)
-            return self.linear(self.attention(q, k, v, lengths=lengths), name + ".out")
-
-        x = self.embed(ids, positions, token_types)
-        for i in range(self.config.n_encoder_layers):
-            x = self.layer(x, f"encoder.{i}", {"attn": attend, "ffn": self.feed_forward})
-        return self.norm(x, "encoder_norm") if self.modern else x
-
 
 _Branch = Callable[[ir.Value, str], ir.Value]
 
 
+class _Encoder(_Network):
+    """Whole sequences, every token seeing all of its row.
+
+    Rows of one width have padding, on which nothing but attention is computed: hidden states are those of the n real
+    tokens, and ``padded`` and ``real`` lead from one to the other.
+    """
+
+    def __init__(self, config: TransformerConfig, store: _Store) -> None:
+        super().__init__(config, store)
+        self.ids, self.lengths = self.input("input_ids", "rows", "tokens"), self.input("lengths", "rows")
+        self.token_types = self.input("token_types", "rows", "tokens") if config.n_token_types else None
+        is_real = self.op("Less", self.range(self.size(self.ids, 1)), self.unsqueeze(self.lengths, 1))
+        self.is_real = self.op("Cast", is_real, to=ir.DataType.FLOAT)  # (b, s)
+        flat = self.flat(is_real)
+        self._real_at = self.op("Squeeze", self.op("NonZero", flat), self.constant([0]))
+        # Padding reads the real token before it, and nobody reads the padding.
+        count = self.op("CumSum", self.op("Cast", flat, to=ir.DataType.INT64), self.constant(0))
+        self._padded_at = self.op("Sub", count, self.constant(1))
+        shape = self.op("Shape", self.ids)
+        self._rows_shape = self.op("Concat", shape, self.constant([-1]), axis=0)
+
+    def flat(self, x: ir.Value) -> ir.Value:
+        """(b, s) -> (b * s,)."""
+        return self.op("Reshape", x, self.constant([-1]))
+
+    def real(self, x: ir.Value) -> ir.Value:
+        """(b * s, ...) -> (n, ...)."""
+        return self.op("Gather", x, self._real_at)
+
+    def padded(self, x: ir.Value) -> ir.Value:
+        """(n, k) -> (b, s, k)."""
+        return self.op("Reshape", self.op("Gather", x, self._padded_at), self._rows_shape)
+
+    def encode(self) -> ir.Value:
+        """(b, s) -> (n, d)."""
+        config = self.config
+        positions = self.op("Expand", self.range(self.size(self.ids, 1)), self.op("Shape", self.ids))
+        positions = self.real(self.flat(positions))
+        rotary = self.rotary(self.unsqueeze(positions, 1))
+        # To be rotated, each token is a row: a row of all would be longer than any that the model knows.
+        alone = self.constant([-1, 1, config.d_model])
+
+        def attend(x: ir.Value, name: str) -> ir.Value:
+            if rotary is None:
+                x = self.padded(self.linear(x, name + ".qkv"))
+                parts = self.ops("Split", x, n_outputs=3, axis=-1, num_outputs=3)
+            else:
+                flat = self.constant([-1, config.d_model])
+                every = self.queries_keys_values(x, name, alone, rotary)
+                parts = [self.padded(self.op("Reshape", part, flat)) for part in every]
+            n_heads = config.n_heads
+            x = self.op("Attention", *parts, None, None, None, self.lengths, q_num_heads=n_heads, kv_num_heads=n_heads)
+            x = self.real(self.op("Reshape", x, self.constant([-1, config.d_model])))
+            return self.linear(x, name + ".out")
+
+        types = None if self.token_types is None else self.real(self.flat(self.token_types))
+        x = self.embed(self.real(self.flat(self.ids)), positions, types)
+        self.begin_rows(x)
+        for i in range(config.n_encoder_layers):
+            x = self.layer(x, f"encoder.{i}", {"attn": attend, "ffn": self.feed_forward})
+        return self.norm(x, "encoder_norm") if self.modern else x
+
+
 def _encoder(config: TransformerConfig, store: _Store) -> _Network:
-    g = _Network(config, store)
-    ids, lengths = g.input("input_ids", "rows", "tokens"), g.input("lengths", "rows")
-    token_types = g.input("token_types", "rows", "tokens") if config.n_token_types else None
-    x = g.encode(ids, lengths, token_types)
+    g = _Encoder(config, store)
+    x = g.encode()
     if config.head == "span":
-        g.output(g.linear(x, "head.out", plain=True), "logits", "rows", "tokens", 2)
+        g.output(g.padded(g.linear(x, "head.out", plain=True)), "logits", "rows", "tokens", 2)
         return g
-    real = g.op("Less", g.range(g.size(ids, 1)), g.unsqueeze(lengths, 1))
     # A product with the mask adds in the order of the tokens; ReduceSum's order depends on how many there are.
-    total = g.op("MatMul", g.unsqueeze(g.op("Cast", real, to=ir.DataType.FLOAT), 1), x)
-    total = g.op("Squeeze", total, g.constant([1]))
-    mean = g.op("Div", total, g.unsqueeze(g.op("Cast", lengths, to=ir.DataType.FLOAT), 1))
+    total = g.op("Squeeze", g.op("MatMul", g.unsqueeze(g.is_real, 1), g.padded(x)), g.constant([1]))
+    mean = g.op("Div", total, g.unsqueeze(g.op("Cast", g.lengths, to=ir.DataType.FLOAT), 1))
     g.output(g.linear(mean, "head.out", plain=True), "logits", "rows", config.n_labels)
     return g
 
 
 def _source_encoder(config: TransformerConfig, store: _Store) -> _Network:
-    g = _Network(config, store)
-    memory = g.encode(g.input("input_ids", "rows", "tokens"), g.input("lengths", "rows"), None)
+    g = _Encoder(config, store)
+    memory = g.encode()
     for i in range(config.n_decoder_layers):
         name = f"decoder.{i}.cross"
         k, v = g.ops("Split", g.linear(memory, name + ".kv"), n_outputs=2, axis=-1, num_outputs=2)
-        g.output(g.heads(k, name + ".k_norm"), f"cross_k_{i}", "rows", "tokens", config.d_model)
-        g.output(v, f"cross_v_{i}", "rows", "tokens", config.d_model)
+        for part, x in (("k", g.head_norm(k, name + ".k_norm")), ("v", v)):
+            g.output(
+                g.split_heads(g.padded(x)), f"cross_{part}_{i}", "rows", config.n_heads, "tokens", config.head_dim
+            )
     return g
 
 
@@ -433,66 +564,93 @@ def _decoder(config: TransformerConfig, store: _Store) -> _Network:
     g = _Network(config, store)
     ids = g.input("input_ids", "rows", "tokens")
     starts, lengths = g.input("positions", "rows"), g.input("lengths", "rows")
-    text = g.op("Add", g.unsqueeze(starts, 1), g.range(g.size(ids, 1)))  # (b, s), the place of each token
-    # How many keys of its row a query sees, (b, s): itself and all before it, and all of the prefix.
-    visible, token_types = g.op("Add", text, g.constant(1)), None
-    if config.architecture == "prefix-lm":
-        prefix = g.unsqueeze(g.input("prefix_lengths", "rows"), 1)
-        visible = g.op("Max", visible, prefix)
-        if config.n_token_types:
-            token_types = g.op("Cast", g.op("GreaterOrEqual", text, prefix), to=ir.DataType.INT64)
+    n_tokens = g.size(ids, 1)
+    text = g.op("Add", g.unsqueeze(starts, 1), g.range(n_tokens))  # (b, s), the place of each token
+    chunk = g.op("Concat", g.op("Shape", ids), g.constant([-1]), axis=0)
+    flat, heads = g.constant([-1]), {"num_heads": config.n_heads}
     # Padding may lie beyond the last position that the model knows.
     positions = g.op("Min", text, g.constant(config.max_positions - 1))
     rotary = g.rotary(positions)
 
-    def cut(buffer: ir.Value, size: ir.Value, extent: str) -> ir.Value:
-        part = g.op("Slice", buffer, g.constant([0]), g.unsqueeze(size, 0), g.constant([1]))
-        return g.known(part, "rows", extent, config.d_model)  # Attention needs the width to infer its own
-
-    def buffers(kind: str, layer: str, capacity: str) -> list[ir.Value]:
-        shape = ("rows", capacity, config.d_model)
+    def buffers(kind: str, layer: int | str, rows: str, capacity: str) -> list[ir.Value]:
+        shape = (rows, config.n_heads, capacity, config.head_dim)
         return [g.input(f"{kind}{part}_{layer}", *shape, dtype=ir.DataType.FLOAT) for part in ("k", "v")]
 
-    before = [buffers("", str(i), "capacity") for i in range(config.n_decoder_layers)]
-    # Attention over the whole of the buffers would cost their capacity: cut them to what any row sees.
-    n_keys = g.in_key_blocks(g.op("ReduceMax", visible, keepdims=0))
-    n_keys = g.op("Min", n_keys, g.size(before[0][0], 1))
-    mask = g.unsqueeze(g.op("Less", g.range(n_keys), g.unsqueeze(visible, 2)), 1)
+    before = [buffers("", i, "rows", "capacity") for i in range(config.n_decoder_layers)]
+    attend_to: Callable[[ir.Value, ir.Value, ir.Value, int], list[ir.Value]]
+    token_types = None
+    if config.architecture == "prefix-lm":
+        # How many keys of its row a query sees, (b, s): itself and all before it, and all of the prefix.
+        prefix = g.unsqueeze(g.input("prefix_lengths", "rows"), 1)
+        visible = g.op("Max", g.op("Add", text, g.constant(1)), prefix)
+        if config.n_token_types:
+            token_types = g.op("Reshape", g.op("GreaterOrEqual", text, prefix), flat)
+            token_types = g.op("Cast", token_types, to=ir.DataType.INT64)
+        mask = g.unsqueeze(g.op("Less", g.range(g.size(before[0][0], 2)), g.unsqueeze(visible, 2)), 1)
+
+        def attend_to(q: ir.Value, k: ir.Value, v: ir.Value, layer: int) -> list[ir.Value]:
+            updated = [
+                g.op("TensorScatter", buffer, g.split_heads(part), starts, axis=2)
+                for buffer, part in zip(before[layer], (k, v), strict=True)
+            ]
+            out = g.op("Transpose", g.op("Attention", g.split_heads(q), *updated, mask), perm=[0, 2, 1, 3])
+            return [g.op("Reshape", out, chunk), *updated]
+    else:
+        last = g.op("Sub", g.op("Add", starts, lengths), g.constant(1))
+        last = g.op("Cast", last, to=ir.DataType.INT32)
+        # Of the first chunk of a prompt this is its width, padding included: that is how the operator knows it.
+        total = g.op("Add", g.op("ReduceMax", starts, keepdims=0), n_tokens)
+        total = g.op("Cast", total, to=ir.DataType.INT32)
+
+        def attend_to(q: ir.Value, k: ir.Value, v: ir.Value, layer: int) -> list[ir.Value]:
+            inputs = (q, k, v, *before[layer], last, total)
+            groups = {**heads, "kv_num_heads": config.n_heads}
+            return g.ops("GroupQueryAttention", *inputs, n_outputs=3, domain="com.microsoft", **groups)
 
     def attend(x: ir.Value, name: str) -> ir.Value:
-        q, *new = g.queries_keys_values(x, name, rotary)
-        layer = name.split(".")[1]
-        updated = [
-            g.op("TensorScatter", buffer, chunk, starts, axis=1)
-            for buffer, chunk in zip(before[int(layer)], new, strict=True)
-        ]
+        layer = int(name.split(".")[1])
+        x, *updated = attend_to(*g.queries_keys_values(x, name, chunk, rotary), layer)
         for part, buffer in zip(("k", "v"), updated, strict=True):
-            g.output(buffer, f"new_{part}_{layer}", "rows", "capacity", config.d_model)
-        k, v = (cut(buffer, n_keys, "keys") for buffer in updated)
-        return g.linear(g.attention(q, k, v, mask=mask), name + ".out")
+            g.output(buffer, f"new_{part}_{layer}", "rows", config.n_heads, "capacity", config.head_dim)
+        return g.linear(g.op("Reshape", x, g.constant([-1, config.d_model])), name + ".out")
 
     branches: dict[str, _Branch] = {"attn": attend, "ffn": g.feed_forward}
     if config.architecture == "encoder-decoder":
-        source_lengths = g.input("source_lengths", "rows")
-        n_source = g.in_key_blocks(g.op("ReduceMax", source_lengths, keepdims=0))
+        source_lengths = g.input("source_lengths", "sources")
+        n_keys = g.op("Cast", source_lengths, to=ir.DataType.INT32)
+        # The rows of one source are so many queries of one row, so that its keys are read once.
+        by_source = g.op("Concat", g.op("Shape", source_lengths), g.constant([-1, config.d_model]), axis=0)
 
         def attend_to_source(x: ir.Value, name: str) -> ir.Value:
-            q = g.heads(g.linear(x, name + ".q"), name + ".q_norm")
-            k, v = (cut(buffer, n_source, "source_keys") for buffer in buffers("cross_", name.split(".")[1], "source"))
-            return g.linear(g.attention(q, k, v, lengths=source_lengths), name + ".out")
+            k, v = buffers("cross_", name.split(".")[1], "sources", "source")
+            q = g.op("Reshape", g.head_norm(g.linear(x, name + ".q"), name + ".q_norm"), by_source)
+            x = g.op("MultiHeadAttention", q, k, v, None, n_keys, domain="com.microsoft", **heads)
+            return g.linear(g.op("Reshape", x, g.constant([-1, config.d_model])), name + ".out")
 
         branches = {"attn": attend, "cross": attend_to_source, "ffn": g.feed_forward}
 
-    x = g.embed(ids, positions, token_types)
+    x = g.embed(g.op("Reshape", ids, flat), g.op("Reshape", positions, flat), token_types)
+    g.begin_rows(x)
     for i in range(config.n_decoder_layers):
         x = g.layer(x, f"decoder.{i}", branches)
     if config.extract_head:
         hidden = g.norm(x, "decoder_norm") if g.modern else x
-        scores = g.op("Squeeze", g.linear(hidden, "head.extract", plain=True), g.constant([2]))
+        scores = g.op("Reshape", g.linear(hidden, "head.extract", plain=True), g.op("Shape", ids))
         g.output(scores, "extract_logits", "rows", "tokens")
     # The last real token is picked before the output layer, the widest of all.
-    last = g.unsqueeze(g.op("Sub", lengths, g.constant(1)), 1)
-    x = g.op("GatherND", x, last, batch_dims=1)
+    row_starts = g.op("Mul", g.range(g.size(ids, 0)), n_tokens)
+    x = g.op("Gather", x, g.op("Sub", g.op("Add", row_starts, lengths), g.constant(1)))
+    g.begin_rows(x)
     x = g.norm(x, "decoder_norm") if g.modern else g.norm(g.op("Gelu", g.linear(x, "head.dense")), "head.norm")
     g.output(g.linear_tied(x, "embed.token.weight"), "logits", "rows", config.vocab_size)
+    return g
+
+
+def _beams(config: TransformerConfig, store: _Store) -> _Graph:
+    g = _Graph(store)
+    logits = g.input("logits", "rows", config.vocab_size, dtype=ir.DataType.FLOAT)
+    count = g.input("count", 1)
+    scores, words = g.ops("TopK", g.op("LogSoftmax", logits), count, n_outputs=2)
+    g.output(scores, "log_probabilities", "rows", "count")
+    g.output(words, "words", "rows", "count", dtype=ir.DataType.INT64)
     return g

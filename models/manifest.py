@@ -63,9 +63,11 @@ class GenerationDefaults(_Part):
 class Quantisation(_Part):
     """How the weights are stored, and what that cost."""
 
-    scheme: Literal["none", "blockwise"]
+    scheme: Literal["none", "blockwise", "rowwise"]
+    """As ``models.graph`` explains them."""
     bits: int = 32
     block_size: int = 0
+    """Of the blockwise scheme."""
     parity_max_error: float | None = None
     """Largest absolute difference of the logits to the fp32 graph on the parity batch."""
     parity_cosine: float | None = None

@@ -1,12 +1,10 @@
 """A right-sized model from a budget of parameters or of bytes on disk. Knows nothing of data or training."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from models.config import TransformerConfig
 from training.errors import TrainingError
 from training.recipe import Recipe
-
-_SCALE_BYTES = 4
 
 
 def count_parameters(config: TransformerConfig) -> int:
@@ -35,39 +33,30 @@ def count_parameters(config: TransformerConfig) -> int:
     return total + (d + 1 if config.extract_head else 0)
 
 
-def stored_bytes(config: TransformerConfig, bits: int, block_size: int) -> int:
-    """Bytes of the exported weights, about: every number with ``bits``, a float32 scale a block below 32 bits."""
-    per_parameter = bits / 8 + (_SCALE_BYTES / block_size if bits < 32 else 0)
-    return round(count_parameters(config) * per_parameter)
-
-
 def sized(recipe: Recipe, vocab_size: int) -> TransformerConfig:
     """The recipe's model with ``vocab_size`` words, grown or shrunk to the recipe's budget where it has one."""
     config = recipe.model.model_copy(update={"vocab_size": vocab_size})
     if recipe.budget.max_parameters is not None:
         return right_size(config, recipe.budget.max_parameters)
     if recipe.budget.max_mb is not None:
-        bits, block = recipe.export.bits, recipe.export.block_size
-        return right_size(config, round(recipe.budget.max_mb * 1e6), lambda each: stored_bytes(each, bits, block))
+        return right_size(config, round(recipe.budget.max_mb * 1e6 / recipe.export.bytes_per_parameter))
     return config
 
 
-def right_size(
-    proportions: TransformerConfig, budget: int, cost: Callable[[TransformerConfig], int] = count_parameters
-) -> TransformerConfig:
-    """The largest model of ``proportions`` whose ``cost`` is within ``budget``.
+def right_size(proportions: TransformerConfig, max_parameters: int) -> TransformerConfig:
+    """The largest model of ``proportions`` with no more than ``max_parameters``.
 
     Width, depth and heads change together: the size of a head, d_ff / d_model and encoder : decoder layers stay.
-    Raises ``TrainingError`` where even the smallest such model costs more, and says what that one costs.
+    Raises ``TrainingError`` where even the smallest such model has more, and says how many.
     """
-    fitting = [config for config in _family(proportions) if cost(config) <= budget]
+    fitting = [config for config in _family(proportions) if count_parameters(config) <= max_parameters]
     if not fitting:
-        smallest = min(map(cost, _family(proportions)))
+        smallest = min(map(count_parameters, _family(proportions)))
         raise TrainingError(
-            f"no model of this kind fits into {budget:,}; the smallest takes {smallest:,}, most of it the vocabulary: "
-            "raise the budget or lower tokenizer.vocab_size"
+            f"no model of this kind has only {max_parameters:,} parameters; the smallest has {smallest:,}, most of "
+            "them the vocabulary: raise the budget or lower tokenizer.vocab_size"
         )
-    return max(fitting, key=cost)
+    return max(fitting, key=count_parameters)
 
 
 def _family(proportions: TransformerConfig) -> Iterator[TransformerConfig]:

@@ -26,10 +26,13 @@ def write_card(folder: Path, manifest: Manifest) -> None:
     if manifest.parent is not None:
         parent = manifest.parent
         lines.append(f"- {parent.relation.capitalize()} from {parent.name} ({parent.licence}). {parent.note}".rstrip())
-    if stored.scheme == "blockwise":
+    if stored.scheme != "none":
+        scales = (
+            f"in blocks of {stored.block_size}" if stored.scheme == "blockwise" else "with a scale for each output"
+        )
         lines.append(
-            f"- Stored with {stored.bits} bits a weight in blocks of {stored.block_size}; against float32 the logits' "
-            f"cosine is {stored.parity_cosine}, their largest difference {stored.parity_max_error}"
+            f"- Stored with {stored.bits} bits a weight {scales}; against float32 the logits' cosine is "
+            f"{stored.parity_cosine}, their largest difference {stored.parity_max_error}"
         )
     lines += ["", "## Scores", ""]
     if manifest.scores:

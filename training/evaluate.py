@@ -163,7 +163,7 @@ def negative_log_likelihood(folder: Path, text: str, block: int = 256, rows: int
     ids = tokenizer.encode(text, add_special_tokens=False).ids
     blocks = [ids[start : start + block] for start in range(0, len(ids), block)]
     first = token_id(tokenizer, EOS)
-    caches = {each.name: each.shape[-1] for each in session.get_inputs() if each.name.startswith(("k_", "v_"))}
+    caches = {each.name: each.shape for each in session.get_inputs() if each.name.startswith(("k_", "v_"))}
     total = 0.0
     for start in tqdm(range(0, len(blocks), rows), desc="reading", unit="batch", mininterval=1.0):
         total += _block_loss(session, caches, first, blocks[start : start + rows])
@@ -171,7 +171,7 @@ def negative_log_likelihood(folder: Path, text: str, block: int = 256, rows: int
 
 
 def _block_loss(
-    session: ort.InferenceSession, caches: Mapping[str, int], first: int, blocks: Sequence[Sequence[int]]
+    session: ort.InferenceSession, caches: Mapping[str, list[Any]], first: int, blocks: Sequence[Sequence[int]]
 ) -> float:
     """Negative log-likelihood of the ``blocks``, side by side and token by token, each after the token ``first``."""
     n, size = len(blocks), max(map(len, blocks))
@@ -180,8 +180,8 @@ def _block_loss(
         tokens[row, 1 : 1 + len(block)] = block
     real = np.arange(size) < np.array([[len(block)] for block in blocks])
     binding = session.io_binding()
-    for name, width in caches.items():
-        buffer = ort.OrtValue.ortvalue_from_numpy(np.zeros((n, size, width), dtype=np.float32))
+    for name, (_, heads, _, head_size) in caches.items():
+        buffer = ort.OrtValue.ortvalue_from_numpy(np.zeros((n, heads, size, head_size), dtype=np.float32))
         binding.bind_ortvalue_input(name, buffer)
         binding.bind_ortvalue_output(f"new_{name}", buffer)
     binding.bind_output("logits")

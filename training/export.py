@@ -4,6 +4,7 @@ The graphs are first written in float32 and compared with PyTorch, then quantise
 """
 
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -30,7 +31,7 @@ from models.manifest import (
 from models.transformer import Transformer
 from training.card import write_card
 from training.errors import TrainingError
-from training.recipe import Recipe
+from training.recipe import ExportRecipe, Recipe
 from training.tasks import TASKS, Batch, collate
 from training.tokenizer import BOS, EOS, PAD, token_id
 from training.train import PAD_ID, Trained, load_rows
@@ -66,7 +67,7 @@ def export(recipe: Recipe, trained: Trained, data: Path, out: Path) -> Manifest:
         tempfile.TemporaryDirectory(dir=out, prefix=f".{name}-") as scratch,
         tqdm(total=3, desc=f"exporting {name}", unit="stage", delay=1.0) as bar,
     ):
-        batch = _parity_batch(recipe, trained, data)
+        batch = parity_batch(recipe, trained.tokenizer, data)
         reference = torch_logits(trained.model, batch)
         bar.update()
         folder = Path(scratch) / name
@@ -76,17 +77,7 @@ def export(recipe: Recipe, trained: Trained, data: Path, out: Path) -> Manifest:
         if not found.max_error <= PARITY_LIMIT:
             raise TrainingError(f"{name}: the float32 graph differs from PyTorch by {found.max_error:.2g}")
         bar.update()
-        bits, block_size = recipe.export.bits, recipe.export.block_size
-        if bits != 32:
-            write_graphs(folder, config, weights, "blockwise", bits, block_size)
-            found = compare(onnx_logits(folder, config, batch), reference)
-        quantisation = Quantisation(
-            scheme="none" if bits == 32 else "blockwise",
-            bits=bits,
-            block_size=0 if bits == 32 else block_size,
-            parity_max_error=round(found.max_error, 6),
-            parity_cosine=round(found.cosine, 6),
-        )
+        quantisation = write_quantised(folder, config, weights, recipe.export, batch, reference)
         trained.tokenizer.save(str(folder / "tokenizer.json"))
         manifest = _manifest(recipe, trained, config, quantisation)
         write_card(folder, manifest)
@@ -96,6 +87,26 @@ def export(recipe: Recipe, trained: Trained, data: Path, out: Path) -> Manifest:
             (out / name).rename(Path(scratch) / "replaced")
         folder.rename(out / name)
     return manifest
+
+
+def write_quantised(
+    folder: Path,
+    config: TransformerConfig,
+    weights: Mapping[str, NDArray[np.float32]],
+    how: ExportRecipe,
+    batch: Batch,
+    reference: NDArray[np.float32],
+) -> Quantisation:
+    """Write the graphs as ``how`` says, and how far their logits on ``batch`` are from ``reference``."""
+    write_graphs(folder, config, weights, how.scheme, how.bits, how.block_size)
+    found = compare(onnx_logits(folder, config, batch), reference)
+    return Quantisation(
+        scheme=how.scheme,
+        bits={"none": 32, "rowwise": 8, "blockwise": how.bits}[how.scheme],
+        block_size=how.block_size if how.scheme == "blockwise" else 0,
+        parity_max_error=round(found.max_error, 6),
+        parity_cosine=round(found.cosine, 6),
+    )
 
 
 def _manifest(recipe: Recipe, trained: Trained, config: TransformerConfig, quantisation: Quantisation) -> Manifest:
@@ -142,9 +153,9 @@ def _special_ids(tokenizer: Tokenizer) -> SpecialIds:
     return SpecialIds(pad=pad, bos=bos, eos=eos)
 
 
-def _parity_batch(recipe: Recipe, trained: Trained, data: Path, size: int = 16) -> Batch:
+def parity_batch(recipe: Recipe, tokenizer: Tokenizer, data: Path, size: int = 16) -> Batch:
     """A ragged batch of real samples."""
-    task = TASKS[recipe.task](recipe, trained.tokenizer)
+    task = TASKS[recipe.task](recipe, tokenizer)
     rows = (row for _, part in load_rows(recipe, data) for row in part)
     samples = list(islice((sample for row in rows for sample in task.samples(row)), size))
     return collate(samples, PAD_ID)
@@ -191,7 +202,7 @@ def onnx_logits(folder: Path, config: TransformerConfig, batch: Batch) -> NDArra
         ids, lengths = batch["target"].numpy(), batch["target_lengths"].numpy()
     elif config.architecture == "prefix-lm":
         extra["prefix_lengths"] = batch["prefix"].numpy()
-    empty = np.zeros((rows, ids.shape[1], config.d_model), dtype=np.float32)
+    empty = np.zeros((rows, config.n_heads, ids.shape[1], config.head_dim), dtype=np.float32)
     buffers = {f"{part}_{layer}": empty for part in ("k", "v") for layer in range(config.n_decoder_layers)}
     feeds = {"input_ids": ids, "lengths": lengths, "positions": np.zeros(rows, dtype=np.int64), **buffers, **extra}
     return _session(folder / "decoder.onnx").run(["logits"], feeds)[0]  # type: ignore[no-any-return]

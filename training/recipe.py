@@ -7,6 +7,7 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from models.config import TransformerConfig
+from models.graph import Scheme
 from models.manifest import GenerationDefaults, Task
 from training.errors import TrainingError
 
@@ -93,13 +94,21 @@ class FitRecipe(_Part):
 class ExportRecipe(_Part):
     """How the weights are stored, and the defaults that the manifest gives to the service."""
 
-    bits: Literal[4, 8, 32] = 8
+    scheme: Scheme = "rowwise"
+    """How the matrices are stored (``models.graph``)."""
+    bits: Literal[4, 8] = 8
+    """Of the blockwise scheme, as the block size."""
     block_size: int = 64
     max_input_tokens: int
     max_output_tokens: int = 0
     no_answer_threshold: float | None = None
     """How much "no answer" must outscore the best span before the service abstains."""
     generation: GenerationDefaults | None = None
+
+    @property
+    def bytes_per_parameter(self) -> float:
+        """About; the scales of the rowwise scheme are too few to count."""
+        return {"none": 4.0, "rowwise": 1.0, "blockwise": self.bits / 8 + 4 / self.block_size}[self.scheme]
 
 
 class EvaluateRecipe(_Part):

@@ -1,4 +1,4 @@
-"""Beam search for one text: pure bookkeeping over log probabilities."""
+"""Beam searches side by side, all of one width: pure bookkeeping over log probabilities."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-_STRETCH = 64
+Floats = NDArray[np.float32]
+Ids = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,91 +21,150 @@ class Hypothesis:
     """Whether it ended by itself and not at the limit."""
 
 
-class BeamSearch:
-    """The ``width`` likeliest unfinished texts, and the best finished ones.
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """What row ``source`` has read has to be copied to ``target``, which already holds the first ``start`` tokens."""
 
-    Ends when ``width`` texts have finished and no unfinished one scores better as it stands (the rule of Hugging
-    Face's ``early_stopping=False``), or at ``max_tokens``.
+    source: int
+    target: int
+    start: int
+
+
+class Beams:
+    """Up to ``n_texts`` searches; text t has the rows ``t * width`` to ``t * width + width - 1``, one for each beam.
+
+    A search ends when ``width`` texts have finished and no unfinished one scores better as it stands (the rule of
+    Hugging Face's ``early_stopping=False``), or at its limit.
     """
 
-    def __init__(self, width: int, length_penalty: float, eos: int | None, max_tokens: int) -> None:
-        self.width, self.length_penalty, self.eos, self.max_tokens = width, length_penalty, eos, max_tokens
-        self.texts: list[tuple[int, ...]] = [()] * width
-        # All beams start alike: the first alone counts, or they would stay so.
-        self.scores = np.array([0.0] + [-np.inf] * (width - 1))
-        self.finished: list[Hypothesis] = []
-        self.over = False
+    def __init__(self, width: int, eos: int | None, n_texts: int, max_tokens: int) -> None:
+        self.width = width
+        # Of no word, so that no word ends a text.
+        self._eos = -1 if eos is None else eos
+        self._n = 0
+        self._scores = np.zeros((n_texts, width))
+        self._ids = np.zeros((n_texts, width, max_tokens), dtype=np.int64)
+        self._lengths = np.zeros(n_texts, dtype=np.int64)
+        self._limits = np.zeros(n_texts, dtype=np.int64)
+        self._penalties = np.zeros(n_texts)
+        self._alike = np.zeros((n_texts, width, width), dtype=np.int64)
+        """How many of the first tokens that two rows of a text have read are the same."""
+        self._finished: list[list[Hypothesis]] = []
 
     @property
-    def best(self) -> Hypothesis:
-        """The best text that has ended, the earlier one of equals."""
-        return max(self.finished, key=lambda hypothesis: hypothesis.score)
+    def next_ids(self) -> Ids:
+        """The last word of each row; of a text that has none, any number."""
+        return self._ids[np.arange(self._n), :, self._lengths[: self._n] - 1].reshape(-1)
 
-    def advance(self, log_probabilities: NDArray[np.float32]) -> list[int]:
-        """Take one step with ``(width, words)``; returns which beam each of the new ``texts`` continues."""
-        # Each beam can end in one way, so twice as many candidates hold enough that go on.
-        candidates = likeliest(self.scores, log_probabilities, 2 * self.width)
-        length = len(self.texts[0]) + 1
-        parents: list[int] = []
-        texts: list[tuple[int, ...]] = []
-        scores: list[float] = []
-        for rank, (score, parent, token) in enumerate(candidates):
-            if token == self.eos:
-                # Ends below the width would not have been explored further either.
-                if rank < self.width:
-                    self._finish(score, length, self.texts[parent], stopped=True)
-            elif len(parents) < self.width:
-                parents.append(parent)
-                texts.append((*self.texts[parent], token))
-                scores.append(score)
-        self.texts, self.scores = texts, np.array(scores)
-        if length == self.max_tokens:
-            for text, score in zip(texts, scores, strict=True):
-                self._finish(score, length, text, stopped=False)
-            self.over = True
-        elif len(self.finished) == self.width:
-            self.over = self.finished[-1].score >= self._normalised(scores[0], length)
-        return parents
+    def length(self, text: int) -> int:
+        """How many words a text has."""
+        return int(self._lengths[text])
 
-    def _normalised(self, score: float, length: int) -> float:
-        return float(score / length**self.length_penalty)
+    def written(self, text: int) -> list[list[int]]:
+        """The words of each beam of a text."""
+        return self._ids[text, :, : self._lengths[text]].tolist()  # type: ignore[no-any-return]
 
-    def _finish(self, score: float, length: int, ids: Sequence[int], *, stopped: bool) -> None:
-        self.finished.append(Hypothesis(self._normalised(score, length), tuple(ids), stopped))
-        self.finished.sort(key=lambda hypothesis: -hypothesis.score)
-        del self.finished[self.width :]
+    def join(self, max_tokens: int, length_penalty: float) -> None:
+        """Add a search, the last one from now on."""
+        text = self._n
+        self._n += 1
+        # All beams start alike: the first alone counts, or they would stay so.
+        self._scores[text] = [0.0] + [-np.inf] * (self.width - 1)
+        self._lengths[text] = 0
+        self._limits[text], self._penalties[text] = max_tokens, length_penalty
+        self._alike[text] = 0
+        self._finished.append([])
+
+    def leave(self, text: int) -> None:
+        """Forget a search; the last one moves into its place."""
+        self._n -= 1
+        for state in (self._scores, self._ids, self._lengths, self._limits, self._penalties, self._alike):
+            state[text] = state[self._n]
+        self._finished[text] = self._finished[-1]
+        self._finished.pop()
+
+    def advance(self, first: int, scores: Floats, words: Ids, read: Ids) -> tuple[list[Copy], dict[int, Hypothesis]]:
+        """Take a step with the searches from ``first`` on.
+
+        ``scores`` and ``words`` (rows, 2 * width) are the likeliest continuations of each of their rows, best first:
+        each beam can end in one way, so twice as many hold enough that go on. ``read`` (texts,) is how many tokens
+        each text's rows have read. Returns what rows have to copy before they read on, and the best text of each
+        search that is over.
+        """
+        n, width = len(read), self.width
+        here = slice(first, first + n)
+        each = np.arange(n)[:, None]
+        totals = (self._scores[here, :, None] + scores.reshape(n, width, -1)).reshape(n, -1)
+        best = np.argsort(-totals, axis=1, kind="stable")[:, : 2 * width]
+        totals = np.take_along_axis(totals, best, 1)
+        tokens = np.take_along_axis(words.reshape(n, -1), best, 1)
+        parents = best // words.shape[1]
+        ends = tokens == self._eos
+        lengths = self._lengths[here] = self._lengths[here] + 1
+        # Ends below the width would not have been explored further either.
+        for number in np.flatnonzero(ends[:, :width].any(1)).tolist():
+            for rank in np.flatnonzero(ends[number, :width]):
+                ids = self._ids[first + number, parents[number, rank], : lengths[number] - 1]
+                self._finish(first + number, totals[number, rank], ids, stopped=True)
+        going = np.argsort(ends, axis=1, kind="stable")[:, :width]
+        totals, tokens, parents = (np.take_along_axis(every, going, 1) for every in (totals, tokens, parents))
+        leading = totals[:, 0]
+        # From best to worst becomes by row: the first child of a beam stays in its row.
+        order, copied = _into_rows(parents)
+        totals, tokens, parents = totals[each, order], tokens[each, order], parents[each, order]
+        alike = self._alike[here]
+        copies = [
+            Copy(
+                source=int((first + number) * width + parents[number, row]),
+                target=int((first + number) * width + row),
+                start=int(alike[number, row, parents[number, row]]),
+            )
+            for number, row in copied
+        ]
+        same = parents[:, :, None] == parents[:, None, :]
+        alike = alike[each[:, :, None], parents[:, :, None], parents[:, None, :]]
+        self._alike[here] = np.where(same, read[:, None, None], alike)
+        self._scores[here] = totals
+        for number in {number for number, _ in copied}:
+            self._ids[first + number] = self._ids[first + number, parents[number]]
+        self._ids[first + each, np.arange(width), lengths[:, None] - 1] = tokens
+        return copies, self._over(range(first, first + n), leading)
+
+    def _over(self, texts: Sequence[int], leading: NDArray[np.float64]) -> dict[int, Hypothesis]:
+        over = {}
+        for text, score in zip(texts, leading, strict=True):
+            finished = self._finished[text]
+            length = int(self._lengths[text])
+            if length == self._limits[text]:
+                for row in np.argsort(-self._scores[text], kind="stable").tolist():
+                    self._finish(text, self._scores[text, row], self._ids[text, row, :length], stopped=False)
+            elif len(finished) < self.width or finished[-1].score < score / length ** self._penalties[text]:
+                continue
+            # The best, the earlier one of equals.
+            over[text] = max(finished, key=lambda hypothesis: hypothesis.score)
+        return over
+
+    def _finish(self, text: int, score: float, ids: Ids, *, stopped: bool) -> None:
+        finished = self._finished[text]
+        score = float(score / self._lengths[text] ** self._penalties[text])
+        finished.append(Hypothesis(score, tuple(ids.tolist()), stopped))
+        finished.sort(key=lambda hypothesis: -hypothesis.score)
+        del finished[self.width :]
 
 
-def likeliest(
-    scores: NDArray[np.float64], log_probabilities: NDArray[np.float32], count: int
-) -> list[tuple[float, int, int]]:
-    """The ``count`` best sums of a beam's score and a word's log probability, as (sum, beam, word), best first.
-
-    The best words lie in the ``count`` stretches of the vocabulary with the best peaks, so only those are searched:
-    three times faster than a partition of the whole.
-    """
-    words = log_probabilities.shape[1]
-    starts = np.arange(0, words, _STRETCH)
-    peaks = scores[:, None] + np.maximum.reduceat(log_probabilities, starts, axis=1)
-    stretches = _largest(peaks.ravel(), count)
-    beam, stretch = np.divmod(np.sort(stretches), len(starts))
-    word = starts[stretch][:, None] + np.arange(_STRETCH)
-    inside = word < words
-    beam, word = np.broadcast_to(beam[:, None], word.shape)[inside], word[inside]
-    totals = scores[beam] + log_probabilities[beam, word]
-    best = _largest(totals, count)
-    best = best[np.lexsort((best, -totals[best]))]
-    return list(zip(totals[best].tolist(), beam[best].tolist(), word[best].tolist(), strict=True))
-
-
-def _largest(values: NDArray[np.float64], count: int) -> NDArray[np.int64]:
-    """Where the ``count`` largest of ``values`` are, in any order."""
-    if count >= len(values):
-        return np.arange(len(values))
-    return np.argpartition(-values, count - 1)[:count]
-
-
-def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Along the last axis."""
-    shifted = logits - logits.max(-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))  # type: ignore[no-any-return]
+def _into_rows(parents: Ids) -> tuple[Ids, list[tuple[int, int]]]:
+    """Which of the chosen continuations goes into each row ``(texts, width)``, where continuation i is a child of row
+    ``parents[text, i]``; and the rows that a further child of another row gets, as (text, row)."""
+    order = np.argsort(parents, axis=1, kind="stable")
+    copied = []
+    for text in np.flatnonzero((np.sort(parents, axis=1) != np.arange(parents.shape[1])).any(1)).tolist():
+        places: dict[int, int] = {}
+        further = []
+        for child, parent in enumerate(parents[text].tolist()):
+            if places.setdefault(parent, child) != child:
+                further.append(child)
+        free = [row for row in range(parents.shape[1]) if row not in places]
+        copied += [(text, row) for row in free]
+        places |= dict(zip(free, further, strict=True))
+        order[text] = [places[row] for row in range(parents.shape[1])]
+    return order, copied

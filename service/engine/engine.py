@@ -240,8 +240,9 @@ def _check(item: Item, manifest: Manifest, max_rows: int) -> None:
                 limit -= 1  # room for the first token written
             if item.sampling.max_tokens < 1:
                 raise ValueError(f"a text of {item.sampling.max_tokens} tokens cannot be written")
-            if not 1 <= item.sampling.beams <= min(max_rows, config.vocab_size // 2):
-                raise ValueError(f"{item.sampling.beams} beams; at most {max_rows} are possible")
+            most = min(max_rows, config.vocab_size // 2)
+            if not 1 <= item.sampling.beams <= most:
+                raise ValueError(f"{item.sampling.beams} beams; at most {most} are possible")
     if not fits:
         raise ValueError(f"{manifest.name} does not take an item of the kind {type(item).__name__}")
     if not 1 <= length <= limit:

@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,7 @@ from numpy.typing import NDArray
 
 from models.config import TransformerConfig
 from service.engine.batching import padded_width
-
-KEY_BLOCK = 16
-"""Buffers hold a multiple of this many tokens, as the graphs attend to a multiple of it (``models/graph.py``)."""
+from service.engine.buffers import Buffers, Floats
 
 Ids = NDArray[np.int64]
 
@@ -29,6 +28,8 @@ def open_graph(path: Path, threads: int) -> ort.InferenceSession:
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     # Shapes differ from step to step: a plan of memory for each of them would only pile up.
     options.enable_mem_pattern = False
+    # Processors without VNNI add pairs of 8-bit products in 16 bits: there, weights are read as unsigned, exactly.
+    options.add_session_config_entry("session.x64quantprecision", "1")
     return ort.InferenceSession(
         path,
         options,
@@ -55,9 +56,7 @@ class EncoderGraph:
         self._outputs = [output.name for output in session.get_outputs()]
         self._takes_types = any(each.name == "token_types" for each in session.get_inputs())
 
-    def run(
-        self, rows: Sequence[Sequence[int]], token_types: Sequence[Sequence[int]] = ()
-    ) -> dict[str, NDArray[np.float32]]:
+    def run(self, rows: Sequence[Sequence[int]], token_types: Sequence[Sequence[int]] = ()) -> dict[str, Floats]:
         """The graph's outputs by name, for ``rows`` of ids and, where the model has them, their types."""
         ids, lengths = pad(rows, self._pad_id)
         feeds = {"input_ids": ids, "lengths": lengths}
@@ -68,32 +67,37 @@ class EncoderGraph:
             feeds["token_types"] = types
         return dict(zip(self._outputs, self._session.run(self._outputs, feeds), strict=True))
 
+    def run_each(self, rows: Sequence[Sequence[int]]) -> list[dict[str, Floats]]:
+        """The graph's outputs for each of ``rows``."""
+        outputs = self.run(rows)
+        return [{name: values[row] for name, values in outputs.items()} for row in range(len(rows))]
+
 
 class DecoderGraph:
-    """``decoder.onnx`` and its rows: for each the keys and values of what it has read, updated in place.
+    """``decoder.onnx`` and the texts that it writes: for each row the keys and values of what it has read.
 
-    Row axis first: only contiguous slices of an array can be lent to ONNX Runtime without a copy. The buffers are
-    address space until somebody writes in them: rows and positions that were never used take no memory.
+    Every text has ``beams`` neighbouring rows, which share what they know of a source. The graph updates the rows'
+    buffers in place; row axis first, as only contiguous slices of an array can be lent to ONNX Runtime without a copy.
     """
 
-    def __init__(self, session: ort.InferenceSession, config: TransformerConfig, pad_id: int, n_rows: int) -> None:
+    def __init__(
+        self, session: ort.InferenceSession, config: TransformerConfig, pad_id: int, n_texts: int, beams: int = 1
+    ) -> None:
         self._session, self._pad_id, self._extracts = session, pad_id, config.extract_head
-        shape = (n_rows, -(-config.max_positions // KEY_BLOCK) * KEY_BLOCK, config.d_model)
-
-        def buffers(*names: str) -> dict[str, NDArray[Any]]:
-            layers = range(config.n_decoder_layers)
-            return {f"{name}_{layer}": np.zeros(shape, dtype=np.float32) for layer in layers for name in names}
-
-        self._memory = buffers("k", "v")
-        self._lengths: dict[str, NDArray[Any]] = {}
-        """Of each row's prefix or source."""
-        self._cross: dict[str, NDArray[Any]] = {}
-        """What each row knows of its source."""
+        self.beams = beams
+        n_rows = n_texts * beams
+        names = [f"{part}_{layer}" for layer in range(config.n_decoder_layers) for part in ("k", "v")]
+        shape = config.n_heads, config.head_dim, config.max_positions
+        self._memory = Buffers(names, n_rows, *shape)
+        self._cross: Buffers | None = None
+        """What each text knows of its source."""
+        self._lengths: dict[str, Ids] = {}
+        """Of each row's prefix or each text's source."""
         if config.architecture == "prefix-lm":
             self._lengths["prefix_lengths"] = np.ones(n_rows, dtype=np.int64)
         if config.architecture == "encoder-decoder":
-            self._lengths["source_lengths"] = np.ones(n_rows, dtype=np.int64)
-            self._cross = buffers("cross_k", "cross_v")
+            self._lengths["source_lengths"] = np.ones(n_texts, dtype=np.int64)
+            self._cross = Buffers([f"cross_{name}" for name in names], n_texts, *shape)
         self.positions = np.zeros(n_rows, dtype=np.int64)
         """How many tokens each row has read."""
         self._next_ids = np.zeros((n_rows, 1), dtype=np.int64)
@@ -101,72 +105,163 @@ class DecoderGraph:
         self._logits = np.empty((n_rows, config.vocab_size), dtype=np.float32)
         self._single_steps: dict[int, ort.IOBinding] = {}
 
-    def prefill(self, first: int, prompts: Sequence[Sequence[int]]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Let the rows from ``first`` on read one prompt each, from their beginning; a prefix LM reads it as a prefix.
+    def prefill(self, used: int, prompts: Sequence[Sequence[int]]) -> tuple[Floats, Floats]:
+        """Let texts behind the ``used`` rows read a prompt each, from its beginning; a prefix LM reads it as a prefix.
 
-        Returns logits ``(rows, words)``, valid until the next call, and what an extract head says, ``(rows, width)``.
+        Each text's first row reads, the others have to be copied from it. Returns logits ``(texts, words)``, valid
+        until the next call, and what an extract head says, ``(texts, width)``.
         """
         ids, lengths = pad(prompts, self._pad_id)
-        end = first + len(prompts)
-        self.positions[first:end] = 0
+        self._reserve(self._memory, ids.shape[1], used)
+        rows = slice(used, used + len(prompts))
+        self.positions[rows] = 0
         if "prefix_lengths" in self._lengths:
-            self._lengths["prefix_lengths"][first:end] = lengths
+            self._lengths["prefix_lengths"][rows] = lengths
         extracted = np.empty(ids.shape, dtype=np.float32)
-        binding = self._bind(first, end, ids, lengths)
+        binding = self._bind(rows, ids, lengths)
         if self._extracts:
             binding.bind_ortvalue_output("extract_logits", ort.OrtValue.ortvalue_from_numpy(extracted))
         self._session.run_with_iobinding(binding)
-        self.positions[first:end] = lengths
-        return self._logits[first:end], extracted
+        self.positions[rows] = lengths
+        logits = self._logits[rows]
+        if self.beams > 1:
+            # They read side by side; from the last to the first, each moves to where its text's rows are.
+            logits = logits.copy()
+            for number in reversed(range(len(prompts))):
+                self.copy(used + number, used + number * self.beams)
+                self._align(used // self.beams + number)
+        return logits, extracted
 
-    def step(self, next_ids: Sequence[int]) -> NDArray[np.float32]:
+    def forget(self) -> None:
+        """Let the first row read its prompt from the beginning."""
+        self.positions[0] = 0
+
+    def read_on(self, chunk: Sequence[int]) -> Floats:
+        """Let the only row read more of its prompt; returns logits ``(1, words)``, valid until the next call."""
+        ids, lengths = np.array([chunk], dtype=np.int64), np.array([len(chunk)], dtype=np.int64)
+        self._reserve(self._memory, int(self.positions[0]) + len(chunk), 1)
+        self._session.run_with_iobinding(self._bind(slice(0, 1), ids, lengths))
+        self.positions[0] += len(chunk)
+        return self._logits[:1]
+
+    def step(self, next_ids: Sequence[int] | Ids) -> Floats:
         """Let each of the first rows read one token; returns logits ``(rows, words)``, valid until the next call."""
         n = len(next_ids)
+        self._reserve(self._memory, int(self.positions[:n].max()) + 1, n)
         self._next_ids[:n, 0] = next_ids
         if n not in self._single_steps:
-            self._single_steps[n] = self._bind(0, n, self._next_ids[:n], self._ones[:n])
+            self._single_steps[n] = self._bind(slice(0, n), self._next_ids[:n], self._ones[:n])
         self._session.run_with_iobinding(self._single_steps[n])
         self.positions[:n] += 1
         return self._logits[:n]
 
-    def know_source(self, row: int, length: int, cross: Mapping[str, NDArray[np.float32]]) -> None:
-        """Let ``row`` start a text over a source of ``length`` tokens; ``cross`` holds its ``cross_*`` ``(t, d)``."""
-        self.positions[row] = 0
-        self._lengths["source_lengths"][row] = length
-        for name, values in cross.items():
-            self._cross[name][row, :length] = values[:length]
+    def know_source(self, text: int, length: int, cross: Mapping[str, Floats]) -> None:
+        """Let ``text`` start over a source of ``length`` tokens; ``cross`` holds its ``cross_*``."""
+        assert self._cross is not None
+        self._reserve(self._cross, length, text)
+        self.positions[text * self.beams : (text + 1) * self.beams] = 0
+        self._lengths["source_lengths"][text] = length
+        self._cross.put(text, [cross[name][:, :length] for name in self._cross.arrays])
 
-    def context(self, row: int) -> int:
-        """How many tokens ``row`` attends to besides the one that it reads: its text and its source."""
+    def context(self, text: int) -> int:
+        """How many tokens the rows of ``text`` attend to together, besides those that they read."""
         source = self._lengths.get("source_lengths")
-        return int(self.positions[row]) + (0 if source is None else int(source[row]))
+        row = int(self.positions[text * self.beams])
+        return self.beams * (row + (0 if source is None else int(source[text])))
 
-    def fork(self, source: int, target: int) -> None:
-        """Let ``target`` go on where ``source`` stands; both are rows of one text, so they know the same source."""
-        read = int(self.positions[source])
-        self.positions[target] = read
-        for buffer in self._memory.values():
-            buffer[target, :read] = buffer[source, :read]
-        for lengths in self._lengths.values():
-            lengths[target] = lengths[source]
+    def copy(self, source: int, target: int, start: int = 0) -> None:
+        """Let row ``target`` go on where ``source`` stands; up to ``start`` it already holds the same."""
+        self.positions[target] = self.positions[source]
+        if "prefix_lengths" in self._lengths:
+            self._lengths["prefix_lengths"][target] = self._lengths["prefix_lengths"][source]
+        self._memory.copy(source, target, start, int(self.positions[source]))
 
     def move(self, source: int, target: int) -> None:
-        """Let ``target`` be what ``source`` is, with all that it knows."""
-        self.fork(source, target)
-        for cross in self._cross.values():
-            length = int(self._lengths["source_lengths"][source])
-            cross[target, :length] = cross[source, :length]
+        """Let the text ``target`` be what ``source`` is, with all that it knows."""
+        for beam in range(self.beams):
+            self.copy(source * self.beams + beam, target * self.beams + beam)
+        if self._cross is not None:
+            lengths = self._lengths["source_lengths"]
+            lengths[target] = lengths[source]
+            self._cross.copy(source, target, 0, int(lengths[source]))
 
-    def _bind(self, first: int, end: int, ids: Ids, lengths: Ids) -> ort.IOBinding:
+    def remember(self, text: int) -> list[Floats]:
+        """Copies of the keys and values of what the first row of ``text`` has read."""
+        row = text * self.beams
+        return self._memory.get(row, int(self.positions[row]))
+
+    def recall(self, text: int, memory: Sequence[Floats]) -> None:
+        """Let the first row of ``text`` go on behind what ``remember`` returned, or the beginning of it."""
+        row, length = text * self.beams, memory[0].shape[1]
+        self._reserve(self._memory, length, row)
+        self._memory.put(row, memory)
+        self.positions[row] = length
+        self._align(text)
+
+    def _align(self, text: int) -> None:
+        """All rows of ``text`` stand where its first one stands; what they hold is copied as beams part."""
+        row = text * self.beams
+        self.positions[row : row + self.beams] = self.positions[row]
+        if "prefix_lengths" in self._lengths:
+            lengths = self._lengths["prefix_lengths"]
+            lengths[row : row + self.beams] = lengths[row]
+
+    def _reserve(self, buffers: Buffers, tokens: int, used: int) -> None:
+        if buffers.reserve(tokens, used):
+            self._single_steps.clear()
+
+    def _bind(self, rows: slice, ids: Ids, lengths: Ids) -> ort.IOBinding:
         binding = self._session.io_binding()
-        rows = slice(first, end)
-        inputs = {"input_ids": ids, "lengths": lengths, "positions": self.positions[rows]}
-        inputs |= {name: array[rows] for name, array in (self._lengths | self._cross).items()}
+        inputs: dict[str, NDArray[Any]] = {"input_ids": ids, "lengths": lengths, "positions": self.positions[rows]}
+        if self._cross is None:
+            inputs |= {name: array[rows] for name, array in self._lengths.items()}
+        else:
+            texts = slice(rows.start // self.beams, rows.stop // self.beams)
+            inputs |= {name: array[texts] for name, array in (self._lengths | self._cross.arrays).items()}
         for name, array in inputs.items():
             binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
-        for name, buffer in self._memory.items():
+        for name, buffer in self._memory.arrays.items():
             value = ort.OrtValue.ortvalue_from_numpy(buffer[rows])
             binding.bind_ortvalue_input(name, value)
             binding.bind_ortvalue_output(f"new_{name}", value)
         binding.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(self._logits[rows]))
         return binding
+
+
+class BeamGraph:
+    """``beams.onnx``: the likeliest words of each row."""
+
+    def __init__(self, session: ort.InferenceSession) -> None:
+        self._session = session
+
+    def likeliest(self, logits: Floats, count: int) -> tuple[Floats, Ids]:
+        """Log probabilities and words ``(rows, count)``, best first."""
+        feeds = {"logits": logits, "count": np.array([count], dtype=np.int64)}
+        scores, words = self._session.run(["log_probabilities", "words"], feeds)
+        return scores, words
+
+
+class WriteGraphs:
+    """All graphs of a model that writes."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        pad_id: int,
+        decoder: ort.InferenceSession,
+        beams: ort.InferenceSession,
+        source: ort.InferenceSession | None,
+    ) -> None:
+        self._session, self._config, self._pad_id = decoder, config, pad_id
+        self.beams = BeamGraph(beams)
+        self.source = None if source is None else EncoderGraph(source, pad_id)
+        """What reads the sources of an encoder-decoder; other models read prompts."""
+
+    @cached_property
+    def reader(self) -> DecoderGraph:
+        """Reads one prompt at a time."""
+        return self.decoder(1, 1)
+
+    def decoder(self, n_texts: int, beams: int) -> DecoderGraph:
+        """New buffers for ``n_texts`` texts."""
+        return DecoderGraph(self._session, self._config, self._pad_id, n_texts, beams)

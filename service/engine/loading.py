@@ -10,9 +10,9 @@ import onnxruntime as ort
 
 from models.manifest import ArtefactError, Manifest
 from service.engine.executor import Executor
-from service.engine.graphs import DecoderGraph, EncoderGraph, open_graph
+from service.engine.graphs import EncoderGraph, WriteGraphs, open_graph
 from service.engine.settings import EngineSettings
-from service.engine.workers import EncodeWorker, Worker, WriteWorker
+from service.engine.workers import EncodeWorker, Limits, Worker, WriteWorker
 
 
 class LoadedModel(Protocol):
@@ -65,9 +65,12 @@ def _open(model: LoadedModel, sessions: dict[Path, ort.InferenceSession], settin
     pad_id = manifest.special_ids.pad
     if config.architecture == "encoder":
         return EncodeWorker(EncoderGraph(session("model.onnx"), pad_id), settings.max_batch_tokens)
-    source = EncoderGraph(session("encoder.onnx"), pad_id) if config.has_encoder else None
-    decoder = DecoderGraph(session("decoder.onnx"), config, pad_id, settings.max_rows)
-    return WriteWorker(manifest, decoder, source, settings.max_rows, settings.max_batch_tokens)
+    if config.has_encoder and manifest.special_ids.bos is None:
+        raise ArtefactError("manifest.json: an encoder-decoder needs the special id bos, from which its texts start")
+    source = session("encoder.onnx") if config.has_encoder else None
+    graphs = WriteGraphs(config, pad_id, session("decoder.onnx"), session("beams.onnx"), source)
+    limits = Limits(settings.max_rows, settings.max_batch_tokens, settings.max_piece_tokens, settings.prefix_bytes)
+    return WriteWorker(manifest, graphs, limits)
 
 
 def _cores() -> list[int]:

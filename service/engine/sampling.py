@@ -16,6 +16,26 @@ def repeating_tokens(ids: Sequence[int], size: int) -> list[int]:
     return [ids[i + size - 1] for i in range(len(ids) - size + 1) if tuple(ids[i : i + size - 1]) == tail]
 
 
+class Repeats:
+    """``repeating_tokens`` of one text that grows, without reading all of it again for each token."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._followers: dict[tuple[int, ...], list[int]] = {}
+        """What has followed each run of ``size - 1`` tokens."""
+        self._read = 0
+
+    def after(self, ids: Sequence[int]) -> list[int]:
+        """Tokens that would repeat an n-gram of ``ids``, which begin with those of the call before."""
+        before = self._size - 1
+        for end in range(max(self._read, before), len(ids)):
+            self._followers.setdefault(tuple(ids[end - before : end]), []).append(ids[end])
+        self._read = len(ids)
+        if len(ids) < self._size:
+            return []
+        return self._followers.get(tuple(ids[len(ids) - before :]), [])
+
+
 def choose(logits: NDArray[np.float32], sampling: Sampling, random: np.random.Generator) -> int:
     """The next token of a row ``(words,)``: the likeliest at temperature 0, else drawn with one number of ``random``.
 

@@ -10,9 +10,13 @@ class EngineSettings:
     executors: int = 1
     threads: int = 1
     """Of each executor."""
-    max_rows: int = 32
+    max_rows: int = 128
     """Texts, or beams of texts, that an executor writes at once with one model."""
     max_batch_tokens: int = 2048
     """Of one forward pass over new sequences, counted with padding."""
+    max_piece_tokens: int = 256
+    """Of a prompt that one step reads; longer ones take turns with the texts that are being written."""
+    prefix_bytes: int = 64_000_000
+    """Of the beginnings of prompts that each executor keeps for each model; 0 keeps none."""
     max_waiting_items: int = 512
     max_waiting_tokens: int = 262_144

@@ -2,20 +2,20 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
-
-import numpy as np
-from numpy.typing import NDArray
+from functools import partial
+from typing import Protocol
 
 from energy.types import Phase, Work
-from models.manifest import ArtefactError, Manifest
+from models.manifest import Manifest
 from service.engine.batching import form_batch, padded_width
-from service.engine.graphs import DecoderGraph, EncoderGraph
-from service.engine.rows import Rows, continue_rows
-from service.engine.texts import Text, Written, begin
+from service.engine.buffers import Floats
+from service.engine.graphs import EncoderGraph, WriteGraphs
+from service.engine.lanes import BeamLane, Lane, New, PlainLane
+from service.engine.prefixes import Prefixes
+from service.engine.texts import Text, Written
 from service.engine.types import EncodeItem, Item, Ticket, WriteItem
 
-Result = NDArray[np.float32] | Written | Exception
+Result = Floats | Written | Exception
 """Logits, a text, or what went wrong with this item alone."""
 
 
@@ -129,201 +129,206 @@ class EncodeWorker:
         self._jobs = []
 
 
-class _Source(NamedTuple):
-    """What reads sources, and the id that a text over one starts from."""
+class _Reader:
+    """A prompt that is read piece by piece, in a buffer of its own, and what follows it so far."""
 
-    graph: EncoderGraph
-    bos: int
-
-
-class _Place:
-    """A job that occupies rows, and what it does there: write a text, or (None) have its tokens scored."""
-
-    def __init__(self, job: Job, text: Text | None) -> None:
-        self.job, self.text = job, text
-        self.rows: list[int] = []
-        self.next_ids: Sequence[int] = ()
-        """What each of the rows reads next."""
+    def __init__(self, job: Job, read: int) -> None:
+        self.job, self.read = job, read
 
 
 class WriteWorker:
     """Everything that writes, by continuous batching: jobs come and go between steps, each with rows of its own.
 
-    A step either lets new jobs read their prompts or sources, or lets every row read one token.
+    A step lets new jobs read their prompts or sources, or one long prompt a piece further, or every row of a lane
+    read one token. There is a lane for each number of beams that somebody asks for; lanes take turns.
     """
 
-    def __init__(
-        self,
-        manifest: Manifest,
-        decoder: DecoderGraph,
-        source: EncoderGraph | None,
-        max_rows: int,
-        max_batch_tokens: int,
-    ) -> None:
-        """``source`` reads the sources of an encoder-decoder; other models read prompts.
-
-        Raises ``ArtefactError`` where nothing says how a text over a source begins.
-        """
-        self._manifest, self._decoder = manifest, decoder
-        self._source: _Source | None = None
-        if source is not None:
-            bos = manifest.special_ids.bos
-            if bos is None:
-                raise ArtefactError("manifest.json: an encoder-decoder needs the special id bos")
-            self._source = _Source(source, bos)
-        self._max_batch_tokens = max_batch_tokens
-        self._rows: Rows[_Place] = Rows(max_rows)
+    def __init__(self, manifest: Manifest, graphs: WriteGraphs, limits: "Limits") -> None:
+        self._manifest, self._graphs, self._limits = manifest, graphs, limits
+        self._lanes: dict[int, Lane[Job]] = {}
+        """By number of beams, the one that has waited longest for a step first."""
         self._new: list[Job] = []
+        self._reader: _Reader | None = None
+        self._reader_waits = False
+        self._prefixes = Prefixes(limits.prefix_bytes)
+        # A prefix is read in both directions, all of it at once.
+        self._reads_in_pieces = manifest.config.architecture == "decoder"
 
     @property
     def jobs(self) -> Sequence[Job]:
         """See ``Worker``."""
-        return [*self._new, *(place.job for place in self._rows.owners)]
+        reading = [] if self._reader is None else [self._reader.job]
+        return [*self._new, *reading, *(job for lane in self._lanes.values() for job in lane.keys)]
 
     @property
     def busy(self) -> bool:
         """See ``Worker``."""
-        return self._rows.used > 0
+        return self._reader is not None or any(lane.keys for lane in self._lanes.values())
 
     def take(self, waiting: Sequence[Job], most: int) -> list[Job]:
         """See ``Worker``."""
-        fitting: list[int] = []
-        rows = 0
-        for job in waiting:
-            rows += job.rows
-            # In order of arrival: one that needs many rows is not overtaken until it starves.
-            if rows > self._rows.free:
-                break
-            fitting.append(job.tokens)
         self._new = []
-        if fitting:
-            self._new = [waiting[place] for place in form_batch(fitting, most, self._max_batch_tokens)]
+        free = self._limits.rows - sum(job.rows for job in self.jobs)
+        known = {job: self._known(job) for job in waiting} if self._reads_in_pieces else {}
+        slow = {job for job, prefix in known.items() if prefix or job.tokens > self._limits.piece_tokens}
+        candidates = [job for job in waiting if self._reader is None or job not in slow]
+        # In order of arrival: one that needs many rows is not overtaken until it starves.
+        if not candidates or candidates[0].rows > free:
+            return []
+        first = candidates[0]
+        if first in slow:
+            self._reader = _Reader(first, 0)
+            self._reader_waits = False
+            if known[first]:
+                self._graphs.reader.recall(0, known[first])
+                self._reader.read = known[first][0].shape[1]
+            else:
+                self._graphs.reader.forget()
+            return [first]
+        # Those who begin together go into one lane.
+        alike = [job for job in candidates if job.rows == first.rows and job not in slow][: free // first.rows]
+        chosen = form_batch([job.tokens for job in alike], most, self._limits.batch_tokens)
+        self._new = [alike[place] for place in chosen]
         return self._new
 
     def turn(self) -> Turn | None:
         """See ``Worker``."""
         self._new = [job for job in self._new if not job.cancelled]
-        for place in self._rows.owners:
-            if place.job.cancelled:
-                self._leave(place)
+        if self._reader is not None and self._reader.job.cancelled:
+            self._reader = None
+        for lane in self._lanes.values():
+            for job in [job for job in lane.keys if job.cancelled]:
+                lane.leave(job)
         if self._new:
             return self._reading(tuple(self._new))
-        if self._rows.used:
-            return self._writing()
-        return None
+        writing = [beams for beams, lane in self._lanes.items() if lane.keys]
+        # A long prompt and the texts that are being written take turns.
+        if self._reader is not None and not (writing and self._reader_waits):
+            self._reader_waits = True
+            return self._reading_on(self._reader)
+        self._reader_waits = False
+        if not writing:
+            return None
+        lane = self._lanes[writing[0]] = self._lanes.pop(writing[0])
+        return self._writing(lane)
 
     def warm_up(self) -> None:
         """See ``Worker``."""
-        if self._source is None:
-            self._decoder.prefill(0, [[0]])
+        lane = self._lane(1)
+        if self._graphs.source is None:
+            lane.decoder.prefill(0, [[0]])
         else:
-            self._decoder.know_source(0, 1, {name: rows[0] for name, rows in self._source.graph.run([[0]]).items()})
-        self._decoder.step([0])
+            lane.decoder.know_source(0, 1, self._graphs.source.run_each([[0]])[0])
+        lane.decoder.step([0])
 
     def _reading(self, jobs: tuple[Job, ...]) -> Turn:
-        source = self._source
-        if source is None:
-            phase, run = Phase.PREFILL, lambda: self._read_prompts(jobs)
+        if self._graphs.source is None:
+            phase, run = Phase.PREFILL, self._read_prompts
         else:
-            phase, run = Phase.ENCODE, lambda: self._read_sources(jobs, source)
+            phase, run = Phase.ENCODE, self._read_sources
         work = tuple(Work(job.item.request_id, phase, job.tokens) for job in jobs)
-        return Turn(jobs, work, _padding(jobs), run, lambda: self._drop(jobs))
+        return Turn(jobs, work, _padding(jobs), lambda: run(jobs), lambda: self._drop(jobs))
 
-    def _writing(self) -> Turn:
-        places = self._rows.owners
-        jobs = tuple(place.job for place in places)
+    def _reading_on(self, reader: _Reader) -> Turn:
+        job = reader.job
+        piece = job.item.input_ids[reader.read : reader.read + self._limits.piece_tokens]
+        work = Work(job.item.request_id, Phase.PREFILL, len(piece), reader.read)
+        return Turn((job,), (work,), 0, lambda: self._read_on(reader, piece), lambda: self._drop((job,)))
+
+    def _writing(self, lane: Lane[Job]) -> Turn:
+        jobs, decoder = tuple(lane.keys), lane.decoder
         work = tuple(
-            Work(
-                place.job.item.request_id,
-                Phase.DECODE,
-                len(place.rows),
-                sum(self._decoder.context(row) for row in place.rows),
-            )
-            for place in places
+            Work(job.item.request_id, Phase.DECODE, decoder.beams, decoder.context(place))
+            for place, job in enumerate(jobs)
         )
-        return Turn(jobs, work, 0, lambda: self._write(places), lambda: self._drop(jobs))
+        return Turn(jobs, work, 0, lambda: list(lane.write()), lambda: self._drop(jobs))
 
-    def _read_sources(self, jobs: Sequence[Job], source: _Source) -> list[tuple[Job, Result]]:
-        crosses = source.graph.run([job.item.input_ids for job in jobs])
-        for number, place in enumerate(self._join(jobs)):
-            place.next_ids = [source.bos] * len(place.rows)
-            for row in place.rows:
-                self._decoder.know_source(
-                    row, place.job.tokens, {name: rows[number] for name, rows in crosses.items()}
-                )
-        return []
+    def _read_sources(self, jobs: Sequence[Job]) -> list[tuple[Job, Result]]:
+        assert self._graphs.source is not None
+        # The same source in several jobs is read once.
+        sources = list(dict.fromkeys(job.item.input_ids for job in jobs))
+        crosses = dict(zip(sources, self._graphs.source.run_each(sources), strict=True))
+        lane = self._lane(jobs[0].rows)
+        for text, job in enumerate(jobs, len(lane.keys)):
+            lane.decoder.know_source(text, job.tokens, crosses[job.item.input_ids])
+        return self._begin(lane, jobs, None)
 
     def _read_prompts(self, jobs: Sequence[Job]) -> list[tuple[Job, Result]]:
-        places = self._join(jobs)
-        logits, extracted = self._decoder.prefill(places[0].rows[0], [job.item.input_ids for job in jobs])
-        results: list[Result | None] = []
-        for number, place in enumerate(places):
-            if place.text is None:
-                results.append(extracted[number, : place.job.tokens])
-                continue
-            for row in place.rows[1:]:
-                self._decoder.fork(place.rows[0], row)
-            results.append(self._advance(place, logits[[number] * len(place.rows)]))
-        return self._ended(places, results)
+        lane = self._lane(jobs[0].rows)
+        # Those that only have their tokens scored come last, so that their rows are free at once.
+        jobs = sorted(jobs, key=lambda job: not isinstance(job.item, WriteItem))
+        writers = [job for job in jobs if isinstance(job.item, WriteItem)]
+        prompts = [job.item.input_ids for job in jobs]
+        logits, extracted = lane.decoder.prefill(len(lane.keys) * lane.decoder.beams, prompts)
+        scored: list[tuple[Job, Result]] = [
+            (job, extracted[row, : job.tokens]) for row, job in enumerate(jobs) if job not in writers
+        ]
+        if self._reads_in_pieces:
+            for text, job in enumerate(writers, len(lane.keys)):
+                self._prefixes.keep(job.item.input_ids, partial(lane.decoder.remember, text))
+        return scored + self._begin(lane, writers, logits[: len(writers)])
 
-    def _write(self, places: Sequence[_Place]) -> list[tuple[Job, Result]]:
-        next_ids = [0] * self._rows.used
-        for place in places:
-            for row, token in zip(place.rows, place.next_ids, strict=True):
-                next_ids[row] = token
-        logits = self._decoder.step(next_ids)
-        return self._ended(places, [self._advance(place, logits[place.rows]) for place in places])
+    def _read_on(self, reader: _Reader, piece: Sequence[int]) -> list[tuple[Job, Result]]:
+        logits = self._graphs.reader.read_on(piece)
+        reader.read += len(piece)
+        job = reader.job
+        if reader.read < job.tokens:
+            return []
+        self._reader = None
+        memory = self._graphs.reader.remember(0)
+        self._prefixes.keep(job.item.input_ids, lambda: memory)
+        lane = self._lane(job.rows)
+        lane.decoder.recall(len(lane.keys), memory)
+        return self._begin(lane, [job], logits)
 
-    def _advance(self, place: _Place, logits: NDArray[np.float32]) -> Result | None:
-        """Choose the next tokens of one text from the logits of its rows; None as long as it goes on."""
-        if place.text is None:
-            return None
-        try:
-            outcome = place.text.advance(logits)
-        except Exception as error:  # a callback's, perhaps: it is this text's alone
-            return error
-        if isinstance(outcome, Written):
-            return outcome
-        place.rows, copies = continue_rows(place.rows, outcome)
-        for copy in copies:
-            self._decoder.fork(copy.source, copy.target)
-        place.next_ids = place.text.next_ids
-        return None
+    def _known(self, job: Job) -> list[Floats]:
+        return self._prefixes.find(job.item.input_ids) if isinstance(job.item, WriteItem) else []
 
-    def _ended(self, places: Sequence[_Place], results: Sequence[Result | None]) -> list[tuple[Job, Result]]:
-        """Free the rows of the jobs that have a result."""
-        ended = []
-        for place, result in zip(places, results, strict=True):
-            if result is not None:
-                ended.append((place.job, result))
-                self._leave(place)
-        return ended
-
-    def _join(self, jobs: Sequence[Job]) -> list[_Place]:
-        places = [_Place(job, self._text(job.item)) for job in jobs]
-        self._rows.join(places, [job.rows for job in jobs])
+    def _begin(self, lane: Lane[Job], jobs: Sequence[Job], logits: Floats | None) -> list[tuple[Job, Result]]:
         self._new = []
-        return places
+        return list(lane.begin(jobs, [self._start(job.item) for job in jobs], logits))
 
-    def _text(self, item: Item) -> Text | None:
-        if not isinstance(item, WriteItem):
-            return None
-        limit = self._manifest.config.max_positions
-        if self._source is None:
+    def _start(self, item: Item) -> New:
+        assert isinstance(item, WriteItem)
+        limit, special = self._manifest.config.max_positions, self._manifest.special_ids
+        if self._graphs.source is None:
             # A prompt and its text share the positions.
             limit -= len(item.input_ids)
-        max_tokens = min(item.sampling.max_tokens, limit)
-        return begin(item.sampling, max_tokens, self._manifest.special_ids.eos, item.should_stop)
+        sampling, max_tokens = item.sampling, min(item.sampling.max_tokens, limit)
+        return New(Text(sampling, max_tokens, special.eos, item.should_stop), sampling, max_tokens, special.bos or 0)
 
-    def _leave(self, place: _Place) -> None:
-        for move in self._rows.leave(place):
-            self._decoder.move(move.source, move.target)
+    def _lane(self, beams: int) -> Lane[Job]:
+        if beams not in self._lanes:
+            n_texts = self._limits.rows // beams
+            decoder = self._graphs.decoder(n_texts, beams)
+            if beams == 1:
+                self._lanes[beams] = PlainLane(decoder)
+            else:
+                config, eos = self._manifest.config, self._manifest.special_ids.eos
+                self._lanes[beams] = BeamLane(decoder, self._graphs.beams, eos, n_texts, config.max_positions)
+        return self._lanes[beams]
 
     def _drop(self, jobs: Sequence[Job]) -> None:
         self._new = []
-        for place in self._rows.owners:
-            if place.job in jobs:
-                self._leave(place)
+        if self._reader is not None and self._reader.job in jobs:
+            self._reader = None
+        for lane in self._lanes.values():
+            for job in [job for job in lane.keys if job in jobs]:
+                lane.leave(job)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How much a worker that writes takes on at once."""
+
+    rows: int
+    """Of all lanes together."""
+    batch_tokens: int
+    """Of one forward pass over new prompts or sources, counted with padding."""
+    piece_tokens: int
+    """Of a prompt that one step reads; longer ones are read in pieces, between the steps of other texts."""
+    prefix_bytes: int
+    """Of the beginnings of prompts that are kept for prompts to come."""
 
 
 def _padding(jobs: Sequence[Job]) -> int:

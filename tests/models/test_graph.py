@@ -51,7 +51,7 @@ class Decoder:
 
     def __init__(self, folder: Path, config: TransformerConfig, rows: int, capacity: int = 48) -> None:
         self.folder, self.config, self.graph = folder, config, session(folder / "decoder.onnx")
-        shape = (rows, capacity, config.d_model)
+        shape = (rows, config.n_heads, capacity, config.head_dim)
         self.buffers: dict[str, Any] = {
             f"{part}_{i}": np.zeros(shape, np.float32) for part in "kv" for i in range(config.n_decoder_layers)
         }
@@ -63,20 +63,25 @@ class Decoder:
             self.known = {"prefix_lengths": lengths}
         if self.config.architecture == "encoder-decoder":
             crosses = run(session(self.folder / "encoder.onnx"), {"input_ids": ids, "lengths": lengths})
-            room = ((0, 0), (0, -ids.shape[1] % KEY_BLOCK), (0, 0))
+            room = ((0, 0), (0, 0), (0, -ids.shape[1] % KEY_BLOCK), (0, 0))
             self.known = {name: np.pad(cross, room) for name, cross in crosses.items()}
             self.known["source_lengths"] = lengths
 
-    def step(self, ids: NDArray[np.int64], starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> dict[str, Any]:
+    def step(
+        self, ids: NDArray[np.int64], starts: NDArray[np.int64], lengths: NDArray[np.int64], of: slice = slice(None)
+    ) -> dict[str, Any]:
+        """Let the rows ``of`` the buffers read ``ids``."""
         rows, tokens = ids.shape
-        feeds = {"input_ids": ids, "positions": starts, "lengths": lengths, **self.known, **self.buffers}
+        buffers = {name: array[of] for name, array in self.buffers.items()}
+        known = {name: array[of] for name, array in self.known.items()}
+        feeds = {"input_ids": ids, "positions": starts, "lengths": lengths, **known, **buffers}
         binding = self.graph.io_binding()
         for name, array in feeds.items():
             binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array)))
         outputs = {"logits": np.empty((rows, self.config.vocab_size), np.float32)}
         if self.config.extract_head:
             outputs["extract_logits"] = np.empty((rows, tokens), np.float32)
-        outputs |= {f"new_{name}": array for name, array in self.buffers.items()}
+        outputs |= {f"new_{name}": array for name, array in buffers.items()}
         for name, array in outputs.items():
             binding.bind_ortvalue_output(name, ort.OrtValue.ortvalue_from_numpy(array))
         self.graph.run_with_iobinding(binding)
@@ -98,7 +103,7 @@ def reference(model: Transformer, ids: NDArray[np.int64], prefixes: NDArray[np.i
     return np.asarray(model.word_logits(hidden).numpy())
 
 
-@pytest.fixture(params=["none", "blockwise"])
+@pytest.fixture(params=["none", "blockwise", "rowwise"])
 def scheme(request: pytest.FixtureRequest) -> Scheme:
     return cast(Scheme, request.param)
 
@@ -131,7 +136,7 @@ def test_an_encoder_equals_pytorch_on_ragged_rows(tmp_path: Path, kind: Kind) ->
 
 @pytest.mark.parametrize("kind", WRITERS)
 def test_prefill_and_single_steps_equal_a_full_recompute(tmp_path: Path, kind: Kind) -> None:
-    """Ragged rows read a first chunk, then three ragged chunks, then token by token; logits equal PyTorch's."""
+    """Ragged rows read a first chunk together, another one each alone, then token by token; logits equal PyTorch's."""
     config, model = built(tmp_path, kind)
     prefixes = np.array([5, 1, 8, 3, 7])
     firsts = np.array([1, 1, 1, 1, 1]) if kind == "encoder-decoder" else prefixes
@@ -140,11 +145,18 @@ def test_prefill_and_single_steps_equal_a_full_recompute(tmp_path: Path, kind: K
     decoder = Decoder(tmp_path, config, 5, capacity=30)
     decoder.know(ragged(config, prefixes), prefixes)
     starts = np.zeros(5, np.int64)
-    for lengths in (firsts, np.array([2, 4, 1, 3, 2]), *[np.ones(5, np.int64)] * 10):
-        at = np.minimum(starts[:, None] + np.arange(lengths.max()), 29)
-        logits = decoder.step(np.take_along_axis(texts, at, 1), starts, lengths)["logits"]
-        starts = starts + lengths
-        np.testing.assert_allclose(logits, expected[np.arange(5), starts - 1], atol=1e-4)
+
+    def read(lengths: NDArray[np.int64], rows: slice = slice(None)) -> None:
+        at = np.minimum(starts[rows, None] + np.arange(lengths[rows].max()), 29)
+        logits = decoder.step(np.take_along_axis(texts[rows], at, 1), starts[rows], lengths[rows], rows)["logits"]
+        starts[rows] += lengths[rows]
+        np.testing.assert_allclose(logits, expected[np.arange(5), starts - 1][rows], atol=1e-4)
+
+    read(firsts)
+    for row in range(5):
+        read(np.array([2, 4, 1, 3, 2]), slice(row, row + 1))
+    for _ in range(10):
+        read(np.ones(5, np.int64))
 
 
 @pytest.mark.parametrize("kind", ["prefix-lm", "bert-prefix-lm"])

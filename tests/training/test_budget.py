@@ -2,7 +2,8 @@ import pytest
 
 from models.config import TransformerConfig
 from models.transformer import Transformer
-from training.budget import count_parameters, right_size, stored_bytes
+from tests.training import recipes
+from training.budget import count_parameters, right_size, sized
 from training.errors import TrainingError
 
 COMMON = {"vocab_size": 50, "d_model": 32, "n_heads": 2, "d_ff": 48, "max_positions": 20}
@@ -26,26 +27,23 @@ def test_counts_what_the_model_has(config):
 @pytest.mark.parametrize("factor", [0.7, 1.0, 3.0])
 def test_is_the_largest_within_the_budget(config, factor):
     budget = round(factor * count_parameters(config))
-    sized = right_size(config, budget)
-    assert count_parameters(sized) <= budget
+    found = right_size(config, budget)
+    assert count_parameters(found) <= budget
     if factor >= 1:
-        assert count_parameters(sized) >= count_parameters(config)
-    assert sized.head_dim == config.head_dim
-    assert Transformer(sized).n_parameters == count_parameters(sized)
+        assert count_parameters(found) >= count_parameters(config)
+    assert found.head_dim == config.head_dim
+    assert Transformer(found).n_parameters == count_parameters(found)
 
 
 def test_a_budget_of_bytes_counts_the_scales():
-    config = SHAPES[2]
-    n = count_parameters(config)
-    assert stored_bytes(config, 32, 64) == 4 * n
-    assert stored_bytes(config, 8, 64) == round(n * (1 + 4 / 64))
-    whole = right_size(config, 4 * n, lambda each: stored_bytes(each, 32, 64))
-    quantised = right_size(config, 4 * n, lambda each: stored_bytes(each, 4, 64))
-    assert count_parameters(whole) == n
-    assert count_parameters(quantised) > n
-    assert stored_bytes(quantised, 4, 64) <= 4 * n
+    counts = []
+    for how, size in [({"scheme": "none"}, 4.0), ({"scheme": "blockwise"}, 1 + 4 / 64), ({"scheme": "rowwise"}, 1.0)]:
+        recipe = recipes.translate(export={"max_input_tokens": 8, **how}, budget={"max_mb": 2.0})
+        counts.append(count_parameters(sized(recipe, vocab_size=50)))
+        assert counts[-1] * size <= 2e6
+    assert counts[0] < counts[1] <= counts[2]
 
 
 def test_says_what_the_smallest_costs():
-    with pytest.raises(TrainingError, match="smallest takes"):
+    with pytest.raises(TrainingError, match="the smallest has"):
         right_size(SHAPES[2], 10)

@@ -104,7 +104,7 @@ def test_summaries_are_scored_beside_lead_3(data, translator):
 
 
 def test_bits_per_byte_are_those_of_pytorch(tmp_path, data):
-    recipe = recipes.generate(export={**recipes.generate().export.model_dump(), "bits": 32})
+    recipe = recipes.generate(export={**recipes.generate().export.model_dump(), "scheme": "none"})
     trained = train(recipe, data, tmp_path / "runs")
     manifest = export(recipe, trained, data, tmp_path / "out")
     folder = tmp_path / "out" / recipe.name

@@ -36,7 +36,7 @@ def test_trains_and_exports(tmp_path, data, trunk_package, kind):
     assert "CC0" in card
     assert "Not yet measured" in card
 
-    whole = recipe.model_copy(update={"export": recipe.export.model_copy(update={"bits": 32})})
+    whole = recipe.model_copy(update={"export": recipe.export.model_copy(update={"scheme": "none"})})
     assert export(whole, trained, data, tmp_path / "whole").quantisation.parity_max_error <= PARITY_LIMIT
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -9,35 +10,90 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from service.engine.beams import BeamSearch, likeliest, log_softmax
+from service.engine.beams import Beams, Copy, Hypothesis
 
 EOS = 0
 WORDS = 4
 
+Language = dict[tuple[int, ...], NDArray[np.float32]]
 
-def language(seed: int) -> dict[tuple[int, ...], NDArray[np.float32]]:
+
+def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    return np.asarray(logits - np.log(np.exp(logits).sum(-1, keepdims=True)))
+
+
+def language(seed: int) -> Language:
     """Log probabilities of the next word after every text of up to three words."""
     random = np.random.default_rng(seed)
     texts = [text for length in range(4) for text in itertools.product(range(1, WORDS), repeat=length)]
     return {text: log_softmax(2 * random.standard_normal(WORDS).astype(np.float32)) for text in texts}
 
 
-def search(
-    after: dict[tuple[int, ...], NDArray[np.float32]], width: int, penalty: float, max_tokens: int
-) -> BeamSearch:
-    beams = BeamSearch(width, penalty, EOS, max_tokens)
-    while not beams.over:
-        before = beams.texts
-        parents = beams.advance(np.stack([after[text] for text in beams.texts]))
-        assert len(parents) == width
-        assert all(text[:-1] == before[parent] for text, parent in zip(beams.texts, parents, strict=True))
-        assert list(beams.scores) == sorted(beams.scores, reverse=True)
-    return beams
+class Searches:
+    """Beams whose rows hold what they have read, copied as ``Beams`` says."""
+
+    def __init__(self, width: int, n_texts: int, max_tokens: int) -> None:
+        self.beams = Beams(width, EOS, n_texts, max_tokens)
+        self.width = width
+        self.rows: list[list[int]] = []
+        self.languages: list[Language] = []
+        self.over: dict[int, Hypothesis] = {}
+
+    def join(self, language: Language, max_tokens: int, penalty: float = 1.0) -> None:
+        self.beams.join(max_tokens, penalty)
+        self.languages.append(language)
+        self.rows += [[] for _ in range(self.width)]
+
+    def leave(self, text: int) -> None:
+        self.beams.leave(text)
+        last = len(self.languages) - 1
+        for row in range(self.width):
+            self.rows[text * self.width + row] = self.rows[last * self.width + row]
+        self.languages[text] = self.languages[last]
+        self.languages.pop()
+        del self.rows[last * self.width :]
+
+    def texts(self, text: int) -> list[tuple[int, ...]]:
+        return [tuple(ids) for ids in self.beams.written(text)]
+
+    def step(self, given: Sequence[NDArray[np.float32]] | None = None) -> list[Copy]:
+        """Read a word, rank by the language (or ``given`` rows), choose."""
+        if given is None:
+            given = [
+                self.languages[row // self.width][self.texts(row // self.width)[row % self.width]]
+                for row in range(len(self.rows))
+            ]
+        log_probabilities = np.stack(given)
+        words = np.argsort(-log_probabilities, axis=1, kind="stable")[:, : 2 * self.width]
+        scores = np.take_along_axis(log_probabilities, words, 1)
+        read = np.array([len(self.rows[text * self.width]) for text in range(len(self.languages))])
+        copies, self.over = self.beams.advance(0, scores, words, read)
+        for copy in copies:
+            source, target = self.rows[copy.source], self.rows[copy.target]
+            assert target[: copy.start] == source[: copy.start]
+            self.rows[copy.target] = list(source)
+        return copies
+
+    def read(self) -> None:
+        """Let every row read its text's last word; what it has read then is its text."""
+        for row, word in zip(self.rows, self.beams.next_ids.tolist(), strict=True):
+            row.append(word)
+        for text in range(len(self.languages)):
+            rows = self.rows[text * self.width : (text + 1) * self.width]
+            assert [tuple(row) for row in rows] == self.texts(text)
 
 
-def all_texts(
-    after: dict[tuple[int, ...], NDArray[np.float32]], penalty: float, max_tokens: int
-) -> dict[tuple[int, ...], float]:
+def search(after: Language, width: int, penalty: float, max_tokens: int) -> Hypothesis:
+    searches = Searches(width, 1, max_tokens)
+    searches.join(after, max_tokens, penalty)
+    while True:
+        searches.step()
+        if searches.over:
+            return searches.over[0]
+        searches.read()
+
+
+def all_texts(after: Language, penalty: float, max_tokens: int) -> dict[tuple[int, ...], float]:
     """The score of every text that ends by itself or at the limit, the latter with a mark behind it."""
     scores = {}
     for length in range(max_tokens + 1):
@@ -50,95 +106,119 @@ def all_texts(
     return scores
 
 
+def key(found: Hypothesis) -> tuple[int, ...]:
+    return found.ids if found.stopped else (*found.ids, -1)
+
+
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("penalty", [0.0, 0.6, 1.0, 2.0])
 def test_a_beam_wide_enough_for_everything_finds_the_best_text(seed: int, penalty: float) -> None:
     after = language(seed)
     # Room for all 27 texts of three words, so that none is lost on the way.
     scores = all_texts(after, penalty, max_tokens=3)
-    beams = BeamSearch(27, penalty, EOS, 3)
-    while not beams.over:
-        beams.advance(np.stack([after[text] for text in beams.texts]))
-    best = beams.best
-    found = best.ids if best.stopped else (*best.ids, -1)
-    assert found == max(scores, key=scores.__getitem__)
-    assert best.score == pytest.approx(scores[found], rel=1e-5)
+    best = search(after, 27, penalty, 3)
+    assert key(best) == max(scores, key=scores.__getitem__)
+    assert best.score == pytest.approx(scores[key(best)], rel=1e-5)
 
 
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("width", [2, 3])
-def test_scores_are_those_of_the_texts(seed: int, width: int) -> None:
+def test_a_score_is_that_of_its_text(seed: int, width: int) -> None:
     after = language(seed)
-    scores = all_texts(after, 1.0, max_tokens=3)
-    beams = search(after, width, 1.0, max_tokens=3)
-    for hypothesis in beams.finished:
-        key = hypothesis.ids if hypothesis.stopped else (*hypothesis.ids, -1)
-        assert hypothesis.score == pytest.approx(scores[key], rel=1e-5)
-    assert beams.best.score == max(hypothesis.score for hypothesis in beams.finished)
+    best = search(after, width, 1.0, 3)
+    assert best.score == pytest.approx(all_texts(after, 1.0, 3)[key(best)], rel=1e-5)
 
 
-def fixed(*rows: list[float]) -> NDArray[np.float32]:
-    return np.log(np.array(rows, dtype=np.float32))
+@given(st.lists(st.one_of(st.integers(0, 40), st.integers(-9, -1)), max_size=25), st.integers(2, 4))
+def test_searches_side_by_side_find_what_each_finds_alone(events: list[int], width: int) -> None:
+    """Positive: a search of that seed joins; negative: one leaves before its end. Rows read, and copies are right."""
+    searches = Searches(width, 4, 3)
+    seeds: list[int] = []
+    for event in [*events, *[-100] * 12]:
+        if event >= 0 and len(seeds) < 4:
+            searches.join(language(event), max_tokens=1 + event % 3)
+            seeds.append(event)
+        elif -100 < event < 0 and seeds:
+            place = event % len(seeds)
+            searches.leave(place)
+            seeds[place] = seeds[-1]
+            seeds.pop()
+        if not seeds:
+            continue
+        searches.step()
+        ended = sorted(searches.over, reverse=True)
+        for place in ended:
+            seed = seeds[place]
+            assert searches.over[place] == search(language(seed), width, 1.0, 1 + seed % 3)
+            searches.leave(place)
+            seeds[place] = seeds[-1]
+            seeds.pop()
+        if seeds:
+            searches.read()
+    assert not seeds
+
+
+def fixed(*rows: list[float]) -> list[NDArray[np.float32]]:
+    return [np.log(np.array(row, dtype=np.float32)) for row in rows]
+
+
+def alone(width: int = 2, max_tokens: int = 100, penalty: float = 1.0) -> Searches:
+    searches = Searches(width, 1, max_tokens)
+    searches.join({}, max_tokens, penalty)
+    return searches
 
 
 def test_the_first_step_counts_one_beam() -> None:
-    beams = BeamSearch(2, 1.0, EOS, 5)
-    assert beams.advance(fixed([0.1, 0.2, 0.3, 0.4], [0.1, 0.2, 0.3, 0.4])) == [0, 0]
-    assert beams.texts == [(3,), (2,)]
+    searches = alone()
+    assert searches.step(fixed([0.1, 0.2, 0.3, 0.4], [0.1, 0.2, 0.3, 0.4])) == [Copy(0, 1, 0)]
+    assert searches.texts(0) == [(3,), (2,)]
+
+
+def test_only_what_differs_is_copied() -> None:
+    searches = alone(width=3)
+    even = [0.1, 0.2, 0.3, 0.4]
+    assert searches.step(fixed(even, even, even)) == [Copy(0, 1, 0), Copy(0, 2, 0)]
+    searches.read()
+    # Row 1 dies; a further child of row 0 takes its place, and both have read nothing alike yet.
+    sure = [1e-9, 1e-9, 0.5, 0.5]
+    assert searches.step(fixed(sure, [1e-9] * 4, [1e-9, 1e-9, 1e-9, 1.0])) == [Copy(0, 1, 0)]
+    searches.read()
+    # Rows 0 and 1 have the first word alike.
+    assert searches.step(fixed(sure, [1e-9] * 4, [1e-9, 1e-9, 1e-9, 1.0])) == [Copy(0, 1, 1)]
 
 
 def test_the_search_ends_early_when_nothing_unfinished_scores_better() -> None:
-    beams = BeamSearch(2, 1.0, EOS, 100)
-    beams.advance(fixed([0.1, 0.1, 0.4, 0.4], [0.1, 0.1, 0.4, 0.4]))
-    assert not beams.over
-    beams.advance(fixed([0.97, 0.01, 0.01, 0.01], [0.97, 0.01, 0.01, 0.01]))
-    assert beams.over
-    assert beams.best.ids == (2,) and beams.best.stopped
+    searches = alone()
+    searches.step(fixed([0.1, 0.1, 0.4, 0.4], [0.1, 0.1, 0.4, 0.4]))
+    assert not searches.over
+    searches.step(fixed([0.97, 0.01, 0.01, 0.01], [0.97, 0.01, 0.01, 0.01]))
+    assert searches.over[0].ids == (2,) and searches.over[0].stopped
 
 
 def test_the_length_penalty_chooses_between_short_and_long() -> None:
     def best(penalty: float) -> tuple[int, ...]:
-        beams = BeamSearch(2, penalty, EOS, 3)
-        beams.advance(fixed([0.5, 0.5, 1e-9, 1e-9], [0.5, 0.5, 1e-9, 1e-9]))
-        beams.advance(fixed([1e-9, 0.9, 0.1, 1e-9], [1e-9, 1e-9, 1e-9, 1e-9]))
-        beams.advance(fixed([0.9, 0.1, 1e-9, 1e-9], [1e-9, 1e-9, 1e-9, 1e-9]))
-        return beams.best.ids
+        searches = alone(max_tokens=3, penalty=penalty)
+        searches.step(fixed([0.5, 0.5, 1e-9, 1e-9], [0.5, 0.5, 1e-9, 1e-9]))
+        going = searches.texts(0).index((1,))
+        none = [1e-9, 1e-9, 1e-9, 1e-9]
+        searches.step(fixed(*([none] * going), [1e-9, 0.9, 0.1, 1e-9], *([none] * (1 - going))))
+        going = searches.texts(0).index((1, 1))
+        searches.step(fixed(*([none] * going), [0.9, 0.1, 1e-9, 1e-9], *([none] * (1 - going))))
+        return searches.over[0].ids
 
     assert best(0.0) == ()  # log 0.5 against log 0.405
     assert best(1.0) == (1, 1)
 
 
 def test_an_end_that_is_not_among_the_best_is_not_explored() -> None:
-    beams = BeamSearch(2, 1.0, EOS, 100)
-    beams.advance(fixed([0.1, 0.2, 0.3, 0.4], [0.1, 0.2, 0.3, 0.4]))
-    assert beams.finished == []
+    searches = alone(max_tokens=1)
+    searches.step(fixed([0.1, 0.2, 0.3, 0.4], [0.1, 0.2, 0.3, 0.4]))
+    assert searches.over[0].ids == (3,) and not searches.over[0].stopped
 
 
-def test_log_softmax_equals_its_formula() -> None:
-    logits = np.random.default_rng(0).standard_normal((3, 50)).astype(np.float32) * 30
-    exact = logits.astype(np.float64)
-    exact = (
-        exact
-        - np.log(np.exp(exact - exact.max(-1, keepdims=True)).sum(-1, keepdims=True))
-        - exact.max(-1, keepdims=True)
-    )
-    np.testing.assert_allclose(log_softmax(logits), exact, atol=1e-5)
-
-
-@given(beams=st.integers(1, 4), words=st.integers(2, 300), seed=st.integers(0, 999))
-def test_the_likeliest_are_those_of_a_full_sort(beams: int, words: int, seed: int) -> None:
-    random = np.random.default_rng(seed)
-    log_probabilities = log_softmax(random.standard_normal((beams, words)).astype(np.float32))
-    scores = np.sort(random.standard_normal(beams))[::-1]
-    if seed % 2:
-        scores[1:] = -np.inf
-    every = [
-        (float(scores[beam] + log_probabilities[beam, word]), beam, word)
-        for beam in range(beams)
-        for word in range(words)
-    ]
-    found = likeliest(scores, log_probabilities, 2 * beams)
-    expected = sorted(every, key=lambda candidate: -candidate[0])[: 2 * beams]
-    assert [score for score, _, _ in found] == [score for score, _, _ in expected]
-    finite = [candidate for candidate in expected if candidate[0] > -np.inf]
-    assert found[: len(finite)] == finite
+def test_without_an_end_of_text_every_word_is_one() -> None:
+    beams = Beams(2, None, 1, 5)
+    beams.join(5, 1.0)
+    even = np.log(np.full((2, 4), 0.25, dtype=np.float32))
+    beams.advance(0, even, np.array([[0, 1, 2, 3]] * 2), np.array([0]))
+    assert sorted(beams.written(0)) == [[0], [1]]

@@ -1,5 +1,6 @@
 """The engine on tiny real models, against PyTorch written plainly and against itself in other company."""
 
+import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from energy.types import Phase, Step
-from models.graph import KEY_BLOCK
+from models.graph import KEY_BLOCK, Scheme
 from models.manifest import ArtefactError, Manifest
-from service.engine import graphs
+from service.engine import buffers
 from service.engine.engine import Engine
 from service.engine.loading import core_groups
 from service.engine.settings import EngineSettings
@@ -38,6 +39,12 @@ from tests.service.engine.reference import beam_search, greedy
 from tests.tiny import BOS, EOS, WRITERS, Kind, tiny_transformer, write_tiny
 
 WAIT_S = 30.0
+QUANTISED: tuple[tuple[str, Kind, Scheme], ...] = (
+    ("blocks", "encoder-decoder", "blockwise"),
+    ("rows", "encoder-decoder", "rowwise"),
+    ("decoder-rows", "decoder", "rowwise"),
+)
+ALL_WRITERS = (*WRITERS, *(name for name, _, _ in QUANTISED))
 
 
 @dataclass(frozen=True)
@@ -71,9 +78,10 @@ class Steps:
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Loaded]:
     root = tmp_path_factory.mktemp("models")
     kinds: tuple[Kind, ...] = ("classify", "span", "bert-span", *WRITERS)
-    loaded = {kind: Loaded(write_tiny(root / kind, kind), root / kind) for kind in kinds}
-    quantised = write_tiny(root / "blocks", "encoder-decoder", name="blocks", scheme="blockwise")
-    return {**loaded, "blocks": Loaded(quantised, root / "blocks")}
+    loaded: dict[str, Loaded] = {kind: Loaded(write_tiny(root / kind, kind), root / kind) for kind in kinds}
+    for name, kind, scheme in QUANTISED:
+        loaded[name] = Loaded(write_tiny(root / name, kind, name=name, scheme=scheme), root / name)
+    return loaded
 
 
 @contextmanager
@@ -178,13 +186,66 @@ MIXED = [
 ]
 
 
-@pytest.mark.parametrize("name", [*WRITERS, "blocks"])
+@pytest.mark.parametrize("name", ALL_WRITERS)
 def test_a_text_is_the_same_alone_and_in_any_company(models: dict[str, Loaded], name: str) -> None:
     """Greedy, drawn and beams; the same seed gives the same text."""
     with engine(models, [name], executors=2, max_rows=7) as running:
         alone = [texts(running.submit(name, [item]))[0] for item in MIXED]
         assert texts(running.submit(name, MIXED)) == alone
         assert texts(running.submit(name, MIXED[::-1] * 2)) == (alone[::-1] * 2)
+
+
+LONG = [
+    write(seed, length, **how) for seed, length, how in [(0, 40, {}), (1, 51, {"beams": 3}), (2, 30, {}), (3, 5, {})]
+]
+
+
+@pytest.mark.parametrize("name", ["decoder", "decoder-rows"])
+def test_a_long_prompt_is_read_in_pieces_between_the_steps_of_others(models: dict[str, Loaded], name: str) -> None:
+    steps = Steps()
+    with engine(models, [name], prefix_bytes=0) as running:
+        whole = [texts(running.submit(name, [item]))[0] for item in LONG]
+    with engine(models, [name], steps, prefix_bytes=0, max_piece_tokens=16) as running:
+        steps.go.clear()
+        tickets = running.submit(name, [write(9, 4, max_tokens=40, no_repeat_ngram=1)])
+        assert steps.held.wait(WAIT_S)
+        tickets += running.submit(name, LONG)
+        steps.go.set()
+        assert texts(tickets)[1:] == whole
+    reads = [
+        (number, work.tokens, work.context_tokens)
+        for number, step in enumerate(steps.worked)
+        for work in step.work
+        if work.request_id == "request-1" and work.phase is Phase.PREFILL
+    ]
+    assert [(tokens, context) for _, tokens, context in reads] == [(16, 0), (16, 16), (16, 32), (3, 48)]
+    assert all(later - earlier == 2 for (earlier, *_), (later, *_) in itertools.pairwise(reads))
+
+
+@pytest.mark.parametrize("name", ["decoder", "decoder-rows"])
+def test_a_known_beginning_is_not_read_again(models: dict[str, Loaded], name: str) -> None:
+    system = ids(50, 34)
+    items = [
+        WriteItem(f"request-{number}", (*system, *ids(number, 4 + number)), Sampling(max_tokens=9, beams=beams))
+        for number, beams in enumerate([1, 1, 2, 1])
+    ]
+    with engine(models, [name], prefix_bytes=0) as running:
+        expected = [texts(running.submit(name, [item]))[0] for item in items]
+    steps = Steps()
+    with engine(models, [name], steps) as running:
+        assert [texts(running.submit(name, [item]))[0] for item in items] == expected
+        assert texts(running.submit(name, items)) == expected
+    read = [work.tokens for step in steps.worked for work in step.work if work.phase is Phase.PREFILL]
+    assert read == [38, 5, 6, 7, 1, 1, 1, 1]
+
+
+def test_what_several_items_read_is_read_once(models: dict[str, Loaded]) -> None:
+    """A source that many start from, as when a client asks for several texts."""
+    item = write(1, 9, temperature=1.0)
+    alone, other = replace(item, sampling=replace(item.sampling, seed=5)), write(2, 6)
+    with engine(models, ["encoder-decoder"]) as running:
+        expected = [texts(running.submit("encoder-decoder", [each]))[0] for each in (alone, other)]
+        assert texts(running.submit("encoder-decoder", [alone, other, alone])) == [*expected, expected[0]]
 
 
 def test_two_seeds_write_two_texts(models: dict[str, Loaded]) -> None:
@@ -199,7 +260,7 @@ def test_two_seeds_write_two_texts(models: dict[str, Loaded]) -> None:
 @given(data=st.data())
 def test_no_row_ever_sees_anothers_cache(models: dict[str, Loaded], solo: dict[str, Any], data: st.DataObject) -> None:
     """Any schedule of joins, leaves and departures gives everybody the text that they get alone."""
-    name = data.draw(st.sampled_from([*WRITERS, "blocks"]))
+    name = data.draw(st.sampled_from(ALL_WRITERS))
     running: Engine = solo["engine"]
     alone: list[tuple[tuple[int, ...], str]] = solo[name]
     waiting: list[tuple[int, Ticket]] = []
@@ -217,8 +278,8 @@ def test_no_row_ever_sees_anothers_cache(models: dict[str, Loaded], solo: dict[s
 @pytest.fixture(scope="module")
 def solo(models: dict[str, Loaded]) -> Iterator[dict[str, Any]]:
     """An engine with few rows, and what each of ``MIXED`` gets alone in it."""
-    with engine(models, [*WRITERS, "blocks"], max_rows=5) as running:
-        alone = {name: [texts(running.submit(name, [item]))[0] for item in MIXED] for name in (*WRITERS, "blocks")}
+    with engine(models, ALL_WRITERS, max_rows=5) as running:
+        alone = {name: [texts(running.submit(name, [item]))[0] for item in MIXED] for name in ALL_WRITERS}
         yield {"engine": running, **alone}
 
 
@@ -446,7 +507,7 @@ def test_a_step_that_raises_fails_its_own_items_only(
         ("bert-span", EncodeItem("r", (7, 8), (0, 2)), "a token type is not one"),
         ("decoder", write(0, 3, max_tokens=0), "a text of 0 tokens"),
         ("decoder", write(0, 3, beams=0), "0 beams"),
-        ("decoder", write(0, 3, beams=33), "33 beams; at most 32"),
+        ("decoder", write(0, 3, beams=129), "129 beams; at most"),
     ],
 )
 def test_what_a_model_cannot_compute_is_refused_at_the_door(
@@ -513,4 +574,4 @@ def test_cores_are_divided_among_executors() -> None:
 
 
 def test_buffers_keep_to_the_blocks_of_the_graphs() -> None:
-    assert graphs.KEY_BLOCK == KEY_BLOCK
+    assert buffers.KEY_BLOCK == KEY_BLOCK

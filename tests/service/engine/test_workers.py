@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 
 from energy.types import Phase
 from models.manifest import Manifest, Quantisation, SpecialIds
-from service.engine.graphs import DecoderGraph, EncoderGraph
+from service.engine.graphs import WriteGraphs
 from service.engine.texts import Written
 from service.engine.types import ExtractItem, Sampling, WriteItem
-from service.engine.workers import Job, Result, WriteWorker
+from service.engine.workers import Job, Limits, Result, WriteWorker
 from tests.tiny import EOS, Kind, tiny_config
 
 WORDS = 20
@@ -42,49 +42,93 @@ def alone(prompt: Sequence[int], max_tokens: int) -> Written:
 class ListDecoder:
     """What ``DecoderGraph`` does, on lists; every row's own history is all that it sees."""
 
-    def __init__(self) -> None:
-        self.rows: list[list[int]] = [[] for _ in range(ROWS)]
-        self.fails = False
+    def __init__(self, graphs: "ListGraphs", n_texts: int, beams: int) -> None:
+        self.graphs, self.beams = graphs, beams
+        self.rows: list[list[int]] = [[] for _ in range(n_texts * beams)]
 
-    def prefill(self, first: int, prompts: Sequence[Sequence[int]]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        self._maybe_fail()
+    @property
+    def positions(self) -> NDArray[np.int64]:
+        return np.array([len(row) for row in self.rows])
+
+    def prefill(self, used: int, prompts: Sequence[Sequence[int]]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        self.graphs.maybe_fail()
         for number, prompt in enumerate(prompts):
-            self.rows[first + number] = list(prompt)
+            self.rows[used + number * self.beams] = list(prompt)
+            self._align(used // self.beams + number)
         width = max(map(len, prompts))
         scores = [[float(token) for token in prompt] + [0.0] * (width - len(prompt)) for prompt in prompts]
         return np.stack([logits_after(prompt) for prompt in prompts]), np.array(scores, dtype=np.float32)
 
+    def forget(self) -> None:
+        self.rows[0] = []
+
+    def read_on(self, piece: Sequence[int]) -> NDArray[np.float32]:
+        self.graphs.maybe_fail()
+        self.rows[0] = [*self.rows[0], *piece]
+        return logits_after(self.rows[0])[None]
+
     def step(self, next_ids: Sequence[int]) -> NDArray[np.float32]:
-        self._maybe_fail()
+        self.graphs.maybe_fail()
         for row, token in enumerate(next_ids):
-            self.rows[row].append(token)
+            self.rows[row] = [*self.rows[row], int(token)]
         return np.stack([logits_after(row) for row in self.rows[: len(next_ids)]])
 
-    def know_source(self, row: int, length: int, cross: Mapping[str, NDArray[np.float32]]) -> None:
-        self.rows[row] = cross["source"][:length].astype(int).tolist()
+    def know_source(self, text: int, length: int, cross: Mapping[str, NDArray[np.float32]]) -> None:
+        for row in range(text * self.beams, (text + 1) * self.beams):
+            self.rows[row] = cross["source"][:length].astype(int).tolist()
 
-    def context(self, row: int) -> int:
-        return len(self.rows[row])
+    def context(self, text: int) -> int:
+        return self.beams * len(self.rows[text * self.beams])
 
-    def fork(self, source: int, target: int) -> None:
-        self.rows[target] = list(self.rows[source])
+    def copy(self, source: int, target: int, start: int = 0) -> None:
+        self.rows[target] = self.rows[target][:start] + self.rows[source][start:]
 
-    move = fork
+    def move(self, source: int, target: int) -> None:
+        for beam in range(self.beams):
+            self.rows[target * self.beams + beam] = list(self.rows[source * self.beams + beam])
 
-    def _maybe_fail(self) -> None:
+    def remember(self, text: int) -> list[NDArray[np.float32]]:
+        return [np.array(self.rows[text * self.beams], dtype=np.float32).reshape(1, -1, 1)]
+
+    def recall(self, text: int, memory: Sequence[NDArray[np.float32]]) -> None:
+        self.rows[text * self.beams] = memory[0].reshape(-1).astype(int).tolist()
+        self._align(text)
+
+    def _align(self, text: int) -> None:
+        """The other rows stand where the first one does, but hold something else until it is copied."""
+        row = text * self.beams
+        self.rows[row + 1 : row + self.beams] = [[99] * len(self.rows[row])] * (self.beams - 1)
+
+
+class ListGraphs:
+    """What ``WriteGraphs`` gives a worker."""
+
+    def __init__(self, reads_sources: bool) -> None:
+        self.fails = False
+        self.beams = self
+        self.source = self if reads_sources else None
+        self.reader = ListDecoder(self, 1, 1)
+
+    def maybe_fail(self) -> None:
         if self.fails:
             raise RuntimeError("out of memory")
 
+    def decoder(self, n_texts: int, beams: int) -> ListDecoder:
+        return ListDecoder(self, n_texts, beams)
 
-class ListEncoder:
-    """What reads sources for a ``ListDecoder``."""
+    def run_each(self, rows: Sequence[Sequence[int]]) -> list[dict[str, NDArray[np.float32]]]:
+        self.maybe_fail()
+        return [{"source": np.array(row, dtype=np.float32)} for row in rows]
 
-    def run(self, rows: Sequence[Sequence[int]]) -> dict[str, NDArray[np.float32]]:
-        width = max(map(len, rows))
-        return {"source": np.array([[*row, *[0] * (width - len(row))] for row in rows], dtype=np.float32)}
+    def likeliest(self, logits: NDArray[np.float32], count: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        words = np.argsort(-logits, axis=1, kind="stable")[:, :count]
+        normalised = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        return np.take_along_axis(normalised, words, 1), words
 
 
-def worker_of(kind: Kind, decoder: ListDecoder, bos: int = 2) -> WriteWorker:
+def worker_of(
+    kind: Kind, graphs: ListGraphs | None = None, piece_tokens: int = 8, prefix_bytes: int = 0
+) -> WriteWorker:
     manifest = Manifest(
         name="lists",
         revision="1",
@@ -93,11 +137,12 @@ def worker_of(kind: Kind, decoder: ListDecoder, bos: int = 2) -> WriteWorker:
         languages=("en",),
         config=tiny_config(kind, vocab_size=WORDS),
         max_input_tokens=40,
-        special_ids=SpecialIds(pad=0, bos=bos, eos=EOS),
+        special_ids=SpecialIds(pad=0, bos=2, eos=EOS),
         quantisation=Quantisation(scheme="none"),
     )
-    source = cast(EncoderGraph, ListEncoder()) if kind == "encoder-decoder" else None
-    return WriteWorker(manifest, cast(DecoderGraph, decoder), source, ROWS, max_batch_tokens=60)
+    graphs = graphs or ListGraphs(kind == "encoder-decoder")
+    limits = Limits(rows=ROWS, batch_tokens=60, piece_tokens=piece_tokens, prefix_bytes=prefix_bytes)
+    return WriteWorker(manifest, cast(WriteGraphs, graphs), limits)
 
 
 def job(prompt: Sequence[int], **how: Any) -> Job:
@@ -120,7 +165,7 @@ Prompts = st.lists(st.integers(6, WORDS - 1), min_size=1, max_size=12)
 def test_any_schedule_writes_what_each_prompt_gives_alone(
     kind: Kind, arrivals: list[list[tuple[list[int], int, bool]]], data: st.DataObject
 ) -> None:
-    worker = worker_of(kind, ListDecoder())
+    worker = worker_of(kind)
     waiting: list[Job] = []
     ended: dict[Job, Result] = {}
     jobs: list[Job] = []
@@ -147,7 +192,7 @@ def test_any_schedule_writes_what_each_prompt_gives_alone(
 
 
 def test_a_job_that_needs_many_rows_is_not_overtaken() -> None:
-    worker = worker_of("decoder", ListDecoder())
+    worker = worker_of("decoder")
     first, wide, narrow = job([7] * 3), job([8] * 3, beams=6), job([9] * 3)
     assert worker.take([first], most=9) == [first]
     step(worker)
@@ -158,19 +203,19 @@ def test_a_job_that_needs_many_rows_is_not_overtaken() -> None:
 
 
 def test_a_failed_prompt_leaves_those_who_write_alone() -> None:
-    decoder = ListDecoder()
-    worker = worker_of("decoder", decoder)
+    graphs = ListGraphs(reads_sources=False)
+    worker = worker_of("decoder", graphs)
     early, late = job([7, 8], max_tokens=6), job([9, 10])
     worker.take([early], most=9)
     step(worker)
     worker.take([late], most=9)
     turn = worker.turn()
     assert turn is not None and turn.jobs == (late,)
-    decoder.fails = True
+    graphs.fails = True
     with pytest.raises(RuntimeError):
         turn.run()
     turn.abandon()
-    decoder.fails = False
+    graphs.fails = False
     assert worker.jobs == [early]
     ended: dict[Job, Result] = {}
     while worker.busy:
@@ -178,22 +223,78 @@ def test_a_failed_prompt_leaves_those_who_write_alone() -> None:
     assert ended == {early: alone([7, 8], 6)}
 
 
-def test_a_failed_step_frees_all_rows() -> None:
-    decoder = ListDecoder()
-    worker = worker_of("decoder", decoder)
-    worker.take([job([7, 8]), job([7, 9], beams=2)], most=9)
-    step(worker)
+def test_a_failed_step_frees_its_rows() -> None:
+    graphs = ListGraphs(reads_sources=False)
+    worker = worker_of("decoder", graphs)
+    for each in (job([7, 8]), job([7, 9], beams=2)):
+        worker.take([each], most=9)
+        step(worker)
     turn = worker.turn()
     assert turn is not None
-    decoder.fails = True
+    graphs.fails = True
     with pytest.raises(RuntimeError):
         turn.run()
     turn.abandon()
-    assert not worker.busy and worker.jobs == []
+    assert len(worker.jobs) == 1
+
+
+def test_a_long_prompt_takes_turns_with_those_who_write() -> None:
+    graphs = ListGraphs(reads_sources=False)
+    worker = worker_of("decoder", graphs, piece_tokens=4)
+    early, long = job([7, 8], max_tokens=6), job(list(range(6, 17)), max_tokens=3, beams=2)
+    worker.take([early], most=9)
+    step(worker)
+    assert worker.take([long], most=9) == [long]
+    # Nobody else's long prompt meanwhile, and no rows beyond those that it will need.
+    assert worker.take([job([6] * 9)], most=9) == []
+    assert worker.take([job([7], beams=4)], most=9) == []
+    turns = []
+    while long in worker.jobs and not any(work.phase is Phase.DECODE and work.tokens == 2 for work in turns[-1:]):
+        turn = worker.turn()
+        assert turn is not None
+        turn.run()
+        turns += [work for work in turn.work if work.phase is Phase.PREFILL or turn.jobs == (long,)]
+    assert [(work.tokens, work.context_tokens) for work in turns[:3]] == [(4, 0), (4, 4), (3, 8)]
+
+
+def test_a_long_prompt_that_fails_or_is_cancelled_is_forgotten() -> None:
+    graphs = ListGraphs(reads_sources=False)
+    worker = worker_of("decoder", graphs)
+    for fails in (True, False):
+        long = job([7] * 20)
+        worker.take([long], most=9)
+        step(worker)
+        turn = worker.turn()
+        assert turn is not None
+        if fails:
+            graphs.fails = True
+            with pytest.raises(RuntimeError):
+                turn.run()
+            turn.abandon()
+            graphs.fails = False
+        else:
+            long.ticket.future.cancel()
+            assert worker.turn() is None
+        assert not worker.busy and worker.jobs == []
+
+
+def test_lanes_take_turns() -> None:
+    worker = worker_of("decoder")
+    plain, wide = job([7, 8], max_tokens=6), job([7, 9], max_tokens=6, beams=2)
+    for each in (plain, wide):
+        assert worker.take([each], most=9) == [each]
+        step(worker)
+    order = []
+    while len(order) < 4:
+        turn = worker.turn()
+        assert turn is not None
+        turn.run()
+        order.append(turn.jobs)
+    assert order == [(plain,), (wide,)] * 2 or order == [(wide,), (plain,)] * 2
 
 
 def test_documents_are_scored_and_gone_in_one_step() -> None:
-    worker = worker_of("prefix-lm", ListDecoder())
+    worker = worker_of("prefix-lm")
     document = Job(ExtractItem("x", (7, 8, 9)), submitted_ns=0)
     text = job([7, 8])
     worker.take([document, text], most=9)

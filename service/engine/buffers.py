@@ -1,0 +1,74 @@
+"""Arrays of keys and values, a row for each text, kept tight around what they hold. Knows nothing of ONNX or requests.
+
+Attention is fastest where the rows lie close together. So an array's capacity follows its longest row: when that
+grows beyond it, all rows are laid out anew.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+KEY_BLOCK = 16
+"""Buffers hold a multiple of this many tokens (``models/graph.py``)."""
+_LEAST = 32
+# Room for a quarter more tokens than there are: laying out costs about as much as attention reading everything once.
+_ROOM = 4
+
+Floats = NDArray[np.float32]
+
+
+class Buffers:
+    """One array ``(rows, heads, capacity, head size)`` for each of ``names``.
+
+    Address space is taken for ``max_tokens`` in every row, memory for what was ever laid out.
+    """
+
+    def __init__(self, names: Sequence[str], n_rows: int, n_heads: int, head_size: int, max_tokens: int) -> None:
+        self._n_rows, self._n_heads, self._head_size = n_rows, n_heads, head_size
+        self._most = _whole_blocks(max_tokens)
+        size = n_rows * n_heads * self._most * head_size
+        # Zeros and not just anything: what attention masks it still multiplies by zero, and that must be a number.
+        self._pools = {name: np.zeros(size, dtype=np.float32) for name in names}
+        self._spare = np.zeros(size, dtype=np.float32)
+        self.capacity = min(_LEAST, self._most)
+        self.arrays = {name: self._view(pool, self.capacity) for name, pool in self._pools.items()}
+
+    def reserve(self, tokens: int, used: int) -> bool:
+        """Make room for ``tokens`` in each row, keeping the first ``used`` rows; True where the arrays are others now.
+
+        Where no row is kept, arrays much larger than ``tokens`` shrink.
+        """
+        wanted = min(max(_whole_blocks(tokens + tokens // _ROOM), _LEAST), self._most)
+        if tokens <= self.capacity and (used or self.capacity <= 2 * wanted):
+            return False
+        kept = min(self.capacity, wanted)
+        for name, array in self.arrays.items():
+            moved = self._view(self._spare, wanted)
+            moved[:used, :, :kept] = array[:used, :, :kept]
+            self._pools[name], self._spare = self._spare, self._pools[name]
+            self.arrays[name] = moved
+        self.capacity = wanted
+        return True
+
+    def copy(self, source: int, target: int, start: int, end: int) -> None:
+        """Copy tokens ``start`` to ``end`` of row ``source`` to row ``target``."""
+        for array in self.arrays.values():
+            array[target, :, start:end] = array[source, :, start:end]
+
+    def get(self, row: int, end: int) -> list[Floats]:
+        """Copies of the first ``end`` tokens of a row, ``(heads, end, head size)`` of each array."""
+        return [array[row, :, :end].copy() for array in self.arrays.values()]
+
+    def put(self, row: int, parts: Sequence[Floats]) -> None:
+        """Let a row begin with ``parts``, as ``get`` returns them."""
+        for array, part in zip(self.arrays.values(), parts, strict=True):
+            array[row, :, : part.shape[1]] = part
+
+    def _view(self, pool: Floats, capacity: int) -> Floats:
+        shape = (self._n_rows, self._n_heads, capacity, self._head_size)
+        return pool[: int(np.prod(shape))].reshape(shape)
+
+
+def _whole_blocks(tokens: int) -> int:
+    return -(-tokens // KEY_BLOCK) * KEY_BLOCK
