@@ -1,20 +1,22 @@
 """The ONNX graphs of a Transformer, built straight from its weights: one helper per op, one loop per layer.
 
 Knows nothing of PyTorch or training: float32 arrays, named as in ``models.transformer.Transformer.state_dict()``, go
-in; files come out. ``models/transformer.py`` is the reference that these graphs repeat. Shapes in comments: ``b``
+in; files come out. ``models/transformer.py`` is the reference that these graphs repeat; for the llama and marian
+styles, and the pooling of imported encoders, it is the transformers library (``training/importing.py``). A matrix has
+a bias where there is an array of its name, an output layer of its own where there is a ``head.out``. Shapes in comments: ``b``
 rows, ``s`` tokens of a chunk, ``t`` keys, ``c`` capacity of a buffer, ``d`` model width, ``h`` heads, ``e`` head size.
 
 Inputs are int64 and padded on the right; outputs are float32.
 
 - ``model.onnx`` (encoder): ``input_ids`` (b, s), ``lengths`` (b,), with the bert style ``token_types`` (b, s)
-  -> ``logits``: (b, labels), or (b, s, 2) of a span head.
+  -> ``logits``: (b, labels), or (b, s, 2) of a span head, or (b, d) of an embed head.
 - ``encoder.onnx`` (encoder-decoder): ``input_ids``, ``lengths`` -> ``cross_k_{i}``, ``cross_v_{i}`` (b, s, d), the
   keys and values that layer i of the decoder attends to.
 - ``decoder.onnx``: ``input_ids`` (b, s); ``positions`` (b,), where in its text each row's chunk starts; ``lengths``
-  (b,), real tokens of the chunk; ``k_{i}``, ``v_{i}`` (b, c, d), what was read before, with ``c`` no less than any
-  start plus s; a prefix LM adds ``prefix_lengths`` (b,), which its first chunk must hold; an encoder-decoder adds
+  (b,), real tokens of the chunk; ``k_{i}``, ``v_{i}`` (b, c, kv), what was read before, with ``c`` no less than any
+  start plus s and ``kv`` the width of all key heads, ``d`` where every query head has its own; a prefix LM adds ``prefix_lengths`` (b,), which its first chunk must hold; an encoder-decoder adds
   ``cross_k_{i}``, ``cross_v_{i}`` (b, c', d) and ``source_lengths`` (b,). -> ``logits`` (b, words) at the last real
-  token, with an extract head ``extract_logits`` (b, s), and ``new_k_{i}``, ``new_v_{i}`` (b, c, d): bind them to the
+  token, with an extract head ``extract_logits`` (b, s), and ``new_k_{i}``, ``new_v_{i}`` (b, c, kv): bind them to the
   memory of ``k_{i}``, ``v_{i}``, which are then updated in place. One graph thus serves a prompt, a part of a prompt
   and a single token; its cost follows what is read, not ``c``.
 
@@ -305,29 +307,31 @@ class _Network(_Graph):
 
     def __init__(self, config: TransformerConfig, store: _Store) -> None:
         super().__init__(store)
-        self.config, self.modern = config, config.style == "modern"
+        self.config, self.pre_norm = config, config.style in ("modern", "llama")
 
     def norm(self, x: ir.Value, name: str) -> ir.Value:
         """Over the last axis of ``x``."""
-        if self.modern:
+        if self.pre_norm:
             return self.op("RMSNormalization", x, self.weight(name + ".weight"), epsilon=self.config.norm_eps)
         scale, bias = self.weight(name + ".weight"), self.weight(name + ".bias")
         return self.op("LayerNormalization", x, scale, bias, epsilon=self.config.norm_eps)
 
     def embed(self, ids: ir.Value, positions: ir.Value, token_types: ir.Value | None) -> ir.Value:
         """(b, s) -> (b, s, d); ``positions`` is (b, s)."""
-        x = self.lookup("embed.token.weight", ids)
-        if self.modern:
-            return self.op("Mul", x, self.constant(self.config.d_model**0.5, np.float32))
-        x = self.op("Add", x, self.lookup("embed.position.weight", positions))
-        x = self.op("Add", x, self.op("Gather", self.weight("embed.token_type.weight"), token_types))
-        return self.norm(x, "embed.norm")
+        x, style = self.lookup("embed.token.weight", ids), self.config.style
+        if style in ("modern", "marian"):
+            x = self.op("Mul", x, self.constant(self.config.d_model**0.5, np.float32))
+        if not self.config.rotates:
+            x = self.op("Add", x, self.lookup("embed.position.weight", positions))
+        if token_types is not None:
+            x = self.op("Add", x, self.op("Gather", self.weight("embed.token_type.weight"), token_types))
+        return self.norm(x, "embed.norm") if style == "bert" else x
 
     def layer(self, x: ir.Value, name: str, branches: "Mapping[str, _Branch]") -> ir.Value:
         """(b, s, d) -> (b, s, d) through ``branches``, each with its norm and residual."""
         for part, branch in branches.items():
             norm = f"{name}.{part}_norm"
-            if self.modern:
+            if self.pre_norm:
                 x = self.op("Add", x, branch(self.norm(x, norm), f"{name}.{part}"))
             else:
                 x = self.norm(self.op("Add", x, branch(x, f"{name}.{part}")), norm)
@@ -336,40 +340,57 @@ class _Network(_Graph):
     def feed_forward(self, x: ir.Value, name: str) -> ir.Value:
         """(b, s, d) -> (b, s, d)."""
         x = self.linear(x, name + ".up")
-        if self.modern:
-            x = self.op("Relu", x)
-            x = self.op("Mul", x, x)
-        else:
-            x = self.op("Gelu", x)
+        match self.config.style, self.config.activation:
+            case "modern", _:
+                x = self.op("Relu", x)
+                x = self.op("Mul", x, x)
+            case "llama", _:
+                gate, x = self.ops("Split", x, n_outputs=2, axis=-1, num_outputs=2)
+                x = self.op("Mul", self.silu(gate), x)
+            case _, "relu":
+                x = self.op("Relu", x)
+            case _, "silu":
+                x = self.silu(x)
+            case _:
+                x = self.op("Gelu", x)
         return self.linear(x, name + ".down")
 
-    def heads(self, x: ir.Value, norm: str, rotary: tuple[ir.Value, ir.Value, ir.Value] | None = None) -> ir.Value:
-        """Normalise each head of queries or keys (b, s, d), then rotate it by its position: the modern style only."""
-        if not self.modern:
-            return x
-        split = self.op("Reshape", x, self.constant([0, 0, self.config.n_heads, self.config.head_dim]))
-        x = self.op("Reshape", self.norm(split, norm), self.constant([0, 0, self.config.d_model]))
-        return x if rotary is None else self.op("RotaryEmbedding", x, *rotary, num_heads=self.config.n_heads)
+    def silu(self, x: ir.Value) -> ir.Value:
+        """``x * sigmoid(x)``, also called swish."""
+        return self.op("Mul", x, self.op("Sigmoid", x))
+
+    def heads(
+        self, x: ir.Value, n_heads: int, norm: str, rotary: tuple[ir.Value, ir.Value, ir.Value] | None = None
+    ) -> ir.Value:
+        """Normalise each head of queries or keys (b, s, n_heads * e) in the modern style, then rotate it by its
+        position where ``rotary`` says how."""
+        if self.config.style == "modern":
+            split = self.op("Reshape", x, self.constant([0, 0, n_heads, self.config.head_dim]))
+            x = self.op("Reshape", self.norm(split, norm), self.constant([0, 0, n_heads * self.config.head_dim]))
+        return x if rotary is None else self.op("RotaryEmbedding", x, *rotary, num_heads=n_heads)
 
     def queries_keys_values(
         self, x: ir.Value, name: str, rotary: tuple[ir.Value, ir.Value, ir.Value] | None
     ) -> tuple[ir.Value, ir.Value, ir.Value]:
-        """Of self-attention, (b, s, d) each."""
-        q, k, v = self.ops("Split", self.linear(x, name + ".qkv"), n_outputs=3, axis=-1, num_outputs=3)
-        return self.heads(q, name + ".q_norm", rotary), self.heads(k, name + ".k_norm", rotary), v
+        """Of self-attention, (b, s, d), (b, s, kv), (b, s, kv)."""
+        config = self.config
+        widths = self.constant([config.d_model, config.kv_width, config.kv_width])
+        q, k, v = self.ops("Split", self.linear(x, name + ".qkv"), widths, n_outputs=3, axis=-1)
+        q = self.heads(q, config.n_heads, name + ".q_norm", rotary)
+        return q, self.heads(k, config.kv_heads, name + ".k_norm", rotary), v
 
     def attention(
         self, q: ir.Value, k: ir.Value, v: ir.Value, mask: ir.Value | None = None, lengths: ir.Value | None = None
     ) -> ir.Value:
-        """(b, s, d), (b, t, d), (b, t, d) -> (b, s, d); ``mask`` (b, 1, s, t), True where a query sees a key, or the
+        """(b, s, d), (b, t, kv), (b, t, kv) -> (b, s, d); ``mask`` (b, 1, s, t), True where a query sees a key, or the
         keys' ``lengths`` (b,)."""
-        n_heads = self.config.n_heads
-        return self.op("Attention", q, k, v, mask, None, None, lengths, q_num_heads=n_heads, kv_num_heads=n_heads)
+        n_heads, kv_heads = self.config.n_heads, self.config.kv_heads
+        return self.op("Attention", q, k, v, mask, None, None, lengths, q_num_heads=n_heads, kv_num_heads=kv_heads)
 
     def rotary(self, positions: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value] | None:
         """Cosines and sines (max_positions, e / 2), which ONNX Runtime folds into constants as it loads the graph, and
-        ``positions`` (b, s); None for the bert style."""
-        if not self.modern:
+        ``positions`` (b, s); None for a style that does not rotate."""
+        if not self.config.rotates:
             return None
         half = self.config.head_dim // 2
         frequencies = self.config.rope_base ** (-np.arange(half) / half)
@@ -395,7 +416,21 @@ class _Network(_Graph):
         x = self.embed(ids, positions, token_types)
         for i in range(self.config.n_encoder_layers):
             x = self.layer(x, f"encoder.{i}", {"attn": attend, "ffn": self.feed_forward})
-        return self.norm(x, "encoder_norm") if self.modern else x
+        return self.norm(x, "encoder_norm") if self.pre_norm else x
+
+    def pool(self, x: ir.Value, lengths: ir.Value) -> ir.Value:
+        """(b, s, d) -> (b, d), what stands for each whole text."""
+        if self.config.pooling != "mean":
+            first = self.op("Gather", x, self.constant(0), axis=1)
+            if self.config.pooling == "first":
+                return first
+            op = "Tanh" if self.config.pooling == "first-tanh" else "Relu"
+            return self.op(op, self.linear(first, "head.dense"))
+        real = self.op("Less", self.range(self.size(x, 1)), self.unsqueeze(lengths, 1))
+        # A product with the mask adds in the order of the tokens; ReduceSum's order depends on how many there are.
+        total = self.op("MatMul", self.unsqueeze(self.op("Cast", real, to=ir.DataType.FLOAT), 1), x)
+        total = self.op("Squeeze", total, self.constant([1]))
+        return self.op("Div", total, self.unsqueeze(self.op("Cast", lengths, to=ir.DataType.FLOAT), 1))
 
 
 _Branch = Callable[[ir.Value, str], ir.Value]
@@ -409,12 +444,11 @@ def _encoder(config: TransformerConfig, store: _Store) -> _Network:
     if config.head == "span":
         g.output(g.linear(x, "head.out", plain=True), "logits", "rows", "tokens", 2)
         return g
-    real = g.op("Less", g.range(g.size(ids, 1)), g.unsqueeze(lengths, 1))
-    # A product with the mask adds in the order of the tokens; ReduceSum's order depends on how many there are.
-    total = g.op("MatMul", g.unsqueeze(g.op("Cast", real, to=ir.DataType.FLOAT), 1), x)
-    total = g.op("Squeeze", total, g.constant([1]))
-    mean = g.op("Div", total, g.unsqueeze(g.op("Cast", lengths, to=ir.DataType.FLOAT), 1))
-    g.output(g.linear(mean, "head.out", plain=True), "logits", "rows", config.n_labels)
+    pooled = g.pool(x, lengths)
+    if config.head == "embed":
+        g.output(pooled, "logits", "rows", config.d_model)
+    else:
+        g.output(g.linear(pooled, "head.out", plain=True), "logits", "rows", config.n_labels)
     return g
 
 
@@ -424,7 +458,7 @@ def _source_encoder(config: TransformerConfig, store: _Store) -> _Network:
     for i in range(config.n_decoder_layers):
         name = f"decoder.{i}.cross"
         k, v = g.ops("Split", g.linear(memory, name + ".kv"), n_outputs=2, axis=-1, num_outputs=2)
-        g.output(g.heads(k, name + ".k_norm"), f"cross_k_{i}", "rows", "tokens", config.d_model)
+        g.output(g.heads(k, config.kv_heads, name + ".k_norm"), f"cross_k_{i}", "rows", "tokens", config.d_model)
         g.output(v, f"cross_v_{i}", "rows", "tokens", config.d_model)
     return g
 
@@ -447,10 +481,10 @@ def _decoder(config: TransformerConfig, store: _Store) -> _Network:
 
     def cut(buffer: ir.Value, size: ir.Value, extent: str) -> ir.Value:
         part = g.op("Slice", buffer, g.constant([0]), g.unsqueeze(size, 0), g.constant([1]))
-        return g.known(part, "rows", extent, config.d_model)  # Attention needs the width to infer its own
+        return g.known(part, "rows", extent, config.kv_width)  # Attention needs the width to infer its own
 
     def buffers(kind: str, layer: str, capacity: str) -> list[ir.Value]:
-        shape = ("rows", capacity, config.d_model)
+        shape = ("rows", capacity, config.kv_width)
         return [g.input(f"{kind}{part}_{layer}", *shape, dtype=ir.DataType.FLOAT) for part in ("k", "v")]
 
     before = [buffers("", str(i), "capacity") for i in range(config.n_decoder_layers)]
@@ -467,7 +501,7 @@ def _decoder(config: TransformerConfig, store: _Store) -> _Network:
             for buffer, chunk in zip(before[int(layer)], new, strict=True)
         ]
         for part, buffer in zip(("k", "v"), updated, strict=True):
-            g.output(buffer, f"new_{part}_{layer}", "rows", "capacity", config.d_model)
+            g.output(buffer, f"new_{part}_{layer}", "rows", "capacity", config.kv_width)
         k, v = (cut(buffer, n_keys, "keys") for buffer in updated)
         return g.linear(g.attention(q, k, v, mask=mask), name + ".out")
 
@@ -477,7 +511,7 @@ def _decoder(config: TransformerConfig, store: _Store) -> _Network:
         n_source = g.in_key_blocks(g.op("ReduceMax", source_lengths, keepdims=0))
 
         def attend_to_source(x: ir.Value, name: str) -> ir.Value:
-            q = g.heads(g.linear(x, name + ".q"), name + ".q_norm")
+            q = g.heads(g.linear(x, name + ".q"), config.n_heads, name + ".q_norm")
             k, v = (cut(buffer, n_source, "source_keys") for buffer in buffers("cross_", name.split(".")[1], "source"))
             return g.linear(g.attention(q, k, v, lengths=source_lengths), name + ".out")
 
@@ -487,12 +521,19 @@ def _decoder(config: TransformerConfig, store: _Store) -> _Network:
     for i in range(config.n_decoder_layers):
         x = g.layer(x, f"decoder.{i}", branches)
     if config.extract_head:
-        hidden = g.norm(x, "decoder_norm") if g.modern else x
+        hidden = g.norm(x, "decoder_norm") if g.pre_norm else x
         scores = g.op("Squeeze", g.linear(hidden, "head.extract", plain=True), g.constant([2]))
         g.output(scores, "extract_logits", "rows", "tokens")
     # The last real token is picked before the output layer, the widest of all.
     last = g.unsqueeze(g.op("Sub", lengths, g.constant(1)), 1)
     x = g.op("GatherND", x, last, batch_dims=1)
-    x = g.norm(x, "decoder_norm") if g.modern else g.norm(g.op("Gelu", g.linear(x, "head.dense")), "head.norm")
-    g.output(g.linear_tied(x, "embed.token.weight"), "logits", "rows", config.vocab_size)
+    if g.pre_norm:
+        x = g.norm(x, "decoder_norm")
+    elif config.style == "bert":
+        x = g.norm(g.op("Gelu", g.linear(x, "head.dense")), "head.norm")
+    own_output = "head.out.weight" in store.weights
+    x = g.linear(x, "head.out") if own_output else g.linear_tied(x, "embed.token.weight")
+    if "head.word_bias" in store.weights:
+        x = g.op("Add", x, g.weight("head.word_bias"))
+    g.output(x, "logits", "rows", config.vocab_size)
     return g

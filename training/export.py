@@ -191,7 +191,7 @@ def onnx_logits(folder: Path, config: TransformerConfig, batch: Batch) -> NDArra
         ids, lengths = batch["target"].numpy(), batch["target_lengths"].numpy()
     elif config.architecture == "prefix-lm":
         extra["prefix_lengths"] = batch["prefix"].numpy()
-    empty = np.zeros((rows, ids.shape[1], config.d_model), dtype=np.float32)
+    empty = np.zeros((rows, ids.shape[1], config.kv_width), dtype=np.float32)
     buffers = {f"{part}_{layer}": empty for part in ("k", "v") for layer in range(config.n_decoder_layers)}
     feeds = {"input_ids": ids, "lengths": lengths, "positions": np.zeros(rows, dtype=np.int64), **buffers, **extra}
     return _session(folder / "decoder.onnx").run(["logits"], feeds)[0]  # type: ignore[no-any-return]

@@ -78,7 +78,7 @@ class DecoderGraph:
 
     def __init__(self, session: ort.InferenceSession, config: TransformerConfig, pad_id: int, n_rows: int) -> None:
         self._session, self._pad_id, self._extracts = session, pad_id, config.extract_head
-        shape = (n_rows, -(-config.max_positions // KEY_BLOCK) * KEY_BLOCK, config.d_model)
+        shape = (n_rows, -(-config.max_positions // KEY_BLOCK) * KEY_BLOCK, config.kv_width)
 
         def buffers(*names: str) -> dict[str, NDArray[Any]]:
             layers = range(config.n_decoder_layers)
