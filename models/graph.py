@@ -2,9 +2,10 @@
 
 Knows nothing of PyTorch or training: float32 arrays, named as in ``models.transformer.Transformer.state_dict()``, go
 in; files come out. ``models/transformer.py`` is the reference that these graphs repeat; for the llama and marian
-styles, and the pooling of imported encoders, it is the transformers library (``training/importing.py``). A matrix has
-a bias where there is an array of its name, an output layer of its own where there is a ``head.out``. Shapes in comments: ``b``
-rows, ``s`` tokens of a chunk, ``t`` keys, ``c`` capacity of a buffer, ``d`` model width, ``h`` heads, ``e`` head size.
+styles and the heads of imported encoders it is the transformers library (``training/families.py``). A module has a
+bias where there is an array of that name, and an output layer of its own where there is a ``head.out``. Shapes in
+comments: ``b`` rows, ``s`` tokens of a chunk, ``t`` keys, ``c`` capacity of a buffer, ``d`` model width, ``h`` heads,
+``e`` head size, ``kv`` the width of all key heads together (``d`` where no query heads share one).
 
 Inputs are int64 and padded on the right; outputs are float32.
 
@@ -14,7 +15,7 @@ Inputs are int64 and padded on the right; outputs are float32.
   keys and values that layer i of the decoder attends to.
 - ``decoder.onnx``: ``input_ids`` (b, s); ``positions`` (b,), where in its text each row's chunk starts; ``lengths``
   (b,), real tokens of the chunk; ``k_{i}``, ``v_{i}`` (b, c, kv), what was read before, with ``c`` no less than any
-  start plus s and ``kv`` the width of all key heads, ``d`` where every query head has its own; a prefix LM adds ``prefix_lengths`` (b,), which its first chunk must hold; an encoder-decoder adds
+  start plus s; a prefix LM adds ``prefix_lengths`` (b,), which its first chunk must hold; an encoder-decoder adds
   ``cross_k_{i}``, ``cross_v_{i}`` (b, c', d) and ``source_lengths`` (b,). -> ``logits`` (b, words) at the last real
   token, with an extract head ``extract_logits`` (b, s), and ``new_k_{i}``, ``new_v_{i}`` (b, c, kv): bind them to the
   memory of ``k_{i}``, ``v_{i}``, which are then updated in place. One graph thus serves a prompt, a part of a prompt

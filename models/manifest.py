@@ -7,14 +7,15 @@ import hashlib
 import json
 import os
 from pathlib import Path, PurePosixPath
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from models.config import TransformerConfig
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
+NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 Task = Literal["translate", "generate", "answer", "sentiment", "summarize"]
 
 
@@ -72,10 +73,10 @@ class Quantisation(_Part):
 
 
 class Parent(_Part):
-    """The model this one was fine-tuned or distilled from."""
+    """The model this one was fine-tuned or distilled from, or is in another form."""
 
     name: str
-    relation: Literal["fine-tuned", "distilled"]
+    relation: Literal["fine-tuned", "distilled", "imported"]
     licence: str
     note: str = ""
 
@@ -114,12 +115,13 @@ class Manifest(_Part):
     """Everything a server needs to know of a model besides its weights."""
 
     format_version: Literal[1] = 1
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")
+    name: str = Field(pattern=NAME_PATTERN)
     revision: str
     description: str
-    tasks: tuple[Task, ...] = Field(min_length=1)
+    tasks: tuple[Task, ...]
+    """Empty for a model with an embed head, whose vectors are for others to compare, and for no other."""
     languages: tuple[str, ...] = Field(min_length=1)
-    """Language codes; for translation the source, then the target."""
+    """Language codes, ``und`` where nobody said; for translation the source, then the target."""
     layout: Literal["wattle", "optimum"] = "wattle"
     config: TransformerConfig
     max_input_tokens: int
@@ -138,6 +140,12 @@ class Manifest(_Part):
     scores: tuple[Score, ...] = ()
     training_energy: TrainingEnergy | None = None
     files: dict[str, FileRecord] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _has_work(self) -> Self:
+        if bool(self.tasks) == (self.config.head == "embed"):
+            raise ValueError("tasks is empty for a model with an embed head, and for no other")
+        return self
 
     @property
     def size_bytes(self) -> int:

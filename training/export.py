@@ -4,9 +4,11 @@ The graphs are first written in float32 and compared with PyTorch, then quantise
 """
 
 import tempfile
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import onnxruntime as ort
@@ -36,7 +38,8 @@ from training.tokenizer import BOS, EOS, PAD, token_id
 from training.train import PAD_ID, Trained, load_rows
 
 PARITY_LIMIT = 1e-4
-"""Largest difference that the float32 graph may have to PyTorch, per logit."""
+"""Largest difference that the float32 graph may have to PyTorch, per logit, relative to the largest where it is above
+1: what float32 keeps of a large model's logits."""
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -53,32 +56,68 @@ class Parity:
     cosine: float
 
 
+@dataclass(frozen=True)
+class Finished:
+    """A model that is ready to be written."""
+
+    name: str
+    config: TransformerConfig
+    weights: Mapping[str, NDArray[np.float32]]
+    """Named as ``models.graph`` wants them."""
+    tokenizer: Tokenizer
+    batch: Batch
+    """What its graphs are tried on."""
+    logits: Callable[[Batch], NDArray[np.float32]]
+    """The reference: what the graphs should answer."""
+
+
 def export(recipe: Recipe, trained: Trained, data: Path, out: Path) -> Manifest:
+    """Write ``out/<name>`` from a finished run; see ``write_model``."""
+    finished = Finished(
+        name=recipe.name,
+        config=trained.model.config,
+        weights={key: weight.float().numpy() for key, weight in trained.model.state_dict().items()},
+        tokenizer=trained.tokenizer,
+        batch=_parity_batch(recipe, trained, data),
+        logits=lambda batch: torch_logits(trained.model, batch),
+    )
+    bits, block_size = recipe.export.bits, recipe.export.block_size
+    return write_model(
+        finished, bits, block_size, lambda stored: _manifest(recipe, trained, finished.config, stored), out
+    )
+
+
+def write_model(
+    model: Finished,
+    bits: Literal[4, 8, 32],
+    block_size: int,
+    describe: Callable[[Quantisation], Manifest],
+    out: Path,
+) -> Manifest:
     """Write ``out/<name>``: graphs, tokenizer, card, manifest. An existing folder is replaced once all is verified.
 
-    Raises ``TrainingError`` where the float32 graph differs from PyTorch by more than ``PARITY_LIMIT``.
+    ``describe`` makes the manifest. Raises ``TrainingError`` where the float32 graph differs from PyTorch by more than
+    ``PARITY_LIMIT``.
     """
-    config, name = trained.model.config, recipe.name
-    weights = {key: weight.float().numpy() for key, weight in trained.model.state_dict().items()}
+    config, name, batch = model.config, model.name, model.batch
     out.mkdir(parents=True, exist_ok=True)
     # Beside its place, so that the last step is a rename; a server passes over names with a dot.
     with (
         tempfile.TemporaryDirectory(dir=out, prefix=f".{name}-") as scratch,
         tqdm(total=3, desc=f"exporting {name}", unit="stage", delay=1.0) as bar,
     ):
-        batch = _parity_batch(recipe, trained, data)
-        reference = torch_logits(trained.model, batch)
+        reference = model.logits(batch)
         bar.update()
         folder = Path(scratch) / name
         folder.mkdir()
-        write_graphs(folder, config, weights, "none")
+        write_graphs(folder, config, model.weights, "none")
         found = compare(onnx_logits(folder, config, batch), reference)
-        if not found.max_error <= PARITY_LIMIT:
+        largest = float(np.abs(reference[np.isfinite(reference)]).max())
+        if not found.max_error <= PARITY_LIMIT * max(1.0, largest):
             raise TrainingError(f"{name}: the float32 graph differs from PyTorch by {found.max_error:.2g}")
         bar.update()
-        bits, block_size = recipe.export.bits, recipe.export.block_size
         if bits != 32:
-            write_graphs(folder, config, weights, "blockwise", bits, block_size)
+            write_graphs(folder, config, model.weights, "blockwise", bits, block_size)
             found = compare(onnx_logits(folder, config, batch), reference)
         quantisation = Quantisation(
             scheme="none" if bits == 32 else "blockwise",
@@ -87,8 +126,8 @@ def export(recipe: Recipe, trained: Trained, data: Path, out: Path) -> Manifest:
             parity_max_error=round(found.max_error, 6),
             parity_cosine=round(found.cosine, 6),
         )
-        trained.tokenizer.save(str(folder / "tokenizer.json"))
-        manifest = _manifest(recipe, trained, config, quantisation)
+        model.tokenizer.save(str(folder / "tokenizer.json"))
+        manifest = describe(quantisation)
         write_card(folder, manifest)
         manifest = write_manifest(folder, manifest)
         bar.update()
@@ -202,6 +241,10 @@ def _session(path: Path) -> ort.InferenceSession:
 
 
 def compare(found: NDArray[np.float32], wanted: NDArray[np.float32]) -> Parity:
-    """Largest difference and cosine of two arrays of logits."""
-    a, b = found.astype(np.float64).ravel(), wanted.astype(np.float64).ravel()
+    """Largest difference and cosine of two arrays of logits; words that are ruled out (minus infinity) must be so in
+    both, and count no further."""
+    ruled_out = np.isneginf(wanted)
+    if not np.array_equal(ruled_out, np.isneginf(found)):
+        return Parity(np.inf, np.nan)
+    a, b = found[~ruled_out].astype(np.float64), wanted[~ruled_out].astype(np.float64)
     return Parity(float(np.abs(a - b).max()), float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b))))
