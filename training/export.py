@@ -237,7 +237,9 @@ def onnx_logits(folder: Path, config: TransformerConfig, batch: Batch) -> NDArra
 
 
 def _session(path: Path) -> ort.InferenceSession:
-    return ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    options = ort.SessionOptions()
+    options.log_severity_level = 3  # else every layer would warn that its buffers are not updated in place here
+    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
 def compare(found: NDArray[np.float32], wanted: NDArray[np.float32]) -> Parity:

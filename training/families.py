@@ -238,16 +238,16 @@ def _marian(config: PretrainedConfig, weights: _Weights, max_positions: int) -> 
 
 
 def _word_bias(marian: PreTrainedModel) -> NDArray[np.float32]:
-    """What is added to the score of each word; those that must never be written get minus infinity."""
-    bias: NDArray[np.float32] = marian.state_dict()["final_logits_bias"][0].numpy().copy()
+    """What is added to the score of each word: minus infinity for those that must never be written."""
+    bias = marian.state_dict()["final_logits_bias"][0]
     generation = marian.generation_config
     for word in (generation and generation.bad_words_ids) or ():
         if len(word) != 1:
             raise TrainingError(
-                f"generation_config.json: bad_words_ids holds {word}; only single tokens can be ruled out"
+                f"generation_config.json: bad_words_ids holds {word}; the graphs rule out single words"
             )
-        bias[word] = -np.inf
-    return bias
+        bias[word] = -torch.inf  # in place: the reference rules them out as well
+    return bias.numpy()  # type: ignore[no-any-return]
 
 
 def _bert(config: PretrainedConfig, weights: _Weights, max_positions: int) -> TransformerConfig:

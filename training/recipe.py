@@ -140,6 +140,13 @@ class Recipe(_Part):
     export: ExportRecipe
 
     @model_validator(mode="after")
+    def _trainable(self) -> Self:
+        model = self.model
+        if model.style not in ("modern", "bert") or model.pooling != "mean" or model.head == "embed":
+            raise ValueError("model: llama and marian, pooling of a first token and embed heads are only imported")
+        return self
+
+    @model_validator(mode="after")
     def _one_size(self) -> Self:
         limits = (self.budget.max_parameters, self.budget.max_mb)
         if None not in limits:
