@@ -13,8 +13,8 @@ from training.errors import TrainingError
 
 _UNIGRAM = 1  # of SentencePiece's model types
 _NORMAL = 1  # of its types of pieces
-_CONTROL_PENALTY = 1_000.0
-"""Control tokens score so far below every piece that no text is cut into them."""
+_LAST_RESORT = 1_000.0
+"""So far below every other piece score those that only stand for what has no other."""
 _MARIAN_FILES = ("vocab.json", "source.spm")
 
 
@@ -44,8 +44,8 @@ def read_tokenizer(folder: Path, target_language: str | None) -> Tokenizer:
 def _marian_tokenizer(folder: Path, target_language: str | None) -> Tokenizer:
     """One Unigram tokenizer (Kudo 2018): the ids of ``vocab.json`` with the scores of ``source.spm``.
 
-    Pieces that only the target knows are written, and never read: each is kept with a space at its end, which no text
-    has after normalisation, and which the decoder takes off again.
+    A letter that only the target knows is read as itself, not as unknown. Its longer pieces are written, and never
+    read: each is kept with a space at its end, which no text has after normalisation, and which the decoder takes off.
     """
     vocabulary: dict[str, int] = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
     source = sentencepiece.ModelProto()  # type: ignore[attr-defined]  # protobuf makes it at run time
@@ -64,9 +64,11 @@ def _marian_tokenizer(folder: Path, target_language: str | None) -> Tokenizer:
     lowest = min(scores.values())
 
     def entry(piece: str) -> tuple[str, float]:
-        if piece in control:
-            return piece, lowest - _CONTROL_PENALTY
-        return (piece, scores[piece]) if piece in scores else (f"{piece} ", lowest)
+        if piece in scores:
+            return piece, scores[piece]
+        if piece in control or len(piece) == 1:
+            return piece, lowest - _LAST_RESORT
+        return f"{piece} ", lowest
 
     tokenizer = Tokenizer(models.Unigram([entry(piece) for piece in pieces], unk_id=vocabulary["<unk>"]))
     tokenizer.normalizer = normalizers.Sequence(
