@@ -32,7 +32,7 @@ class TransformerConfig(BaseModel):
     d_model: int
     n_heads: int
     n_kv_heads: int | None = None
-    """Heads of keys and values, each for as many query heads; None is one for each."""
+    """Heads of keys and values, each shared by a group of query heads; None is one for every query head."""
     d_ff: int
     n_encoder_layers: int = 0
     n_decoder_layers: int = 0
@@ -46,7 +46,7 @@ class TransformerConfig(BaseModel):
     extract_head: bool = False
     """Whether a prefix LM also scores each prefix token as the start of a sentence worth extracting."""
     activation: Activation | None = None
-    """Of the marian style, which comes with each; the other styles have their own."""
+    """Of the marian style, which is met with each of them; every other style has its own."""
     norm_eps: float = 1e-6
     rope_base: float = 10_000.0
 

@@ -7,9 +7,9 @@ import hashlib
 import json
 import os
 from pathlib import Path, PurePosixPath
-from typing import Literal, Self
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from models.config import TransformerConfig
 
@@ -141,11 +141,12 @@ class Manifest(_Part):
     training_energy: TrainingEnergy | None = None
     files: dict[str, FileRecord] = Field(default_factory=dict)
 
-    @model_validator(mode="after")
-    def _has_work(self) -> Self:
-        if bool(self.tasks) == (self.config.head == "embed"):
+    @field_validator("config")
+    @classmethod
+    def _has_work(cls, config: TransformerConfig, info: ValidationInfo) -> TransformerConfig:
+        if "tasks" in info.data and bool(info.data["tasks"]) == (config.head == "embed"):
             raise ValueError("tasks is empty for a model with an embed head, and for no other")
-        return self
+        return config
 
     @property
     def size_bytes(self) -> int:
