@@ -51,7 +51,7 @@ def models(flags: dict[str, str]) -> int:
         rows.append(
             (
                 manifest.name,
-                ", ".join(manifest.tasks),
+                ", ".join(manifest.tasks) or "-",
                 f"{manifest.size_bytes / 1e6:.1f}",
                 "none" if stored.scheme == "none" else f"{stored.bits} bits",
                 "; ".join(f"{score.metric} {score.value:g} ({score.data})" for score in manifest.scores) or "-",

@@ -12,7 +12,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from models.config import TransformerConfig
-from models.manifest import Manifest, Parent, Quantisation, SpecialIds, Task
+from models.manifest import NAME_PATTERN, Manifest, Parent, Quantisation, SpecialIds, Task
 from training.errors import TrainingError
 from training.export import Finished, write_model
 from training.families import Foreign, load_foreign
@@ -42,7 +42,9 @@ def import_model(
     ``TrainingError`` for what is missing, and for what the graphs cannot express.
     """
     folder = _folder(source)
-    name = name or re.sub(r"[^a-z0-9._-]+", "-", Path(source).resolve().name.lower()).strip("-._")
+    name = name or re.sub(r"[^a-z0-9._-]+", "-", Path(source).resolve().name.lower()).strip("-._")[:64]
+    if not re.fullmatch(NAME_PATTERN, name):
+        raise TrainingError(f"{name!r} can be no model's name, which is like {NAME_PATTERN}: give --name")
     files = ForeignFolder(folder)
     foreign = load_foreign(folder, max_positions, files.pooling())
     config = foreign.config

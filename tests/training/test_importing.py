@@ -303,5 +303,7 @@ def test_a_translator_must_say_its_languages(tmp_path):
     path = tmp_path / "theirs" / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"source_lang": "en", "target_lang": "fi"}))
     assert import_model(tmp_path / "theirs", tmp_path / "out").languages == ("en", "fi")
+    with pytest.raises(TrainingError, match="'Finnish' can be no model's name"):
+        import_model(tmp_path / "theirs", tmp_path / "out", name="Finnish")
     with pytest.raises(TrainingError, match="nor a name that the Hub could know"):
         import_model(tmp_path / "no" / "such" / "folder", tmp_path / "out")
