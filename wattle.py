@@ -51,7 +51,7 @@ def models(flags: dict[str, str]) -> int:
         rows.append(
             (
                 manifest.name,
-                ", ".join(manifest.tasks),
+                ", ".join(manifest.tasks) or "-",
                 f"{manifest.size_bytes / 1e6:.1f}",
                 "none" if stored.scheme == "none" else f"{stored.bits} bits",
                 "; ".join(f"{score.metric} {score.value:g} ({score.data})" for score in manifest.scores) or "-",
@@ -77,6 +77,13 @@ def export(flags: dict[str, str]) -> int:
     from training.commands import run_export
 
     return _stage(run_export, flags)
+
+
+def import_(flags: dict[str, str]) -> int:
+    """Turn a model of the transformers library into one that `wattle serve` serves."""
+    from training.commands import run_import
+
+    return _stage(run_import, flags)
 
 
 def evaluate(flags: dict[str, str]) -> int:
@@ -113,9 +120,9 @@ def _stage(run: Callable[[str, Any], object], flags: dict[str, str]) -> int:
     from training.errors import TrainingError
     from training.settings import read_settings
 
-    name = flags.pop("name")
+    subject = flags.pop(SUBJECT)
     try:
-        run(name, read_settings(**flags))  # its Settings, whose type only that part knows
+        run(subject, read_settings(**flags))  # its Settings, whose type only that part knows
     except TrainingError as error:
         return _fail(str(error), 1)
     return 0
@@ -133,13 +140,17 @@ class Command:
     """What its positional argument means; empty where it takes none."""
 
 
+SUBJECT = "subject"
+"""Where a positional argument is kept: no setting has this name."""
 SIZES = ("max_parameters", "max_mb")
+IMPORTED = ("out", "name", "scheme", "bits", "block_size", "max_positions", "source_language", "target_language")
 RECIPE = "Name of a shipped recipe, or path of a TOML file."
 COMMANDS = {
     "serve": Command(serve, "service"),
     "models": Command(models, "service", ("models",)),
     "train": Command(train, "training", ("data", "runs", "out", "threads", *SIZES), RECIPE),
     "export": Command(export, "training", ("data", "runs", "out", *SIZES), RECIPE),
+    "import": Command(import_, "training", IMPORTED, "Folder of a model that transformers saved, or a Hub name."),
     "evaluate": Command(evaluate, "training", ("data", "recipe", "limit", "write"), "Folder of an exported model."),
 }
 
@@ -158,7 +169,7 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
 
 def _add_flags(parser: argparse.ArgumentParser, command: Command) -> None:
     if command.argument:
-        parser.add_argument("name", metavar="NAME", help=command.argument)
+        parser.add_argument(SUBJECT, metavar="NAME", help=command.argument)
     module = importlib.import_module(f"{command.part}.settings")
     fields = module.Settings.model_fields
     for setting in command.settings or tuple(fields):

@@ -1,22 +1,24 @@
 """The ONNX graphs of a Transformer, built straight from its weights: one helper per op, one loop per layer.
 
 Knows nothing of PyTorch or training: float32 arrays, named as in ``models.transformer.Transformer.state_dict()``, go
-in; files come out. ``models/transformer.py`` is the reference that these graphs repeat. Shapes in comments: ``b``
-rows, ``s`` tokens of a chunk, ``n`` real tokens of all rows, ``c`` capacity of a buffer, ``d`` model width, ``h``
-heads, ``e`` head size.
+in; files come out. ``models/transformer.py`` is the reference that these graphs repeat; for the llama and marian
+styles and the heads of imported encoders it is the transformers library (``training/families.py``). A module has a
+bias where there is an array of that name, and an output layer of its own where there is a ``head.out``. Shapes in
+comments: ``b`` rows, ``s`` tokens of a chunk, ``n`` real tokens of all rows, ``c`` capacity of a buffer, ``d`` model
+width, ``h`` heads, ``g`` heads of keys and values (``h`` where no query heads share one), ``e`` head size.
 
 Inputs are int64 and padded on the right; outputs are float32.
 
 - ``model.onnx`` (encoder): ``input_ids`` (b, s), ``lengths`` (b,), with the bert style ``token_types`` (b, s)
-  -> ``logits``: (b, labels), or (b, s, 2) of a span head.
+  -> ``logits``: (b, labels), or (b, s, 2) of a span head, or (b, d) of an embed head.
 - ``encoder.onnx`` (encoder-decoder): ``input_ids``, ``lengths`` -> ``cross_k_{i}``, ``cross_v_{i}`` (b, h, s, e), the
   keys and values that layer i of the decoder attends to.
 - ``decoder.onnx``: ``input_ids`` (b, s); ``positions`` (b,), where in its text each row's chunk starts; ``lengths``
-  (b,), real tokens of the chunk; ``k_{i}``, ``v_{i}`` (b, h, c, e), what was read before, with ``c`` no less than any
+  (b,), real tokens of the chunk; ``k_{i}``, ``v_{i}`` (b, g, c, e), what was read before, with ``c`` no less than any
   start plus s; a prefix LM adds ``prefix_lengths`` (b,), which its first chunk must hold; an encoder-decoder adds
   ``cross_k_{i}``, ``cross_v_{i}`` (b', h, c', e) and ``source_lengths`` (b',), where b is a multiple of b': as many
   neighbouring rows, the beams of one text, share a source. -> ``logits`` (b, words) at the last real token, with an
-  extract head ``extract_logits`` (b, s), and ``new_k_{i}``, ``new_v_{i}`` (b, h, c, e): bind them to the memory of
+  extract head ``extract_logits`` (b, s), and ``new_k_{i}``, ``new_v_{i}`` (b, g, c, e): bind them to the memory of
   ``k_{i}``, ``v_{i}``, which are then updated in place.
 
 - ``beams.onnx``, beside every decoder: ``logits`` (b, words), ``count`` (1,) -> ``log_probabilities`` and ``words``
@@ -394,29 +396,31 @@ class _Network(_Graph):
 
     def __init__(self, config: TransformerConfig, store: _Store) -> None:
         super().__init__(store)
-        self.config, self.modern = config, config.style == "modern"
+        self.config, self.pre_norm = config, config.style in ("modern", "llama")
 
     def norm(self, x: ir.Value, name: str) -> ir.Value:
         """Over the last axis of ``x``."""
-        if self.modern:
+        if self.pre_norm:
             return self.op("RMSNormalization", x, self.weight(name + ".weight"), epsilon=self.config.norm_eps)
         scale, bias = self.weight(name + ".weight"), self.weight(name + ".bias")
         return self.op("LayerNormalization", x, scale, bias, epsilon=self.config.norm_eps)
 
     def embed(self, ids: ir.Value, positions: ir.Value, token_types: ir.Value | None) -> ir.Value:
         """(m,) -> (m, d); ``positions`` and ``token_types`` are (m,)."""
-        x = self.lookup("embed.token.weight", ids)
-        if self.modern:
-            return self.op("Mul", x, self.constant(self.config.d_model**0.5, np.float32))
-        x = self.op("Add", x, self.lookup("embed.position.weight", positions))
-        x = self.op("Add", x, self.op("Gather", self.weight("embed.token_type.weight"), token_types))
-        return self.norm(x, "embed.norm")
+        x, style = self.lookup("embed.token.weight", ids), self.config.style
+        if style in ("modern", "marian"):
+            x = self.op("Mul", x, self.constant(self.config.d_model**0.5, np.float32))
+        if not self.config.rotates:
+            x = self.op("Add", x, self.lookup("embed.position.weight", positions))
+        if token_types is not None:
+            x = self.op("Add", x, self.op("Gather", self.weight("embed.token_type.weight"), token_types))
+        return self.norm(x, "embed.norm") if style == "bert" else x
 
     def layer(self, x: ir.Value, name: str, branches: "Mapping[str, _Branch]") -> ir.Value:
         """(m, d) -> (m, d) through ``branches``, each with its norm and residual."""
         for part, branch in branches.items():
             norm = f"{name}.{part}_norm"
-            if self.modern:
+            if self.pre_norm:
                 x = self.op("Add", x, branch(self.norm(x, norm), f"{name}.{part}"))
             else:
                 x = self.norm(self.op("Add", x, branch(x, f"{name}.{part}")), norm)
@@ -425,29 +429,47 @@ class _Network(_Graph):
     def feed_forward(self, x: ir.Value, name: str) -> ir.Value:
         """(m, d) -> (m, d)."""
         x = self.linear(x, name + ".up")
-        if self.modern:
-            x = self.op("Relu", x)
-            x = self.op("Mul", x, x)
-        else:
-            x = self.op("Gelu", x)
+        match self.config.style, self.config.activation:
+            case "modern", _:
+                x = self.op("Relu", x)
+                x = self.op("Mul", x, x)
+            case "llama", _:
+                gate, x = self.ops("Split", x, n_outputs=2, axis=-1, num_outputs=2)
+                x = self.op("Mul", self.silu(gate), x)
+            case _, "relu":
+                x = self.op("Relu", x)
+            case _, "silu":
+                x = self.silu(x)
+            case _:
+                x = self.op("Gelu", x)
         return self.linear(x, name + ".down")
 
-    def head_norm(self, x: ir.Value, norm: str) -> ir.Value:
-        """Normalise each head of queries or keys (m, d): the modern style only."""
-        if not self.modern:
+    def silu(self, x: ir.Value) -> ir.Value:
+        """``x * sigmoid(x)``, also called swish."""
+        return self.op("Mul", x, self.op("Sigmoid", x))
+
+    def head_norm(self, x: ir.Value, n_heads: int, norm: str) -> ir.Value:
+        """Normalise each head of queries or keys (m, n_heads * e): the modern style only."""
+        if self.config.style != "modern":
             return x
-        split = self.op("Reshape", x, self.constant([0, self.config.n_heads, self.config.head_dim]))
-        return self.op("Reshape", self.norm(split, norm), self.constant([0, self.config.d_model]))
+        split = self.op("Reshape", x, self.constant([0, n_heads, self.config.head_dim]))
+        return self.op("Reshape", self.norm(split, norm), self.constant([0, n_heads * self.config.head_dim]))
 
     def queries_keys_values(
         self, x: ir.Value, name: str, shape: ir.Value, rotary: tuple[ir.Value, ir.Value, ir.Value] | None
     ) -> tuple[ir.Value, ir.Value, ir.Value]:
-        """Of self-attention, (m, d) -> ``shape`` (b, s, d) each."""
-        q, k, v = self.ops("Split", self.linear(x, name + ".qkv"), n_outputs=3, axis=-1, num_outputs=3)
-        q, k = self.head_norm(q, name + ".q_norm"), self.head_norm(k, name + ".k_norm")
+        """Of self-attention, (m, d) -> (b, s, d), (b, s, g * e), (b, s, g * e); ``shape`` is [b, s, -1]."""
+        config = self.config
+        widths = self.constant([config.d_model, config.kv_width, config.kv_width])
+        q, k, v = self.ops("Split", self.linear(x, name + ".qkv"), widths, n_outputs=3, axis=-1)
+        q, k = (
+            self.head_norm(q, config.n_heads, name + ".q_norm"),
+            self.head_norm(k, config.kv_heads, name + ".k_norm"),
+        )
         q, k, v = (self.op("Reshape", part, shape) for part in (q, k, v))
         if rotary:
-            q, k = (self.op("RotaryEmbedding", part, *rotary, num_heads=self.config.n_heads) for part in (q, k))
+            q = self.op("RotaryEmbedding", q, *rotary, num_heads=config.n_heads)
+            k = self.op("RotaryEmbedding", k, *rotary, num_heads=config.kv_heads)
         return q, k, v
 
     def split_heads(self, x: ir.Value) -> ir.Value:
@@ -457,8 +479,8 @@ class _Network(_Graph):
 
     def rotary(self, positions: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value] | None:
         """Cosines and sines (max_positions, e / 2), which ONNX Runtime folds into constants as it loads the graph, and
-        ``positions`` (b, s); None for the bert style."""
-        if not self.modern:
+        ``positions`` (b, s); None for a style that does not rotate."""
+        if not self.config.rotates:
             return None
         half = self.config.head_dim // 2
         frequencies = self.config.rope_base ** (-np.arange(half) / half)
@@ -511,7 +533,7 @@ class _Encoder(_Network):
         positions = self.real(self.flat(positions))
         rotary = self.rotary(self.unsqueeze(positions, 1))
         # To be rotated, each token is a row: a row of all would be longer than any that the model knows.
-        alone = self.constant([-1, 1, config.d_model])
+        alone = self.op("Concat", self.op("Shape", positions), self.constant([1, -1]), axis=0)
 
         def attend(x: ir.Value, name: str) -> ir.Value:
             if rotary is None:
@@ -531,7 +553,21 @@ class _Encoder(_Network):
         self.begin_rows(x)
         for i in range(config.n_encoder_layers):
             x = self.layer(x, f"encoder.{i}", {"attn": attend, "ffn": self.feed_forward})
-        return self.norm(x, "encoder_norm") if self.modern else x
+        return self.norm(x, "encoder_norm") if self.pre_norm else x
+
+    def pool(self, x: ir.Value) -> ir.Value:
+        """(n, d) -> (b, d), what stands for each whole text."""
+        x = self.padded(x)
+        if self.config.pooling != "mean":
+            first = self.op("Gather", x, self.constant(0), axis=1)
+            if self.config.pooling == "first":
+                return first
+            self.begin_rows(first)
+            op = "Tanh" if self.config.pooling == "first-tanh" else "Relu"
+            return self.op(op, self.linear(first, "head.dense"))
+        # A product with the mask adds in the order of the tokens; ReduceSum's order depends on how many there are.
+        total = self.op("Squeeze", self.op("MatMul", self.unsqueeze(self.is_real, 1), x), self.constant([1]))
+        return self.op("Div", total, self.unsqueeze(self.op("Cast", self.lengths, to=ir.DataType.FLOAT), 1))
 
 
 def _encoder(config: TransformerConfig, store: _Store) -> _Network:
@@ -540,10 +576,11 @@ def _encoder(config: TransformerConfig, store: _Store) -> _Network:
     if config.head == "span":
         g.output(g.padded(g.linear(x, "head.out", plain=True)), "logits", "rows", "tokens", 2)
         return g
-    # A product with the mask adds in the order of the tokens; ReduceSum's order depends on how many there are.
-    total = g.op("Squeeze", g.op("MatMul", g.unsqueeze(g.is_real, 1), g.padded(x)), g.constant([1]))
-    mean = g.op("Div", total, g.unsqueeze(g.op("Cast", g.lengths, to=ir.DataType.FLOAT), 1))
-    g.output(g.linear(mean, "head.out", plain=True), "logits", "rows", config.n_labels)
+    pooled = g.pool(x)
+    if config.head == "embed":
+        g.output(pooled, "logits", "rows", config.d_model)
+    else:
+        g.output(g.linear(pooled, "head.out", plain=True), "logits", "rows", config.n_labels)
     return g
 
 
@@ -553,7 +590,7 @@ def _source_encoder(config: TransformerConfig, store: _Store) -> _Network:
     for i in range(config.n_decoder_layers):
         name = f"decoder.{i}.cross"
         k, v = g.ops("Split", g.linear(memory, name + ".kv"), n_outputs=2, axis=-1, num_outputs=2)
-        for part, x in (("k", g.head_norm(k, name + ".k_norm")), ("v", v)):
+        for part, x in (("k", g.head_norm(k, config.n_heads, name + ".k_norm")), ("v", v)):
             g.output(
                 g.split_heads(g.padded(x)), f"cross_{part}_{i}", "rows", config.n_heads, "tokens", config.head_dim
             )
@@ -573,7 +610,7 @@ def _decoder(config: TransformerConfig, store: _Store) -> _Network:
     rotary = g.rotary(positions)
 
     def buffers(kind: str, layer: int | str, rows: str, capacity: str) -> list[ir.Value]:
-        shape = (rows, config.n_heads, capacity, config.head_dim)
+        shape = (rows, config.kv_heads, capacity, config.head_dim)
         return [g.input(f"{kind}{part}_{layer}", *shape, dtype=ir.DataType.FLOAT) for part in ("k", "v")]
 
     before = [buffers("", i, "rows", "capacity") for i in range(config.n_decoder_layers)]
@@ -604,14 +641,14 @@ def _decoder(config: TransformerConfig, store: _Store) -> _Network:
 
         def attend_to(q: ir.Value, k: ir.Value, v: ir.Value, layer: int) -> list[ir.Value]:
             inputs = (q, k, v, *before[layer], last, total)
-            groups = {**heads, "kv_num_heads": config.n_heads}
+            groups = {**heads, "kv_num_heads": config.kv_heads}
             return g.ops("GroupQueryAttention", *inputs, n_outputs=3, domain="com.microsoft", **groups)
 
     def attend(x: ir.Value, name: str) -> ir.Value:
         layer = int(name.split(".")[1])
         x, *updated = attend_to(*g.queries_keys_values(x, name, chunk, rotary), layer)
         for part, buffer in zip(("k", "v"), updated, strict=True):
-            g.output(buffer, f"new_{part}_{layer}", "rows", config.n_heads, "capacity", config.head_dim)
+            g.output(buffer, f"new_{part}_{layer}", "rows", config.kv_heads, "capacity", config.head_dim)
         return g.linear(g.op("Reshape", x, g.constant([-1, config.d_model])), name + ".out")
 
     branches: dict[str, _Branch] = {"attn": attend, "ffn": g.feed_forward}
@@ -623,7 +660,7 @@ def _decoder(config: TransformerConfig, store: _Store) -> _Network:
 
         def attend_to_source(x: ir.Value, name: str) -> ir.Value:
             k, v = buffers("cross_", name.split(".")[1], "sources", "source")
-            q = g.op("Reshape", g.head_norm(g.linear(x, name + ".q"), name + ".q_norm"), by_source)
+            q = g.op("Reshape", g.head_norm(g.linear(x, name + ".q"), config.n_heads, name + ".q_norm"), by_source)
             x = g.op("MultiHeadAttention", q, k, v, None, n_keys, domain="com.microsoft", **heads)
             return g.linear(g.op("Reshape", x, g.constant([-1, config.d_model])), name + ".out")
 
@@ -634,15 +671,22 @@ def _decoder(config: TransformerConfig, store: _Store) -> _Network:
     for i in range(config.n_decoder_layers):
         x = g.layer(x, f"decoder.{i}", branches)
     if config.extract_head:
-        hidden = g.norm(x, "decoder_norm") if g.modern else x
+        hidden = g.norm(x, "decoder_norm") if g.pre_norm else x
         scores = g.op("Reshape", g.linear(hidden, "head.extract", plain=True), g.op("Shape", ids))
         g.output(scores, "extract_logits", "rows", "tokens")
     # The last real token is picked before the output layer, the widest of all.
     row_starts = g.op("Mul", g.range(g.size(ids, 0)), n_tokens)
     x = g.op("Gather", x, g.op("Sub", g.op("Add", row_starts, lengths), g.constant(1)))
     g.begin_rows(x)
-    x = g.norm(x, "decoder_norm") if g.modern else g.norm(g.op("Gelu", g.linear(x, "head.dense")), "head.norm")
-    g.output(g.linear_tied(x, "embed.token.weight"), "logits", "rows", config.vocab_size)
+    if g.pre_norm:
+        x = g.norm(x, "decoder_norm")
+    elif config.style == "bert":
+        x = g.norm(g.op("Gelu", g.linear(x, "head.dense")), "head.norm")
+    own_output = "head.out.weight" in store.weights
+    x = g.linear(x, "head.out") if own_output else g.linear_tied(x, "embed.token.weight")
+    if "head.word_bias" in store.weights:
+        x = g.op("Add", x, g.weight("head.word_bias"))
+    g.output(x, "logits", "rows", config.vocab_size)
     return g
 
 

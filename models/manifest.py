@@ -9,12 +9,13 @@ import os
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from models.config import TransformerConfig
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
+NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 Task = Literal["translate", "generate", "answer", "sentiment", "summarize"]
 
 
@@ -74,10 +75,10 @@ class Quantisation(_Part):
 
 
 class Parent(_Part):
-    """The model this one was fine-tuned or distilled from."""
+    """The model this one was fine-tuned or distilled from, or is in another form."""
 
     name: str
-    relation: Literal["fine-tuned", "distilled"]
+    relation: Literal["fine-tuned", "distilled", "imported"]
     licence: str
     note: str = ""
 
@@ -116,12 +117,13 @@ class Manifest(_Part):
     """Everything a server needs to know of a model besides its weights."""
 
     format_version: Literal[1] = 1
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")
+    name: str = Field(pattern=NAME_PATTERN)
     revision: str
     description: str
-    tasks: tuple[Task, ...] = Field(min_length=1)
+    tasks: tuple[Task, ...]
+    """Empty for a model with an embed head, whose vectors are for others to compare, and for no other."""
     languages: tuple[str, ...] = Field(min_length=1)
-    """Language codes; for translation the source, then the target."""
+    """Language codes, ``und`` where nobody said; for translation the source, then the target."""
     layout: Literal["wattle", "optimum"] = "wattle"
     config: TransformerConfig
     max_input_tokens: int
@@ -140,6 +142,13 @@ class Manifest(_Part):
     scores: tuple[Score, ...] = ()
     training_energy: TrainingEnergy | None = None
     files: dict[str, FileRecord] = Field(default_factory=dict)
+
+    @field_validator("config")
+    @classmethod
+    def _has_work(cls, config: TransformerConfig, info: ValidationInfo) -> TransformerConfig:
+        if "tasks" in info.data and bool(info.data["tasks"]) == (config.head == "embed"):
+            raise ValueError("tasks is empty for a model with an embed head, and for no other")
+        return config
 
     @property
     def size_bytes(self) -> int:

@@ -53,7 +53,7 @@ def banner(app: FastAPI, listener: socket.socket) -> str:
     models: Models = app.state.service.models
     lines = [f"Wattle serves on {address}", f"docs: {address}/docs", "models:"]
     lines += [
-        f"  {model.name:<24} {', '.join(model.manifest.tasks):<12} {model.manifest.size_bytes / 1e6:6.1f} MB"
+        f"  {model.name:<24} {', '.join(model.manifest.tasks) or '-':<12} {model.manifest.size_bytes / 1e6:6.1f} MB"
         for model in models.served.values()
     ] or ["  none"]
     lines += [f"  refused {refusal.folder_name}: {refusal.reason}" for refusal in models.refused]

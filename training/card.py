@@ -16,7 +16,7 @@ def write_card(folder: Path, manifest: Manifest) -> None:
         "",
         manifest.description,
         "",
-        f"- Task: {', '.join(manifest.tasks)}; languages: {', '.join(manifest.languages)}",
+        f"- Task: {', '.join(manifest.tasks) or 'vectors of texts'}; languages: {', '.join(manifest.languages)}",
         f"- Shape: {config.architecture}, {' and '.join(layers)} layers, d_model {config.d_model}, "
         f"{config.n_heads} heads, d_ff {config.d_ff}, {config.vocab_size:,} words",
         f"- Reads at most {manifest.max_input_tokens} tokens at a time"
@@ -48,7 +48,11 @@ def write_card(folder: Path, manifest: Manifest) -> None:
         ]
     else:
         lines.append("Not yet measured: `wattle evaluate` does.")
-    lines += ["", "## Training data", "", "| set | rows | licence | where |", "|---|---|---|---|"]
+    lines += ["", "## Training data", ""]
+    if manifest.training_data:
+        lines += ["| set | rows | licence | where |", "|---|---|---|---|"]
+    else:
+        lines.append("Unknown here: see what its makers say.")
     lines += [f"| {d.name} | {d.rows:,} | {d.licence} | {d.where} |" for d in manifest.training_data]
     energy = manifest.training_energy
     if energy is not None:

@@ -1,15 +1,16 @@
-"""What ``wattle train``, ``wattle export`` and ``wattle evaluate`` do, stage after stage."""
+"""What ``wattle train``, ``export``, ``evaluate`` and ``import`` do, stage after stage."""
 
 from pathlib import Path
 
 import torch
 
-from models.manifest import ArtefactError, Score, load_manifest, write_manifest
+from models.manifest import ArtefactError, Manifest, Score, load_manifest, write_manifest
 from training.card import write_card
 from training.errors import TrainingError
 from training.evaluate import Ask, Evaluation, evaluate
 from training.export import export
-from training.recipe import BudgetRecipe, Recipe, load_recipe
+from training.importing import import_model
+from training.recipe import BudgetRecipe, Recipe, Storage, load_recipe
 from training.settings import Settings
 from training.train import load_trained, train
 
@@ -38,10 +39,32 @@ def run_training(name: str, settings: Settings) -> None:
 def run_export(name: str, settings: Settings) -> None:
     """Export a finished run."""
     recipe = _recipe(name, settings)
-    manifest = export(recipe, load_trained(recipe, settings.runs), settings.data, settings.out)
+    _print_written(export(recipe, load_trained(recipe, settings.runs), settings.data, settings.out), settings)
+
+
+def run_import(source: str, settings: Settings) -> None:
+    """Import a model of the transformers library."""
+    manifest = import_model(
+        source,
+        settings.out,
+        name=settings.name,
+        how=_storage(settings),
+        max_positions=settings.max_positions,
+        source_language=settings.source_language,
+        target_language=settings.target_language,
+    )
+    _print_written(manifest, settings)
+
+
+def _storage(settings: Settings) -> Storage:
+    bits, block_size = int(settings.bits), int(settings.block_size)
+    return Storage.model_validate({"scheme": settings.scheme, "bits": bits, "block_size": block_size})
+
+
+def _print_written(manifest: Manifest, settings: Settings) -> None:
     stored = manifest.quantisation
     print(
-        f"{settings.out / recipe.name}: {manifest.size_bytes / 1e6:.1f} MB, "
+        f"{settings.out / manifest.name}: {manifest.size_bytes / 1e6:.1f} MB, "
         f"cosine {stored.parity_cosine} and largest difference {stored.parity_max_error} to PyTorch"
     )
 

@@ -4,8 +4,9 @@ The graphs are first written in float32 and compared with PyTorch, then quantise
 """
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -31,7 +32,7 @@ from models.manifest import (
 from models.transformer import Transformer
 from training.card import write_card
 from training.errors import TrainingError
-from training.recipe import ExportRecipe, Recipe
+from training.recipe import Recipe, Storage
 from training.tasks import TASKS, Batch, collate
 from training.tokenizer import BOS, EOS, PAD, token_id
 from training.train import PAD_ID, Trained, load_rows
@@ -54,32 +55,59 @@ class Parity:
     cosine: float
 
 
+@dataclass(frozen=True)
+class Finished:
+    """A model that is ready to be written."""
+
+    name: str
+    config: TransformerConfig
+    weights: Mapping[str, NDArray[np.float32]]
+    """Named as ``models.graph`` wants them."""
+    tokenizer: Tokenizer
+    batch: Batch
+    """What its graphs are tried on."""
+    reference: NDArray[np.float32]
+    """The logits that they should answer."""
+    tolerance: float = PARITY_LIMIT
+
+
 def export(recipe: Recipe, trained: Trained, data: Path, out: Path) -> Manifest:
+    """Write ``out/<name>`` from a finished run; see ``write_model``."""
+    batch = parity_batch(recipe, trained.tokenizer, data)
+    finished = Finished(
+        name=recipe.name,
+        config=trained.model.config,
+        weights={key: weight.float().numpy() for key, weight in trained.model.state_dict().items()},
+        tokenizer=trained.tokenizer,
+        batch=batch,
+        reference=torch_logits(trained.model, batch),
+    )
+    return write_model(finished, recipe.export, partial(_manifest, recipe, trained, finished.config), out)
+
+
+def write_model(model: Finished, how: Storage, describe: Callable[[Quantisation], Manifest], out: Path) -> Manifest:
     """Write ``out/<name>``: graphs, tokenizer, card, manifest. An existing folder is replaced once all is verified.
 
-    Raises ``TrainingError`` where the float32 graph differs from PyTorch by more than ``PARITY_LIMIT``.
+    ``describe`` makes the manifest. Raises ``TrainingError`` where the float32 graph differs from PyTorch by more than
+    the model's tolerance.
     """
-    config, name = trained.model.config, recipe.name
-    weights = {key: weight.float().numpy() for key, weight in trained.model.state_dict().items()}
+    config, name = model.config, model.name
     out.mkdir(parents=True, exist_ok=True)
     # Beside its place, so that the last step is a rename; a server passes over names with a dot.
     with (
         tempfile.TemporaryDirectory(dir=out, prefix=f".{name}-") as scratch,
-        tqdm(total=3, desc=f"exporting {name}", unit="stage", delay=1.0) as bar,
+        tqdm(total=2, desc=f"exporting {name}", unit="stage", delay=1.0) as bar,
     ):
-        batch = parity_batch(recipe, trained.tokenizer, data)
-        reference = torch_logits(trained.model, batch)
-        bar.update()
         folder = Path(scratch) / name
         folder.mkdir()
-        write_graphs(folder, config, weights, "none")
-        found = compare(onnx_logits(folder, config, batch), reference)
-        if not found.max_error <= PARITY_LIMIT:
+        write_graphs(folder, config, model.weights, "none")
+        found = compare(onnx_logits(folder, config, model.batch), model.reference)
+        if not found.max_error <= model.tolerance:
             raise TrainingError(f"{name}: the float32 graph differs from PyTorch by {found.max_error:.2g}")
         bar.update()
-        quantisation = write_quantised(folder, config, weights, recipe.export, batch, reference)
-        trained.tokenizer.save(str(folder / "tokenizer.json"))
-        manifest = _manifest(recipe, trained, config, quantisation)
+        stored = write_quantised(folder, config, model.weights, how, model.batch, model.reference)
+        model.tokenizer.save(str(folder / "tokenizer.json"))
+        manifest = describe(stored)
         write_card(folder, manifest)
         manifest = write_manifest(folder, manifest)
         bar.update()
@@ -93,7 +121,7 @@ def write_quantised(
     folder: Path,
     config: TransformerConfig,
     weights: Mapping[str, NDArray[np.float32]],
-    how: ExportRecipe,
+    how: Storage,
     batch: Batch,
     reference: NDArray[np.float32],
 ) -> Quantisation:
@@ -202,17 +230,23 @@ def onnx_logits(folder: Path, config: TransformerConfig, batch: Batch) -> NDArra
         ids, lengths = batch["target"].numpy(), batch["target_lengths"].numpy()
     elif config.architecture == "prefix-lm":
         extra["prefix_lengths"] = batch["prefix"].numpy()
-    empty = np.zeros((rows, config.n_heads, ids.shape[1], config.head_dim), dtype=np.float32)
+    empty = np.zeros((rows, config.kv_heads, ids.shape[1], config.head_dim), dtype=np.float32)
     buffers = {f"{part}_{layer}": empty for part in ("k", "v") for layer in range(config.n_decoder_layers)}
     feeds = {"input_ids": ids, "lengths": lengths, "positions": np.zeros(rows, dtype=np.int64), **buffers, **extra}
     return _session(folder / "decoder.onnx").run(["logits"], feeds)[0]  # type: ignore[no-any-return]
 
 
 def _session(path: Path) -> ort.InferenceSession:
-    return ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    options = ort.SessionOptions()
+    options.log_severity_level = 3  # else every layer would warn that its buffers are not updated in place here
+    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
 def compare(found: NDArray[np.float32], wanted: NDArray[np.float32]) -> Parity:
-    """Largest difference and cosine of two arrays of logits."""
-    a, b = found.astype(np.float64).ravel(), wanted.astype(np.float64).ravel()
+    """Largest difference and cosine of two arrays of logits; words that are ruled out (minus infinity) must be so in
+    both, and count no further."""
+    ruled_out = np.isneginf(wanted)
+    if not np.array_equal(ruled_out, np.isneginf(found)):
+        return Parity(np.inf, np.nan)
+    a, b = found[~ruled_out].astype(np.float64), wanted[~ruled_out].astype(np.float64)
     return Parity(float(np.abs(a - b).max()), float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b))))

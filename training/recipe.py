@@ -91,24 +91,28 @@ class FitRecipe(_Part):
     checkpoint_every_s: float = 300.0
 
 
-class ExportRecipe(_Part):
-    """How the weights are stored, and the defaults that the manifest gives to the service."""
+class Storage(_Part):
+    """How the weights are stored (``models.graph``)."""
 
     scheme: Scheme = "rowwise"
-    """How the matrices are stored (``models.graph``)."""
     bits: Literal[4, 8] = 8
     """Of the blockwise scheme, as the block size."""
     block_size: int = 64
-    max_input_tokens: int
-    max_output_tokens: int = 0
-    no_answer_threshold: float | None = None
-    """How much "no answer" must outscore the best span before the service abstains."""
-    generation: GenerationDefaults | None = None
 
     @property
     def bytes_per_parameter(self) -> float:
         """About; the scales of the rowwise scheme are too few to count."""
         return {"none": 4.0, "rowwise": 1.0, "blockwise": self.bits / 8 + 4 / self.block_size}[self.scheme]
+
+
+class ExportRecipe(Storage):
+    """How the weights are stored, and the defaults that the manifest gives to the service."""
+
+    max_input_tokens: int
+    max_output_tokens: int = 0
+    no_answer_threshold: float | None = None
+    """How much "no answer" must outscore the best span before the service abstains."""
+    generation: GenerationDefaults | None = None
 
 
 class EvaluateRecipe(_Part):
@@ -147,6 +151,13 @@ class Recipe(_Part):
     evaluate: tuple[EvaluateRecipe, ...] = ()
     fit: FitRecipe
     export: ExportRecipe
+
+    @model_validator(mode="after")
+    def _trainable(self) -> Self:
+        model = self.model
+        if model.style not in ("modern", "bert") or model.pooling != "mean" or model.head == "embed":
+            raise ValueError("model: llama and marian, pooling of a first token and embed heads are only imported")
+        return self
 
     @model_validator(mode="after")
     def _one_size(self) -> Self:

@@ -4,17 +4,20 @@ Each field is at once an environment variable (``WATTLE_TRAIN_RUNS``) and a flag
 """
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from models.graph import Scheme
+from models.manifest import NAME_PATTERN
 from training.errors import TrainingError
 
 ENV_PREFIX = "WATTLE_TRAIN_"
 
 
 class Settings(BaseSettings):
-    """Settings of ``wattle train``, ``wattle export`` and ``wattle evaluate``; each uses those that concern it."""
+    """Settings of ``wattle train``, ``export``, ``evaluate`` and ``import``; each uses those that concern it."""
 
     model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, extra="forbid", frozen=True, env_ignore_empty=True)
 
@@ -29,6 +32,22 @@ class Settings(BaseSettings):
     recipe: str | None = Field(None, description="Recipe that lists the sets; the shipped one of the model's name.")
     limit: int | None = Field(None, ge=1, description="Score only the first rows of each set.")
     write: bool = Field(False, description="Write the scores into the model's manifest and card.")
+    name: str | None = Field(
+        None,
+        pattern=NAME_PATTERN,
+        description="What an imported model is called; by default what its source is, in small letters.",
+    )
+    scheme: Scheme = Field(
+        "rowwise",
+        description="How weights are stored: rowwise (8 bits), blockwise (8 or 4 bits) or none (32 bits).",
+    )
+    bits: Literal["8", "4"] = Field("8", description="Bits of a weight of the blockwise scheme.")
+    block_size: Literal["16", "32", "64"] = Field(
+        "64", description="Weights of the blockwise scheme that share a scale."
+    )
+    max_positions: int = Field(2048, ge=2, description="Tokens of a text that an imported model holds, if it can.")
+    source_language: str | None = Field(None, description="Language that an imported model reads.")
+    target_language: str | None = Field(None, description="Language that an imported translator writes.")
 
 
 def read_settings(**flags: str) -> Settings:

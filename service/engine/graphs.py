@@ -87,7 +87,7 @@ class DecoderGraph:
         self.beams = beams
         n_rows = n_texts * beams
         names = [f"{part}_{layer}" for layer in range(config.n_decoder_layers) for part in ("k", "v")]
-        shape = config.n_heads, config.head_dim, config.max_positions
+        shape = config.kv_heads, config.head_dim, config.max_positions
         self._memory = Buffers(names, n_rows, *shape)
         self._cross: Buffers | None = None
         """What each text knows of its source."""

@@ -112,7 +112,7 @@ class Answer(Task[AnswerRequest, tuple[Reading, ...]]):
             windows = tuple(split_windows(len(encoding.ids), room))
             for window in windows:
                 tail = [*encoding.ids[window.first : window.first + window.tokens], sep]
-                types = (0,) * len(head) + (1,) * len(tail)
+                types = (0,) * len(head) + (1,) * len(tail) if model.manifest.config.n_token_types else ()
                 items.append(EncodeItem(request_id, (*head, *tail), types))
             readings.append(Reading(context, encoding.offsets, len(head), windows, request.abstain))
         return Encoded(tuple(items), tuple(readings))

@@ -9,6 +9,10 @@ BASE: dict[str, object] = {"vocab_size": 100, "d_model": 32, "n_heads": 4, "d_ff
 ENCODER = BASE | {"architecture": "encoder", "style": "bert", "head": "span", "n_encoder_layers": 2}
 DECODER = BASE | {"architecture": "decoder", "style": "modern", "head": "lm", "n_decoder_layers": 2}
 PREFIX_LM = DECODER | {"architecture": "prefix-lm", "style": "bert"}
+LLAMA = DECODER | {"style": "llama", "n_kv_heads": 2}
+MARIAN = DECODER | {
+    "style": "marian", "architecture": "encoder-decoder", "n_encoder_layers": 2, "activation": "silu"
+}  # fmt: skip
 TRANSLATOR = DECODER | {"architecture": "encoder-decoder", "n_encoder_layers": 3}
 
 
@@ -21,6 +25,9 @@ TRANSLATOR = DECODER | {"architecture": "encoder-decoder", "n_encoder_layers": 3
         (PREFIX_LM, False, True),
         (PREFIX_LM | {"extract_head": True}, False, True),
         (TRANSLATOR, True, True),
+        (LLAMA, False, True),
+        (MARIAN, True, True),
+        (ENCODER | {"head": "embed", "pooling": "first"}, True, False),
     ],
 )
 def test_each_architecture_says_which_stacks_it_has(
@@ -48,6 +55,15 @@ def test_each_architecture_says_which_stacks_it_has(
         (ENCODER | {"head": "classify"}, "n_labels goes with the classify head"),
         (ENCODER | {"n_labels": 3}, "n_labels goes with the classify head"),
         (DECODER | {"extract_head": True}, "extract_head goes with a prefix LM"),
+        (DECODER | {"n_kv_heads": 2}, "the modern style has keys and values for every head"),
+        (LLAMA | {"n_kv_heads": 3}, "n_heads 4 is not a multiple of n_kv_heads 3"),
+        (LLAMA | {"n_heads": 32, "n_kv_heads": 32}, "an even head size, not 1"),
+        (TRANSLATOR | {"style": "llama"}, "the llama style is for decoder models"),
+        (DECODER | {"style": "marian", "activation": "relu"}, "the marian style is for encoder-decoder models"),
+        (MARIAN | {"activation": None}, "activation goes with the marian style"),
+        (DECODER | {"activation": "relu"}, "activation goes with the marian style"),
+        (ENCODER | {"pooling": "first"}, "pooling goes with a classify or embed head"),
+        (DECODER | {"head": "embed"}, "head 'embed' does not fit architecture 'decoder'"),
         (DECODER | {"style": "gothic"}, "style"),
         (DECODER | {"n_layers": 2}, "n_layers"),
     ],
@@ -55,6 +71,11 @@ def test_each_architecture_says_which_stacks_it_has(
 def test_what_does_not_fit_together_is_refused(fields: dict[str, object], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         TransformerConfig.model_validate(fields)
+
+
+def test_groups_of_query_heads_share_keys_and_values() -> None:
+    assert TransformerConfig.model_validate(LLAMA).kv_width == 16
+    assert TransformerConfig.model_validate(DECODER).kv_width == 32
 
 
 def test_a_configuration_does_not_change() -> None:

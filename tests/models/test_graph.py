@@ -51,7 +51,7 @@ class Decoder:
 
     def __init__(self, folder: Path, config: TransformerConfig, rows: int, capacity: int = 48) -> None:
         self.folder, self.config, self.graph = folder, config, session(folder / "decoder.onnx")
-        shape = (rows, config.n_heads, capacity, config.head_dim)
+        shape = (rows, config.kv_heads, capacity, config.head_dim)
         self.buffers: dict[str, Any] = {
             f"{part}_{i}": np.zeros(shape, np.float32) for part in "kv" for i in range(config.n_decoder_layers)
         }

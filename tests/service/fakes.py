@@ -99,7 +99,7 @@ def manifest(name: str, task: str, **fields: Any) -> Manifest:
             "chat_template": CHAT_TEMPLATE,
             **writer,
         },
-        "answer": {"config": {"architecture": "encoder", "head": "span", "n_encoder_layers": 1}},
+        "answer": {"config": {"architecture": "encoder", "head": "span", "n_encoder_layers": 1, "n_token_types": 2}},
         "sentiment": {
             "config": {"architecture": "encoder", "head": "classify", "n_encoder_layers": 1, "n_labels": 3},
             "labels": LABELS,

@@ -12,7 +12,7 @@ from training.budget import count_parameters
 from training.errors import TrainingError
 from training.export import PARITY_LIMIT, export
 from training.loop import CHECKPOINT
-from training.recipe import load_recipe
+from training.recipe import Recipe, load_recipe
 from training.train import held_out_passages, load_rows, load_trained, train
 from training.trunk import find_trunk, load_trunk, trunk_tokenizer
 
@@ -135,6 +135,13 @@ def test_a_batch_must_hold_the_longest_sample(data, tmp_path):
     recipe = recipes.translate(fit={**recipes.FIT, "batch_tokens": 4})
     with pytest.raises(TrainingError, match="raise fit"):
         train(recipe, data, tmp_path)
+
+
+def test_a_recipe_trains_what_the_reference_computes():
+    document = recipes.generate().model_dump()
+    document["model"] |= {"style": "llama"}
+    with pytest.raises(ValueError, match=r"llama and marian, .* are only imported"):
+        Recipe.model_validate(document)
 
 
 def test_shipped_recipes_are_valid():

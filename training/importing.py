@@ -1,0 +1,145 @@
+"""One stage: somebody else's model in, a verified model folder out, as ``training.export`` writes it.
+
+Knows nothing of what the weights are called elsewhere (``training.families``).
+"""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from models.config import TransformerConfig
+from models.manifest import NAME_PATTERN, Manifest, Parent, Quantisation, SpecialIds, Task
+from training.errors import TrainingError
+from training.export import PARITY_LIMIT, Finished, write_model
+from training.families import Foreign, load_foreign
+from training.foreign import ForeignFolder
+from training.foreign_tokenizer import read_tokenizer
+from training.recipe import Storage
+from training.tasks import Batch
+
+_FILES = ("*.json", "1_Pooling/*.json", "*.spm", "*.jinja", "README.md", "model*.safetensors", "pytorch_model.bin")
+_MAX_TOKENS = 256
+"""What a text gets that does not say how long it may become."""
+
+
+def import_model(
+    source: str | Path,
+    out: Path,
+    *,
+    name: str | None = None,
+    how: Storage | None = None,
+    max_positions: int = 2048,
+    source_language: str | None = None,
+    target_language: str | None = None,
+) -> Manifest:
+    """Write ``out/<name>`` from a Hugging Face folder, or a name on the Hub, whose model is then fetched.
+
+    ``max_positions`` is the longest text that it will hold, where the model itself can hold more. Raises
+    ``TrainingError`` for what is missing, and for what the graphs cannot express.
+    """
+    folder = _folder(source)
+    name = name or re.sub(r"[^a-z0-9._-]+", "-", Path(source).resolve().name.lower()).strip("-._")[:64]
+    if not re.fullmatch(NAME_PATTERN, name):
+        raise TrainingError(f"{name!r} can be no model's name, which is like {NAME_PATTERN}: give --name")
+    files = ForeignFolder(folder)
+    foreign = load_foreign(folder, max_positions, files.pooling())
+    config = foreign.config
+    tokenizer = read_tokenizer(folder, target_language)
+    largest = max(tokenizer.get_vocab(with_added_tokens=True).values())
+    if largest >= config.vocab_size:
+        raise TrainingError(f"{folder}: the tokenizer's id {largest} is beyond the model's {config.vocab_size} words")
+    languages: tuple[str, ...] = (source_language or "und",)
+    if config.architecture == "encoder-decoder":
+        languages = files.language_pair(source_language, target_language)
+    labels = _labels(foreign)
+    writes = config.head == "lm"
+    max_tokens = min(_MAX_TOKENS, config.max_positions // 2)
+    special = files.special_ids(tokenizer)
+    batch = _parity_batch(config, special)
+    reference = foreign.logits(batch)
+    # What float32 keeps of logits that may be large: nobody knows what this model's are like.
+    tolerance = PARITY_LIMIT * max(1.0, float(np.abs(reference[np.isfinite(reference)]).max()))
+    finished = Finished(name, config, foreign.weights, tokenizer, batch, reference, tolerance)
+
+    def describe(quantisation: Quantisation) -> Manifest:
+        return Manifest(
+            name=name,
+            revision="1",
+            description=f"{Path(source).name}, a {type(foreign.theirs).__name__}, imported.",
+            tasks=_tasks(config),
+            languages=languages,
+            config=config,
+            # A prompt shares the positions with what is written after it; a source has its own.
+            max_input_tokens=config.max_positions - (max_tokens if config.architecture == "decoder" else 0),
+            max_output_tokens=config.max_positions - 1 if writes else 0,
+            special_ids=special,
+            labels=labels,
+            generation=files.generation(max_tokens) if writes else None,
+            chat_template=files.chat_template() if config.architecture == "decoder" else None,
+            quantisation=quantisation,
+            licence=files.licence,
+            parent=Parent(name=Path(source).name, relation="imported", licence=files.licence),
+        )
+
+    return write_model(finished, how or Storage(), describe, out)
+
+
+def _folder(source: str | Path) -> Path:
+    """The model's folder on this machine. Raises ``TrainingError``."""
+    if (Path(source) / "config.json").is_file():
+        return Path(source)
+    if Path(source).exists():
+        raise TrainingError(f"{source}: holds no config.json, so it is not a folder that transformers has saved")
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=list(_FILES)))
+    except HFValidationError as error:
+        raise TrainingError(f"{source}: no such folder, nor a name that the Hub could know") from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise TrainingError(f"{source}: no such folder, and the Hub did not give it: {error}") from error
+
+
+def _tasks(config: TransformerConfig) -> tuple[Task, ...]:
+    match config.architecture, config.head:
+        case "decoder", _:
+            return ("generate",)
+        case "encoder-decoder", _:
+            return ("translate",)
+        case _, "classify":
+            return ("sentiment",)
+        case _, "span":
+            return ("answer",)
+    return ()
+
+
+def _labels(foreign: Foreign) -> tuple[str, ...]:
+    """Of a classifier, in the order of its outputs. Raises ``TrainingError`` where they are no sentiments."""
+    if foreign.config.head != "classify":
+        return ()
+    names = foreign.theirs.config.id2label or {}
+    labels = tuple(str(name).lower() for _, name in sorted(names.items()))
+    if sorted(labels) != ["negative", "neutral", "positive"]:
+        raise TrainingError(
+            f"config.json: id2label names {', '.join(labels)}; the one task for classifiers is sentiment, with the "
+            "labels negative, neutral and positive"
+        )
+    return labels
+
+
+def _parity_batch(config: TransformerConfig, special: SpecialIds) -> Batch:
+    """Ragged rows of random words: in every language the graphs must answer what the library does."""
+    generator = torch.Generator().manual_seed(0)
+
+    def texts(*lengths: int) -> tuple[torch.Tensor, torch.Tensor]:
+        real = torch.tensor([min(length, config.max_positions) for length in lengths])
+        ids = torch.randint(config.vocab_size, (len(lengths), int(real.max())), generator=generator)
+        ids[torch.arange(ids.size(1)) >= real[:, None]] = special.pad
+        return ids, real
+
+    ids, lengths = texts(7, 24, 1, 13)
+    types = torch.randint(max(1, config.n_token_types), ids.shape, generator=generator)
+    target, target_lengths = texts(9, 1, 12, 24)
+    return {"ids": ids, "lengths": lengths, "types": types, "target": target, "target_lengths": target_lengths}
