@@ -42,6 +42,12 @@ class Settings(BaseSettings):
         512, ge=1, description="Texts accepted at once, waiting or running, before the answer is 429."
     )
     max_batch_tokens: int = Field(2048, ge=1, description="Tokens of one forward pass, counted with padding.")
+    max_model_mb: int = Field(
+        8000,
+        ge=1,
+        description="Memory of one model in megabytes, weights and buffers; a larger one writes fewer texts at once, "
+        "or is refused.",
+    )
     max_client_batch_size: int = Field(32, ge=1, description="Texts in one request.")
     max_body_bytes: int = Field(2_000_000, ge=1, description="Size of a request's body before the answer is 413.")
     request_timeout_s: float = Field(

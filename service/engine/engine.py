@@ -12,7 +12,7 @@ from models.manifest import Manifest
 from service.engine.backlog import Backlog
 from service.engine.batching import fair_share
 from service.engine.executor import Executor
-from service.engine.loading import LoadedModel, open_executors
+from service.engine.loading import LoadedModel, open_executors, rows_that_fit
 from service.engine.settings import EngineSettings
 from service.engine.texts import Written
 from service.engine.types import (
@@ -54,6 +54,10 @@ class ServiceSettings(Protocol):
     def max_concurrent_requests(self) -> int:
         """Texts accepted at once."""
 
+    @property
+    def max_model_mb(self) -> int:
+        """Memory of one model."""
+
 
 def engine_settings(settings: ServiceSettings) -> EngineSettings:
     """What the service's settings say to the engine."""
@@ -62,6 +66,7 @@ def engine_settings(settings: ServiceSettings) -> EngineSettings:
         threads=settings.threads,
         max_batch_tokens=settings.max_batch_tokens,
         max_waiting_items=settings.max_concurrent_requests,
+        max_model_bytes=settings.max_model_mb * 1_000_000,
     )
 
 
@@ -78,6 +83,7 @@ class Engine:
         """
         self._recorder, self._settings = recorder, settings
         self._manifests = {name: model.manifest for name, model in models.items()}
+        self._rows = {name: rows_that_fit(model, settings) for name, model in models.items()}
         self._executors = open_executors(models, settings)
         self._changed = threading.Condition()
         """Guards what follows; notified when work comes, when none is left, and at the end."""
@@ -106,7 +112,7 @@ class Engine:
         """
         manifest = self._manifests[model]
         for item in items:
-            _check(item, manifest, self._settings.max_rows)
+            _check(item, manifest, self._rows[model])
         now_ns = time.monotonic_ns()
         jobs = [Job(item, now_ns) for item in items]
         with self._changed:

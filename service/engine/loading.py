@@ -44,6 +44,27 @@ def open_executors(models: Mapping[str, LoadedModel], settings: EngineSettings) 
     return executors
 
 
+def rows_that_fit(model: LoadedModel, settings: EngineSettings) -> int:
+    """How many rows an executor can give to ``model``.
+
+    Raises ``ArtefactError`` where the memory that one model may take does not hold it with a single row.
+    """
+    config = model.manifest.config
+    # Each session keeps the weights as it computes with them, and those of one thread are shared.
+    copies = 1 if settings.threads == 1 else settings.executors
+    weights = copies * model.manifest.size_bytes
+    kinds = 4 if config.architecture == "encoder-decoder" else 2  # keys and values, of the text and of its source
+    row = 4 * kinds * config.n_decoder_layers * config.kv_width * config.max_positions
+    left = settings.max_model_bytes - weights
+    rows = min(settings.max_rows, left // (row * settings.executors)) if row else settings.max_rows
+    if left < 0 or rows < 1:
+        raise ArtefactError(
+            f"it takes {(weights + row * settings.executors) / 1e6:,.0f} MB with one text for each executor, and a "
+            f"model may take {settings.max_model_bytes / 1e6:,.0f} MB: raise max_model_mb or lower the executors"
+        )
+    return rows
+
+
 def core_groups(cores: list[int], groups: int, threads: int) -> list[list[int]]:
     """Which cores each of ``groups`` gets: ``threads`` of its own, or all where there are too few."""
     if groups * threads > len(cores):
@@ -53,6 +74,7 @@ def core_groups(cores: list[int], groups: int, threads: int) -> list[list[int]]:
 
 def _open(model: LoadedModel, sessions: dict[Path, ort.InferenceSession], settings: EngineSettings) -> Worker:
     manifest, config = model.manifest, model.manifest.config
+    rows = rows_that_fit(model, settings)
     if manifest.layout != "wattle":
         raise ArtefactError(f"manifest.json: graphs of the layout {manifest.layout} are not run")
 
@@ -69,7 +91,7 @@ def _open(model: LoadedModel, sessions: dict[Path, ort.InferenceSession], settin
         raise ArtefactError("manifest.json: an encoder-decoder needs the special id bos, from which its texts start")
     source = session("encoder.onnx") if config.has_encoder else None
     graphs = WriteGraphs(config, pad_id, session("decoder.onnx"), session("beams.onnx"), source)
-    limits = Limits(settings.max_rows, settings.max_batch_tokens, settings.max_piece_tokens, settings.prefix_bytes)
+    limits = Limits(rows, settings.max_batch_tokens, settings.max_piece_tokens, settings.prefix_bytes)
     return WriteWorker(manifest, graphs, limits)
 
 

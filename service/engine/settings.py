@@ -14,6 +14,8 @@ class EngineSettings:
     """Texts, or beams of texts, that an executor writes at once with one model."""
     max_batch_tokens: int = 2048
     """Of one forward pass over new sequences, counted with padding."""
+    max_model_bytes: int = 8_000_000_000
+    """Of one model, its weights and its buffers; one that is large gets fewer rows, one that is larger is refused."""
     max_piece_tokens: int = 256
     """Of a prompt that one step reads; longer ones take turns with the texts that are being written."""
     prefix_bytes: int = 64_000_000

@@ -1,8 +1,10 @@
 """The engine on tiny real models, against PyTorch written plainly and against itself in other company."""
 
+import gc
 import itertools
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -556,6 +558,52 @@ def test_a_model_that_the_engine_cannot_run_is_an_error_at_the_start(models: dic
         model = replace(models["encoder-decoder"], manifest=translator.model_copy(update=change))
         with pytest.raises(ArtefactError, match=message):
             Engine({"broken": model}, Steps(), EngineSettings())
+
+
+def test_a_model_gets_the_rows_that_its_memory_holds(models: dict[str, Loaded]) -> None:
+    manifest = models["decoder"].manifest
+    config = manifest.config
+    row = 4 * 2 * config.n_decoder_layers * config.d_model * config.max_positions
+    with engine(models, ["decoder"], max_model_bytes=manifest.size_bytes + 3 * row) as running:
+        with pytest.raises(ValueError, match="4 beams; at most 3"):
+            running.submit("decoder", [write(0, 3, beams=4)])
+        assert len(texts(running.submit("decoder", [write(seed, 5, beams=1 + seed % 3) for seed in range(12)]))) == 12
+    for limits in ({"max_model_bytes": manifest.size_bytes}, {"max_model_bytes": 1000, "executors": 2}):
+        with pytest.raises(ArtefactError, match="raise max_model_mb"):
+            Engine({"decoder": models["decoder"]}, Steps(), EngineSettings(**limits))
+
+
+def test_ten_thousand_requests_leave_nothing_behind(models: dict[str, Loaded]) -> None:
+    """Of every kind, some cancelled; what stays allocated and what the engine still holds is as before."""
+    names = [*WRITERS, "classify"]
+    limits = {"executors": 2, "max_rows": 16, "prefix_bytes": 200_000, "max_waiting_items": 20_000}
+    with engine(models, names, lambda step: None, **limits) as running:
+
+        def some(count: int) -> int:
+            tickets = []
+            for number in range(count):
+                name = names[number % len(names)]
+                item: Item = EncodeItem("e", ids(number % 50, 9))
+                if name != "classify":
+                    item = write(number % 50, 5, max_tokens=3, beams=1 + number % 2)
+                tickets += running.submit(name, [item])
+                if number % 7 == 0:
+                    tickets[-1].future.cancel()
+            for ticket in tickets:
+                if not ticket.future.cancelled():
+                    ticket.future.result(WAIT_S * 4)
+            return sum(ticket.future.done() for ticket in tickets)
+
+        assert some(1000) == 1000
+        gc.collect()
+        tracemalloc.start()
+        before = tracemalloc.get_traced_memory()[0]
+        assert some(9000) == 9000
+        gc.collect()
+        grown = tracemalloc.get_traced_memory()[0] - before
+        tracemalloc.stop()
+        assert (running.queue_depth(), running.running()) == (0, 0)
+    assert grown < 500_000
 
 
 def test_a_graph_that_fails_at_once_is_an_error_at_the_start(models: dict[str, Loaded]) -> None:
