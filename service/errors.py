@@ -142,23 +142,33 @@ class ErrorBody(BaseModel):
 def render(error: Exception) -> JsonResponse:
     """The one place where an error becomes an HTTP response."""
     headers: dict[str, str] = {}
-    if isinstance(error, RequestValidationError):
-        error = _from_validation(error)
-    elif isinstance(error, HTTPException):
+    if isinstance(error, HTTPException):
         headers.update(error.headers or {})
-        error = _from_http(error)
     elif isinstance(error, Overloaded):
         headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))
         headers["retry-after-ms"] = str(max(1, math.ceil(error.retry_after_s * 1000)))
-    answer = next(TABLE[kind] for kind in type(error).__mro__ if kind in TABLE)
-    unforeseen = answer is TABLE[Exception]
-    detail = ErrorDetail(
-        message="an internal error; the service's log has it under this x-request-id" if unforeseen else str(error),
-        type=answer.type,
-        param=getattr(error, "param", None),
-        code=answer.code,
+    error = _as_ours(error)
+    return JsonResponse(describe(error).model_dump(), _answer_to(error).status, headers)
+
+
+def describe(error: Exception) -> ErrorBody:
+    """The body of the answer to ``error``."""
+    error = _as_ours(error)
+    answer = _answer_to(error)
+    hidden = "an internal error; the service's log has it under this x-request-id"
+    return ErrorBody(
+        error=ErrorDetail(
+            message=str(error) if is_foreseen(error) else hidden,
+            type=answer.type,
+            param=getattr(error, "param", None),
+            code=answer.code,
+        )
     )
-    return JsonResponse(ErrorBody(error=detail).model_dump(), answer.status, headers)
+
+
+def is_foreseen(error: Exception) -> bool:
+    """Whether the table knows the error; the message of any other is for the log alone."""
+    return _answer_to(error) is not TABLE[Exception]
 
 
 def documented(*kinds: type[Exception]) -> dict[int | str, dict[str, Any]]:
@@ -170,6 +180,16 @@ def documented(*kinds: type[Exception]) -> dict[int | str, dict[str, Any]]:
         status: {"model": ErrorBody, "description": " or ".join(f"`{code}`" for code in names)}
         for status, names in sorted(codes.items())
     }
+
+
+def _answer_to(error: Exception) -> Answer:
+    return next(TABLE[kind] for kind in type(error).__mro__ if kind in TABLE)
+
+
+def _as_ours(error: Exception) -> Exception:
+    if isinstance(error, RequestValidationError):
+        return _from_validation(error)
+    return _from_http(error) if isinstance(error, HTTPException) else error
 
 
 def _from_http(error: HTTPException) -> Exception:

@@ -13,10 +13,11 @@ from service.chat import ChatTemplate, TemplateRefusal
 from service.engine.types import Output, WriteItem
 from service.errors import InvalidValue
 from service.models import Model
+from service.streaming import PlainTranscript, Transcript, cut_at_stop
 from service.tasks.base import (
     Encoded,
     Task,
-    TextRequest,
+    WritingRequest,
     WrittenText,
     check_writer,
     encode_text,
@@ -47,7 +48,7 @@ Stop = Annotated[
 ]
 
 
-class GenerateRequest(TextRequest):
+class GenerateRequest(WritingRequest):
     """Texts to answer or to continue, and how to choose the words."""
 
     chat: bool = Field(True, description="Read the input as a user's turn, if the model chats; else continue it.")
@@ -114,6 +115,9 @@ class Generate(Task[GenerateRequest, GeneratePlan]):
             items.append(WriteItem(request_id, ids, how, should_stop))
         return Encoded(tuple(items), GeneratePlan(request.stop))
 
+    def transcript(self, plan: GeneratePlan, model: Model, number: int) -> Transcript:
+        return PlainTranscript(model.tokenizer, plan.stop)
+
     def decode(self, plan: GeneratePlan, model: Model, outputs: Sequence[Output]) -> list[BaseModel]:
         results: list[BaseModel] = []
         for output in map(written, outputs):
@@ -140,11 +144,6 @@ def stopper(tokenizer: Tokenizer, stop: Sequence[str]) -> Callable[[Sequence[int
         return any(text in tail for text in stop)
 
     return should_stop
-
-
-def cut_at_stop(text: str, stop: Sequence[str]) -> str:
-    """``text`` up to the first stop text in it."""
-    return text[: min((place for place in map(text.find, stop) if place >= 0), default=len(text))]
 
 
 def _chat_prompt(chat: ChatTemplate, model: Model, text: str, truncate: bool) -> tuple[int, ...]:

@@ -14,11 +14,12 @@ from service.engine.types import ExtractItem, Output, WriteItem
 from service.errors import InvalidValue
 from service.models import Model
 from service.prose import restore
+from service.streaming import PlainTranscript, Transcript
 from service.tasks.base import (
     MAX_DOCUMENT_TOKENS,
     Encoded,
     Task,
-    TextRequest,
+    WritingRequest,
     WrittenText,
     check_writer,
     encode_text,
@@ -33,7 +34,7 @@ from service.tasks.base import (
 DEFAULT_SENTENCES = 3
 
 
-class SummarizeRequest(TextRequest):
+class SummarizeRequest(WritingRequest):
     """Documents to summarise."""
 
     mode: Literal["abstractive", "extractive"] = Field(
@@ -115,6 +116,11 @@ class Summarize(Task[SummarizeRequest, Plan]):
         return Encoded(
             tuple(ExtractItem(request_id, window.input_ids) for part in plan for window in part.windows), plan
         )
+
+    def transcript(self, plan: Plan, model: Model, number: int) -> Transcript | None:
+        if isinstance(plan[0], Extract) or model.uncased:
+            return None
+        return PlainTranscript(model.tokenizer)
 
     def decode(self, plan: Plan, model: Model, outputs: Sequence[Output]) -> list[BaseModel]:
         remaining = iter(outputs)

@@ -1,16 +1,18 @@
 """A service with fake parts, and a client to it."""
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import uvicorn
 from fastapi import FastAPI
 from starlette.testclient import TestClient
 
 from service.app import create_app
 from service.models import Model, load_model
 from service.settings import Settings
-from tests.service.fakes import FakeAccount, FakeEngine, build, write_models
+from tests.service.fakes import FakeAccount, FakeEngine, build, wait_until, write_models
 
 
 @pytest.fixture(scope="session")
@@ -49,3 +51,18 @@ def engine(client: TestClient) -> FakeEngine:
 @pytest.fixture
 def account(client: TestClient) -> FakeAccount:
     return client.app.state.service.account
+
+
+@pytest.fixture
+def address(app: FastAPI) -> Iterator[str]:
+    """The same service on a real socket; ``app.state.service`` has its parts."""
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, access_log=False))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        wait_until(lambda: server.started)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.should_exit = True
+        thread.join()

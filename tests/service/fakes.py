@@ -159,6 +159,8 @@ class FakeEngine:
         """Whether items wait for ever."""
         self.writes: tuple[int, ...] | None = None
         """What is written instead of the input."""
+        self.breaks = False
+        """Whether an item to write fails after its first token."""
         self.logit = 0.0
         """Added to every logit."""
 
@@ -169,7 +171,10 @@ class FakeEngine:
         self.items += items
         self.tickets += tickets
         for item, ticket in zip(items, tickets, strict=True):
-            if self.failure:
+            if self.breaks and isinstance(item, WriteItem) and item.on_tokens:
+                item.on_tokens(item.input_ids[:1])
+                ticket.future.set_exception(RuntimeError("broken"))
+            elif self.failure:
                 ticket.future.set_exception(self.failure)
             elif not self.holds:
                 ticket.future.set_result(self._compute(model, item))
@@ -208,6 +213,8 @@ class FakeEngine:
             if len(written) == item.sampling.max_tokens:
                 return WriteOutput(tuple(written), "length", TIMING)
             written.append(token)
+            if item.on_tokens:
+                item.on_tokens(written)
             if item.should_stop and item.should_stop(written):
                 break
         return WriteOutput(tuple(written), "stop", TIMING)
