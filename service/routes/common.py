@@ -6,15 +6,12 @@ from typing import Any, TypeVar, cast
 
 from fastapi import Request
 from pydantic import BaseModel, Field
-from starlette.responses import Response
 from starlette.types import Receive
 
 from energy.types import Bill, Quality
 from service.core import Receipt, Service
 
 UJ_PER_J = 1_000_000
-CLIENT_GONE = 499
-"""Nobody reads this status; nginx's logs made it known."""
 
 T = TypeVar("T")
 
@@ -77,11 +74,6 @@ def bill_headers(receipt: Receipt) -> dict[str, str]:
     if energy.gco2e is not None:
         headers["x-energy-gco2e"] = f"{energy.gco2e:.9f}"
     return headers
-
-
-def gone() -> Response:
-    """The answer to a client that has left."""
-    return Response(status_code=CLIENT_GONE)
 
 
 async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T | None:

@@ -1,24 +1,27 @@
-"""Server-sent events: an answer that is told while it is made. Knows no dialect.
+"""A request answered at once or, as server-sent events, while it is done. Knows no dialect.
 
-The answer has a status as any other until the engine has taken the request; what fails afterwards is the last event.
+A stream has a status as any other answer until the engine has taken the request; what fails later is its last event.
 """
 
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from typing import Any, Protocol
 
+from fastapi import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from service.core import Listener, Receipt
-from service.errors import describe, is_foreseen
-from service.responses import as_json
-from service.routes.common import unless_gone
-from service.tasks.base import Task
+from service.errors import describe, is_foreseen, renaming
+from service.responses import JsonResponse, as_json
+from service.routes.common import bill_headers, service_of, unless_gone
+from service.tasks.base import Task, TaskRequest
 
 MEDIA_TYPE = "text/event-stream"
+CLIENT_GONE = 499
+"""Nobody reads this status; nginx's logs made it known."""
 KEEP_ALIVE_S = 10.0
 """Silence after which a comment is sent: proxies cut connections that seem dead."""
 
@@ -43,7 +46,14 @@ def streamed(description: str) -> dict[int | str, dict[str, Any]]:
 
 
 class Script(Protocol):
-    """How a dialect tells a request: whole events, in the order of these methods."""
+    """How a dialect tells a request: as a whole or, in the order of the other methods, in events."""
+
+    @property
+    def names(self) -> Mapping[str, str]:
+        """What the dialect calls parameters of the task, where it differs."""
+
+    def whole(self, receipt: Receipt) -> Any:
+        """The request is over: its answer, to be JSON."""
 
     def opening(self, receipt: Receipt) -> Iterable[bytes]:
         """The engine has taken the request."""
@@ -55,7 +65,23 @@ class Script(Protocol):
         """The request is over, and its texts are told."""
 
 
-class EventStream(Response):
+async def respond(http: Request, task: Task[Any, Any], request: TaskRequest, script: Script, stream: bool) -> Response:
+    """Do what ``request`` asks and tell it by ``script``. Raises what ``service.errors`` knows how to answer."""
+    service = service_of(http)
+
+    async def run(listener: Listener | None = None) -> Receipt:
+        with renaming(script.names):
+            return await service.run(task, request, http.state.request_id, listener)
+
+    if stream:
+        return _EventStream(task, run, script)
+    receipt = await unless_gone(http.receive, run())
+    if receipt is None:
+        return Response(status_code=CLIENT_GONE)
+    return JsonResponse(script.whole(receipt), headers=bill_headers(receipt))
+
+
+class _EventStream(Response):
     """Runs a request and answers it meanwhile; a client that leaves cancels it."""
 
     media_type = MEDIA_TYPE

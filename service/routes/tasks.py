@@ -1,6 +1,6 @@
 """The native routes, one per task, all made by the same loop."""
 
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from typing import Any, Generic, TypeVar
 
 from fastapi import APIRouter, Request
@@ -9,20 +9,8 @@ from starlette.responses import Response
 
 from service.core import Receipt
 from service.errors import TABLE, MethodNotAllowed, RecordNotFound, RouteNotFound, documented
-from service.responses import JsonResponse
-from service.routes.common import (
-    Energy,
-    Timings,
-    Usage,
-    bill_headers,
-    energy_of,
-    gone,
-    service_of,
-    timings_of,
-    unless_gone,
-    usage_of,
-)
-from service.routes.sse import EventStream, event, streamed
+from service.routes.common import Energy, Timings, Usage, energy_of, timings_of, usage_of
+from service.routes.sse import event, respond, streamed
 from service.tasks import TASKS
 from service.tasks.base import Task
 
@@ -63,18 +51,27 @@ def task_routes() -> APIRouter:
 
 def _endpoint(task: Task[Any, Any]) -> Callable[..., Awaitable[Response]]:
     async def endpoint(body: Any, http: Request) -> Response:
-        service, request_id = service_of(http), http.state.request_id
-        if getattr(body, "stream", False):
-            return EventStream(task, lambda listener: service.run(task, body, request_id, listener), _Script())
-        receipt = await unless_gone(http.receive, service.run(task, body, request_id))
-        return gone() if receipt is None else JsonResponse(_answer(receipt), headers=bill_headers(receipt))
+        return await respond(http, task, body, _Native(), stream=getattr(body, "stream", False))
 
     endpoint.__annotations__["body"] = task.request
     return endpoint
 
 
-class _Script:
-    """The events of a native stream."""
+class _Native:
+    """See ``Script``."""
+
+    names: Mapping[str, str] = {}
+
+    def whole(self, receipt: Receipt) -> dict[str, Any]:
+        """See ``Script``."""
+        return TaskResponse[BaseModel](
+            id=receipt.request_id,
+            model=receipt.model.name,
+            results=list(receipt.results),
+            usage=usage_of(receipt),
+            timings=timings_of(receipt),
+            energy=energy_of(receipt.bill),
+        ).model_dump(serialize_as_any=True)
 
     def opening(self, receipt: Receipt) -> Iterator[bytes]:
         """See ``Script``."""
@@ -86,15 +83,4 @@ class _Script:
 
     def closing(self, receipt: Receipt) -> Iterator[bytes]:
         """See ``Script``."""
-        yield event(_answer(receipt))
-
-
-def _answer(receipt: Receipt) -> dict[str, Any]:
-    return TaskResponse[BaseModel](
-        id=receipt.request_id,
-        model=receipt.model.name,
-        results=list(receipt.results),
-        usage=usage_of(receipt),
-        timings=timings_of(receipt),
-        energy=energy_of(receipt.bill),
-    ).model_dump(serialize_as_any=True)
+        yield event(self.whole(receipt))

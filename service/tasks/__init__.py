@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from service.models import Model
 from service.tasks.answer import Answer
 from service.tasks.base import Task
 from service.tasks.generate import Generate
@@ -16,3 +17,8 @@ TASKS: tuple[Task[Any, Any], ...] = (
     Sentiment(),
     Summarize(),
 )
+
+
+def task_of(model: Model) -> Task[Any, Any]:
+    """What ``model`` does first of all."""
+    return next(task for task in TASKS if task.name == model.manifest.tasks[0])

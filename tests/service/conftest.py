@@ -28,7 +28,7 @@ def models(models_folder: Path) -> dict[str, Model]:
 
 @pytest.fixture(scope="session")
 def settings(models_folder: Path) -> Settings:
-    return Settings(models=(models_folder,))
+    return Settings(models=(models_folder,), model_aliases={"gpt-4o-mini": "tiny-generate"})
 
 
 @pytest.fixture(scope="session")
