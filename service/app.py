@@ -26,6 +26,7 @@ from service.errors import TABLE, WattleError, render
 from service.metrics import Metrics
 from service.models import Models, load_models
 from service.routes.energy import energy_routes
+from service.routes.huggingface import huggingface_routes
 from service.routes.openai import openai_routes
 from service.routes.operations import operations_routes
 from service.routes.tasks import task_routes
@@ -64,7 +65,7 @@ def create_app(settings: Settings, build: Build | None = None) -> FastAPI:
         middleware=[Middleware(Edge, max_body_bytes=settings.max_body_bytes)],
         exception_handlers={kind: _answer for kind in kinds},
     )
-    for routes in (task_routes(), openai_routes(), energy_routes(), operations_routes()):
+    for routes in (task_routes(), openai_routes(), huggingface_routes(), energy_routes(), operations_routes()):
         app.include_router(routes)
     return app
 

@@ -29,6 +29,7 @@ from service.engine.types import (
     Output,
     Ticket,
     Timing,
+    TokenLogprobs,
     WriteItem,
     WriteOutput,
 )
@@ -209,15 +210,20 @@ class FakeEngine:
     def _write(self, item: WriteItem) -> WriteOutput:
         """Copy the input, one token after the other."""
         written: list[int] = []
+        told: list[TokenLogprobs] = []
         for token in item.input_ids if self.writes is None else self.writes:
             if len(written) == item.sampling.max_tokens:
-                return WriteOutput(tuple(written), "length", TIMING)
+                return WriteOutput(tuple(written), "length", TIMING, tuple(told))
             written.append(token)
+            if item.sampling.logprobs is not None:
+                # The likeliest are the token itself and those before it in the vocabulary.
+                likeliest = tuple((token - n, -0.5 - n) for n in range(item.sampling.logprobs))
+                told.append(TokenLogprobs(-0.5, likeliest))
             if item.on_tokens:
                 item.on_tokens(written)
             if item.should_stop and item.should_stop(written):
                 break
-        return WriteOutput(tuple(written), "stop", TIMING)
+        return WriteOutput(tuple(written), "stop", TIMING, tuple(told))
 
 
 class FakeAccount:

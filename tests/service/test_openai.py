@@ -11,8 +11,8 @@ from fastapi import FastAPI
 from starlette.testclient import TestClient
 
 from service.core import Service
-from service.engine.types import EngineClosed, Overloaded, TokenLogprobs, WriteItem, WriteOutput
-from tests.service.fakes import TIMING, byte_tokenizer, wait_until
+from service.engine.types import EngineClosed, Overloaded
+from tests.service.fakes import byte_tokenizer, wait_until
 
 BYTES = byte_tokenizer()
 ENERGY = {"active_j": 1.5, "allocated_j": 2.0, "gco2e": 0.25, "quality": "measured", "settled": True}
@@ -131,33 +131,19 @@ def test_several_choices_have_seeds_of_their_own(api: Any, service: Service) -> 
         api.chat.completions.create(model="tiny-generate", messages=HELLO, n=33)
 
 
-def with_logprobs(service: Service, text: str) -> None:
-    """Let the engine tell how likely each token was."""
-    tokens = ids(text)
-    told = tuple(TokenLogprobs(-0.5, ((token, -0.5), (ids("x")[0], -1.5))) for token in tokens)
-    compute = service.engine._compute
-
-    def _compute(model: str, item: Any) -> Any:
-        if isinstance(item, WriteItem) and item.sampling.logprobs == 2:
-            return WriteOutput(tokens, "stop", TIMING, told)
-        return compute(model, item)
-
-    service.engine._compute = _compute
-
-
 def test_probabilities_of_tokens(api: Any, service: Service) -> None:
-    with_logprobs(service, "né")
+    service.engine.writes = ids("né")
     asked = {"model": "tiny-generate", "messages": HELLO, "logprobs": True, "top_logprobs": 2}
     (choice,) = api.chat.completions.create(**asked).choices
     first, second, third = choice.logprobs.content
     assert (first.token, first.bytes, first.logprob) == ("n", [110], -0.5)
-    assert [(top.token, top.logprob) for top in first.top_logprobs] == [("n", -0.5), ("x", -1.5)]
+    assert [(top.token, top.logprob) for top in first.top_logprobs] == [("n", -0.5), ("m", -1.5)]
     assert (second.token, second.bytes) == (third.token, third.bytes) == ("\ufffd", None)
     *_, last = api.chat.completions.create(**asked, stream=True)
     assert last.choices[0].logprobs.to_dict() == choice.logprobs.to_dict()
     legacy = api.completions.create(model="tiny-generate", prompt="good", logprobs=2).choices[0].logprobs
     assert legacy.tokens[0] == "n" and legacy.text_offset[:2] == [0, 1]
-    assert legacy.top_logprobs[0] == {"n": -0.5, "x": -1.5}
+    assert legacy.top_logprobs[0] == {"n": -0.5, "m": -1.5}
     response = api.responses.create(
         model="tiny-generate", input="good", include=["message.output_text.logprobs"], top_logprobs=2
     )
