@@ -27,6 +27,7 @@ from service.metrics import Metrics
 from service.models import Models, load_models
 from service.routes.energy import energy_routes
 from service.routes.huggingface import huggingface_routes
+from service.routes.libretranslate import libretranslate_routes
 from service.routes.openai import openai_routes
 from service.routes.operations import operations_routes
 from service.routes.tasks import task_routes
@@ -65,7 +66,8 @@ def create_app(settings: Settings, build: Build | None = None) -> FastAPI:
         middleware=[Middleware(Edge, max_body_bytes=settings.max_body_bytes)],
         exception_handlers={kind: _answer for kind in kinds},
     )
-    for routes in (task_routes(), openai_routes(), huggingface_routes(), energy_routes(), operations_routes()):
+    dialects = (openai_routes(), huggingface_routes(), libretranslate_routes())
+    for routes in (task_routes(), *dialects, energy_routes(), operations_routes()):
         app.include_router(routes)
     return app
 

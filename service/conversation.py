@@ -56,9 +56,13 @@ def ask(model: Model, texts: str | Sequence[str], wishes: Mapping[str, Any]) -> 
     if isinstance(limit, int):
         told["max_tokens"] = min(limit, model.manifest.max_output_tokens)
     known = {name: value for name, value in told.items() if name in fields}
+    return Asked(task, request_of(task, {**known, "model": model.name, task.texts: texts}))
+
+
+def request_of(task: Task[Any, Any], body: Mapping[str, Any]) -> TaskRequest:
+    """A request of ``task``. Raises ``InvalidValue``."""
     try:
-        request = task.request.model_validate({**known, "model": model.name, task.texts: texts})
+        return task.request.model_validate(body)
     except ValidationError as error:
         first = error.errors()[0]
         raise invalid_value(first["type"], str(first["loc"][0]), first["msg"]) from error
-    return Asked(task, request)

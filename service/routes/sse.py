@@ -67,18 +67,34 @@ class Script(Protocol):
 
 async def respond(http: Request, task: Task[Any, Any], request: TaskRequest, script: Script, stream: bool) -> Response:
     """Do what ``request`` asks and tell it by ``script``. Raises what ``service.errors`` knows how to answer."""
-    service = service_of(http)
+    if not stream:
+        return await respond_whole(http, task, request, script.whole, script.names)
+    return _EventStream(task, lambda listener: _run(http, task, request, script.names, listener), script)
 
-    async def run(listener: Listener | None = None) -> Receipt:
-        with renaming(script.names):
-            return await service.run(task, request, http.state.request_id, listener)
 
-    if stream:
-        return _EventStream(task, run, script)
-    receipt = await unless_gone(http.receive, run())
+async def respond_whole(
+    http: Request,
+    task: Task[Any, Any],
+    request: TaskRequest,
+    whole: Callable[[Receipt], Any],
+    names: Mapping[str, str],
+) -> Response:
+    """The same for a dialect that never streams; see ``Script``."""
+    receipt = await unless_gone(http.receive, _run(http, task, request, names))
     if receipt is None:
         return Response(status_code=CLIENT_GONE)
-    return JsonResponse(script.whole(receipt), headers=bill_headers(receipt))
+    return JsonResponse(whole(receipt), headers=bill_headers(receipt))
+
+
+async def _run(
+    http: Request,
+    task: Task[Any, Any],
+    request: TaskRequest,
+    names: Mapping[str, str],
+    listener: Listener | None = None,
+) -> Receipt:
+    with renaming(names):
+        return await service_of(http).run(task, request, http.state.request_id, listener)
 
 
 class _EventStream(Response):
