@@ -8,17 +8,19 @@ from fastapi import APIRouter, Request
 from pydantic import Field
 from starlette.responses import Response
 
-from service.conversation import Asked, ask
+from service.conversation import Asked, ask, request_of
 from service.core import Receipt
 from service.errors import InvalidValue, renaming
 from service.models import Model
 from service.routes.common import energy_of, service_of
 from service.routes.openai.chat import ChatRequest, ChatResponse, answer_chat
 from service.routes.openai.common import ERRORS, Lenient, example, finish_reason
-from service.routes.sse import event, respond, streamed
+from service.routes.openai.embeddings import EMBED
+from service.routes.sse import event, respond, respond_whole, streamed
 from service.tasks import task_of
 from service.tasks.answer import AnswerResult
 from service.tasks.base import WrittenText, written
+from service.tasks.embed import Embedding, embeds
 from service.tasks.generate import GeneratedText
 from service.tasks.sentiment import SentimentResult
 
@@ -31,6 +33,10 @@ _WISHES = {
     "handle_impossible_answer": "abstain",
 }
 """What Hugging Face calls parameters of the tasks, where it differs."""
+_NAMES = {
+    **dict.fromkeys(("input", "question", "context"), "inputs"),
+    **{ours: theirs for theirs, ours in _WISHES.items()},
+}
 
 
 class Parameters(Lenient):
@@ -65,6 +71,8 @@ class HuggingFaceRequest(Lenient):
     )
     parameters: Parameters = Field(default_factory=lambda: Parameters.model_validate({}))
     stream: bool | None = Field(None, description="Tell a text in pieces.")
+    truncate: bool = Field(False, description="Cut a text that is too long to be embedded.")
+    dimensions: int | None = Field(None, description="Keep this many numbers of an embedding, the first.")
 
 
 def huggingface_routes() -> APIRouter:
@@ -79,7 +87,13 @@ def huggingface_routes() -> APIRouter:
         openapi_extra=example({"inputs": "The food was wonderful."}),
     )
     async def infer(model: str, body: HuggingFaceRequest, http: Request) -> Response:
-        asked = _ask(service_of(http).models.named(model), body)
+        chosen = service_of(http).models.named(model)
+        if embeds(chosen):
+            with renaming(_NAMES):
+                wishes = {"truncate": body.truncate, "dimensions": body.dimensions}
+                request = request_of(EMBED, {"input": body.inputs, "model": model, **wishes})
+            return await respond_whole(http, EMBED, request, _vectors, _NAMES)
+        asked = _ask(chosen, body)
         return await respond(http, asked.task, asked.request, _Inference(asked, body), stream=bool(body.stream))
 
     @router.post(
@@ -115,17 +129,14 @@ def _ask(model: Model, body: HuggingFaceRequest) -> Asked:
             raise InvalidValue("inputs", "must be a question and a context")
         texts = [pair["question"] for pair in pairs]
         wishes["context"] = [pair["context"] for pair in pairs]
-    with renaming(_Inference.names):
+    with renaming(_NAMES):
         return ask(model, texts, wishes)
 
 
 class _Inference:
     """Tells a request; see ``Script``."""
 
-    names: Mapping[str, str] = {
-        **dict.fromkeys(("input", "question", "context"), "inputs"),
-        **{ours: theirs for theirs, ours in _WISHES.items()},
-    }
+    names: Mapping[str, str] = _NAMES
 
     def __init__(self, asked: Asked, body: HuggingFaceRequest) -> None:
         self._asked, self._body = asked, body
@@ -197,6 +208,10 @@ class _Inference:
             ],
         }
         return {"generated_text": text, "details": details}
+
+
+def _vectors(receipt: Receipt) -> list[list[float]]:
+    return [result.vector for result in receipt.results if isinstance(result, Embedding)]
 
 
 def _finish_reason(receipt: Receipt, number: int) -> str:

@@ -14,7 +14,6 @@ from pydantic import BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchem
 from pydantic_core import PydanticCustomError
 
 from models.manifest import ArtefactError, GenerationDefaults, Manifest
-from models.manifest import Task as TaskName
 from service.engine.types import EncodeOutput, FinishReason, Item, Output, Sampling, WriteOutput
 from service.errors import InvalidValue, TooManyTokens
 from service.models import Model, Models
@@ -96,7 +95,7 @@ class Encoded(Generic[PlanT]):
 class Task(ABC, Generic[RequestT, PlanT]):
     """One task. A subclass is a file of this folder and a line in its tuple; routes, docs and tests follow."""
 
-    name: ClassVar[TaskName]
+    name: ClassVar[str]
     summary: ClassVar[str]
     request: ClassVar[type[TaskRequest]]
     result: ClassVar[type[BaseModel]]

@@ -1,5 +1,6 @@
 """A service with fake parts, and a client to it."""
 
+import dataclasses
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -66,3 +67,13 @@ def address(app: FastAPI) -> Iterator[str]:
     finally:
         server.should_exit = True
         thread.join()
+
+
+@pytest.fixture
+def embedder(app: FastAPI, address: str, models: dict[str, Model]) -> str:
+    """The name of a model that embeds, served beside the others: a vector of the counts of three words."""
+    name, model = "tiny-embed", models["sentiment"]
+    manifest = model.manifest.model_copy(update={"name": name, "tasks": ()})
+    app.state.service.models.served[name] = dataclasses.replace(model, manifest=manifest)
+    app.state.service.engine.vocabularies[name] = model.tokenizer.get_vocab()
+    return name

@@ -87,6 +87,14 @@ def test_a_stream_of_text_generation(of: Of, how: dict[str, Any], reason: str) -
     assert last["energy"]["allocated_j"] == 2.0
 
 
+def test_feature_extraction(of: Of, embedder: str) -> None:
+    vectors = of("embed").feature_extraction(["bad bad fine fine good", "good"])
+    assert vectors.tolist() == [pytest.approx([2 / 3, 2 / 3, 1 / 3]), [0, 0, 1]]
+    assert of("embed").feature_extraction("good " * 500, truncate=True, dimensions=2).tolist() == [[0, 0]]
+    with pytest.raises(HfHubHTTPError, match="inputs: the text has 500 tokens"):
+        of("embed").feature_extraction("good " * 500)
+
+
 def test_a_conversation(of: Of) -> None:
     client = of("translate")
     answer = client.chat_completion([{"role": "user", "content": "good dog"}])

@@ -196,6 +196,41 @@ def test_responses(api: Any, service: Service) -> None:
     assert api.responses.create(model="tiny-translate", input=turns).output_text == "good dog"
 
 
+def test_embeddings(api: Any, embedder: str) -> None:
+    texts = ["bad bad fine fine good", "good", "dog"]
+    answer = api.embeddings.create(model=embedder, input=texts)  # asks for base64
+    assert [each.embedding for each in answer.data] == [pytest.approx([2 / 3, 2 / 3, 1 / 3]), [0, 0, 1], [0, 0, 0]]
+    assert answer.usage.prompt_tokens == answer.usage.total_tokens > 0
+    assert answer.usage.energy == ENERGY
+    (short,) = api.embeddings.create(model=embedder, input=texts[0], encoding_format="float", dimensions=2).data
+    assert short.embedding == pytest.approx([0.5**0.5, 0.5**0.5])
+    assert api.models.retrieve(embedder).tasks == []
+
+
+def test_embeddings_are_for_models_that_make_them(api: Any, address: str, embedder: str) -> None:
+    with pytest.raises(openai.UnprocessableEntityError, match="tiny-generate makes no embeddings"):
+        api.embeddings.create(model="gpt-4o-mini", input="good")
+    with pytest.raises(openai.UnprocessableEntityError, match="makes embeddings, and nothing else"):
+        api.chat.completions.create(model=embedder, messages=HELLO)
+    for wrong, param in (
+        ({"input": [[1, 2, 3]]}, "input"),
+        ({"input": ""}, "input"),
+        ({"input": "good " * 500}, "input"),
+        ({"dimensions": 33}, "dimensions"),
+        ({"dimensions": 0}, "dimensions"),
+        ({"encoding_format": "int8"}, "encoding_format"),
+    ):
+        with pytest.raises(openai.UnprocessableEntityError) as caught:
+            api.embeddings.create(**{"model": embedder, "input": "good", **wrong})
+        assert caught.value.param == param
+
+
+def test_without_a_model_that_embeds_there_are_no_embeddings(client: TestClient) -> None:
+    response = client.post("/v1/embeddings", json={"input": "good"})
+    assert (response.status_code, response.json()["error"]["code"]) == (404, "model_not_found")
+    assert "no model is loaded for the task embed" in response.json()["error"]["message"]
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
