@@ -16,7 +16,7 @@ from service.engine.types import EngineClosed, Item, Output, Overloaded, Ticket,
 from service.errors import DeadlineExceeded, InvalidValue, NotReady
 from service.metrics import Metrics
 from service.models import Model, Models
-from service.streaming import overhear
+from service.streaming import Transcript, overhear
 from service.tasks.base import Encoded, Task, TaskRequest
 
 NS_PER_MS = 1_000_000
@@ -100,7 +100,7 @@ class Service:
             async with _deadline(self.request_timeout_s):
                 encoded = await asyncio.to_thread(task.encode, request, model, request_id)
                 receipt.input_tokens = sum(len(item.input_ids) for item in encoded.items)
-                items = encoded.items if listener is None else _overheard(task, encoded, model, listener)
+                items = encoded.items if listener is None else await _overheard(task, encoded, model, listener)
                 with self._submitted(model, items) as tickets:
                     if listener is not None:
                         listener.accepted(receipt)
@@ -161,8 +161,11 @@ class Service:
             self.metrics.request_over(receipt, status, time.monotonic() - started_s)
 
 
-def _overheard(task: Task[Any, Any], encoded: Encoded[Any], model: Model, listener: Listener) -> Sequence[Item]:
-    transcripts = [task.transcript(encoded.plan, model, number) for number in range(len(encoded.items))]
+async def _overheard(task: Task[Any, Any], encoded: Encoded[Any], model: Model, listener: Listener) -> Sequence[Item]:
+    def transcribe() -> list[Transcript | None]:
+        return [task.transcript(encoded.plan, model, number) for number in range(len(encoded.items))]
+
+    transcripts = await asyncio.to_thread(transcribe)
     return list(overhear(encoded.items, transcripts, listener.wrote))
 
 

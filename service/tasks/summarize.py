@@ -13,7 +13,7 @@ from models.sentences import split_sentences
 from service.engine.types import ExtractItem, Output, WriteItem
 from service.errors import InvalidValue
 from service.models import Model
-from service.prose import restore
+from service.prose import Restorer
 from service.streaming import PlainTranscript, Transcript
 from service.tasks.base import (
     MAX_DOCUMENT_TOKENS,
@@ -82,6 +82,24 @@ class Extract:
 Plan = tuple[Abstract | Extract, ...]
 
 
+class ProseTranscript:
+    """Tells what an uncased model writes, as prose."""
+
+    def __init__(self, model: Model, document: str) -> None:
+        self._plain = PlainTranscript(model.tokenizer)
+        self._restorer = Restorer(document)
+        self._text = ""
+        self._told = 0
+
+    def read(self, token: int) -> str:
+        """See ``Transcript``."""
+        self._text += self._plain.read(token)
+        certain = self._restorer.certain(self._text)
+        piece = certain[self._told :]
+        self._told = max(self._told, len(certain))
+        return piece
+
+
 class Summarize(Task[SummarizeRequest, Plan]):
     """A prefix LM that writes summaries and scores sentences (Dong et al. 2019; Liu and Lapata 2019)."""
 
@@ -118,9 +136,10 @@ class Summarize(Task[SummarizeRequest, Plan]):
         )
 
     def transcript(self, plan: Plan, model: Model, number: int) -> Transcript | None:
-        if isinstance(plan[0], Extract) or model.uncased:
+        part = plan[number]
+        if isinstance(part, Extract):
             return None
-        return PlainTranscript(model.tokenizer)
+        return ProseTranscript(model, part.document) if model.uncased else PlainTranscript(model.tokenizer)
 
     def decode(self, plan: Plan, model: Model, outputs: Sequence[Output]) -> list[BaseModel]:
         remaining = iter(outputs)
@@ -133,7 +152,7 @@ class Summarize(Task[SummarizeRequest, Plan]):
             output = written(next(remaining))
             text = model.tokenizer.decode(output.output_ids)
             if model.uncased:
-                text = restore(text, part.document)
+                text = Restorer(part.document).restore(text)
             results.append(WrittenText(text=text, finish_reason=output.finish_reason))
         return results
 

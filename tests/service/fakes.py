@@ -217,7 +217,7 @@ class FakeEngine:
             written.append(token)
             if item.sampling.logprobs is not None:
                 # The likeliest are the token itself and those before it in the vocabulary.
-                likeliest = tuple((token - n, -0.5 - n) for n in range(item.sampling.logprobs))
+                likeliest = tuple((max(0, token - n), -0.5 - n) for n in range(item.sampling.logprobs))
                 told.append(TokenLogprobs(-0.5, likeliest))
             if item.on_tokens:
                 item.on_tokens(written)
