@@ -11,6 +11,7 @@ from fastapi import FastAPI
 from starlette.testclient import TestClient
 
 from service.app import create_app
+from service.core import Service
 from service.models import Model, load_model
 from service.settings import Settings
 from tests.service.fakes import FakeAccount, FakeEngine, build, wait_until, write_models
@@ -54,26 +55,44 @@ def account(client: TestClient) -> FakeAccount:
     return client.app.state.service.account
 
 
-@pytest.fixture
-def address(app: FastAPI) -> Iterator[str]:
-    """The same service on a real socket; ``app.state.service`` has its parts."""
+@pytest.fixture(scope="session")
+def live(settings: Settings) -> Iterator[tuple[FastAPI, str]]:
+    """Another such service on a real socket, and its address."""
+    app = create_app(settings, build)
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, access_log=False))
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
         wait_until(lambda: server.started)
         port = server.servers[0].sockets[0].getsockname()[1]
-        yield f"http://127.0.0.1:{port}"
+        yield app, f"http://127.0.0.1:{port}"
     finally:
         server.should_exit = True
         thread.join()
 
 
 @pytest.fixture
-def embedder(app: FastAPI, address: str, models: dict[str, Model]) -> str:
+def service(live: tuple[FastAPI, str]) -> Service:
+    """The parts of the service on the socket, but for its metrics as if it had just started."""
+    service: Service = live[0].state.service
+    for part, fresh in ((service.engine, FakeEngine(service.engine.vocabularies)), (service.account, FakeAccount())):
+        vars(part).clear()
+        vars(part).update(vars(fresh))
+    return service
+
+
+@pytest.fixture
+def address(live: tuple[FastAPI, str], service: Service) -> str:
+    """Where it listens."""
+    return live[1]
+
+
+@pytest.fixture
+def embedder(service: Service, models: dict[str, Model]) -> Iterator[str]:
     """The name of a model that embeds, served beside the others: a vector of the counts of three words."""
     name, model = "tiny-embed", models["sentiment"]
     manifest = model.manifest.model_copy(update={"name": name, "tasks": ()})
-    app.state.service.models.served[name] = dataclasses.replace(model, manifest=manifest)
-    app.state.service.engine.vocabularies[name] = model.tokenizer.get_vocab()
-    return name
+    service.models.served[name] = dataclasses.replace(model, manifest=manifest)
+    service.engine.vocabularies[name] = model.tokenizer.get_vocab()
+    yield name
+    del service.models.served[name], service.engine.vocabularies[name]

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from fastapi import FastAPI
 from huggingface_hub import InferenceClient
 from huggingface_hub.errors import HfHubHTTPError, TextGenerationError
 from starlette.testclient import TestClient
@@ -15,12 +14,6 @@ from tests.service.fakes import byte_tokenizer
 
 BYTES = byte_tokenizer()
 Of = Callable[[str], InferenceClient]
-
-
-@pytest.fixture
-def service(app: FastAPI, address: str) -> Service:
-    service: Service = app.state.service
-    return service
 
 
 @pytest.fixture

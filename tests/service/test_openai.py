@@ -7,7 +7,6 @@ from typing import Any
 
 import openai
 import pytest
-from fastapi import FastAPI
 from starlette.testclient import TestClient
 
 from service.core import Service
@@ -21,12 +20,6 @@ HELLO = [{"role": "user", "content": "good"}]
 
 def ids(text: str) -> tuple[int, ...]:
     return tuple(BYTES.encode(text, add_special_tokens=False).ids)
-
-
-@pytest.fixture
-def service(app: FastAPI, address: str) -> Service:
-    service: Service = app.state.service
-    return service
 
 
 @pytest.fixture
