@@ -26,6 +26,9 @@ from service.errors import TABLE, WattleError, render
 from service.metrics import Metrics
 from service.models import Models, load_models
 from service.routes.energy import energy_routes
+from service.routes.huggingface import huggingface_routes
+from service.routes.libretranslate import libretranslate_routes
+from service.routes.openai import openai_routes
 from service.routes.operations import operations_routes
 from service.routes.tasks import task_routes
 from service.settings import Settings
@@ -63,7 +66,8 @@ def create_app(settings: Settings, build: Build | None = None) -> FastAPI:
         middleware=[Middleware(Edge, max_body_bytes=settings.max_body_bytes)],
         exception_handlers={kind: _answer for kind in kinds},
     )
-    for routes in (task_routes(), energy_routes(), operations_routes()):
+    dialects = (openai_routes(), huggingface_routes(), libretranslate_routes())
+    for routes in (task_routes(), *dialects, energy_routes(), operations_routes()):
         app.include_router(routes)
     return app
 
@@ -99,9 +103,12 @@ def build_service(settings: Settings) -> Iterator[Service]:
 
 def open_models(settings: Settings) -> Models:
     """The models that ``settings`` name; logs those that are refused."""
-    models = load_models(settings.models, check_manifest)
+    models = load_models(settings.models, check_manifest, settings.model_aliases)
     for refusal in models.refused:
         _log.error("refused the model %s: %s", refusal.folder_name, refusal.reason)
+    for alias, name in settings.model_aliases.items():
+        if alias not in models.aliases:
+            _log.error("the alias %s names the model %s, which is not served", alias, name)
     return models
 
 

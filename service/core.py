@@ -16,7 +16,8 @@ from service.engine.types import EngineClosed, Item, Output, Overloaded, Ticket,
 from service.errors import DeadlineExceeded, InvalidValue, NotReady
 from service.metrics import Metrics
 from service.models import Model, Models
-from service.tasks.base import Task, TaskRequest
+from service.streaming import Transcript, overhear
+from service.tasks.base import Encoded, Task, TaskRequest
 
 NS_PER_MS = 1_000_000
 
@@ -63,6 +64,16 @@ class Receipt:
         return max(ends, default=0) / NS_PER_MS - self.queue_ms
 
 
+class Listener(Protocol):
+    """Whoever follows a request while it runs; called on the event loop."""
+
+    def accepted(self, receipt: Receipt) -> None:
+        """The engine has taken all of the request."""
+
+    def wrote(self, number: int, piece: str) -> None:
+        """``piece`` is how the text of a number goes on; what is never told so is in the results."""
+
+
 @dataclass(frozen=True, slots=True)
 class Service:
     """Everything that answers a request, wired once by ``create_app``."""
@@ -75,7 +86,9 @@ class Service:
     max_client_batch_size: int
     request_timeout_s: float
 
-    async def run(self, task: Task[Any, Any], request: TaskRequest, request_id: str) -> Receipt:
+    async def run(
+        self, task: Task[Any, Any], request: TaskRequest, request_id: str, listener: Listener | None = None
+    ) -> Receipt:
         """Do what ``request`` asks, and bill it. Raises what ``service.errors`` knows how to answer.
 
         Cancelling it takes the request's items out of the engine; the work done until then is billed all the same.
@@ -87,22 +100,27 @@ class Service:
             async with _deadline(self.request_timeout_s):
                 encoded = await asyncio.to_thread(task.encode, request, model, request_id)
                 receipt.input_tokens = sum(len(item.input_ids) for item in encoded.items)
-                receipt.outputs = await self._compute(model, encoded.items)
+                items = encoded.items if listener is None else await _overheard(task, encoded, model, listener)
+                with self._submitted(model, items) as tickets:
+                    if listener is not None:
+                        listener.accepted(receipt)
+                    receipt.outputs = await _outputs(tickets)
                 receipt.results = await asyncio.to_thread(task.decode, encoded.plan, model, receipt.outputs)
         return receipt
 
     def _choose(self, task: Task[Any, Any], request: TaskRequest) -> tuple[Model, int]:
         if not self.models.served:
             raise NotReady("no model is loaded")
-        texts = len(getattr(request, task.texts))
+        texts = task.size(request)
         if texts > self.max_client_batch_size:
             raise InvalidValue(task.texts, f"holds {texts} texts; at most {self.max_client_batch_size} are allowed")
         return task.choose(request, self.models), texts
 
-    async def _compute(self, model: Model, items: Sequence[Item]) -> list[Output]:
+    @contextmanager
+    def _submitted(self, model: Model, items: Sequence[Item]) -> Iterator[list[Ticket]]:
         tickets = self.engine.submit(model.name, items)
         try:
-            return await asyncio.gather(*(asyncio.wrap_future(ticket.future) for ticket in tickets))
+            yield tickets
         finally:
             # Where one item has failed or nobody waits any longer, the others' rows are free at once.
             for ticket in tickets:
@@ -141,6 +159,18 @@ class Service:
                 )
             )
             self.metrics.request_over(receipt, status, time.monotonic() - started_s)
+
+
+async def _overheard(task: Task[Any, Any], encoded: Encoded[Any], model: Model, listener: Listener) -> Sequence[Item]:
+    def transcribe() -> list[Transcript | None]:
+        return [task.transcript(encoded.plan, model, number) for number in range(len(encoded.items))]
+
+    transcripts = await asyncio.to_thread(transcribe)
+    return list(overhear(encoded.items, transcripts, listener.wrote))
+
+
+async def _outputs(tickets: Sequence[Ticket]) -> list[Output]:
+    return await asyncio.gather(*(asyncio.wrap_future(ticket.future) for ticket in tickets))
 
 
 @asynccontextmanager

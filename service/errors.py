@@ -4,7 +4,8 @@ Errors are raised anywhere; only this module knows the HTTP status that each bec
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,13 +36,14 @@ class MethodNotAllowed(WattleError):
 
 
 class ModelNotFound(WattleError):
-    """No loaded model of that name serves the task."""
+    """No loaded model of that name serves the task, or none at all."""
 
     param = "model"
 
-    def __init__(self, name: str | None, task: str, known: Sequence[str]) -> None:
+    def __init__(self, name: str | None, known: Sequence[str], task: str | None = None) -> None:
         missing = "no model is loaded" if name is None else f"the model {name!r} is not loaded"
-        super().__init__(f"{missing} for the task {task}; loaded are: {', '.join(known) or 'none'}")
+        purpose = f" for the task {task}" if task else ""
+        super().__init__(f"{missing}{purpose}; loaded are: {', '.join(known) or 'none'}")
 
 
 class RecordNotFound(WattleError):
@@ -59,8 +61,22 @@ class InvalidValue(WattleError):
     """A parameter has the wrong type or an impossible value."""
 
     def __init__(self, param: str | None, message: str) -> None:
-        super().__init__(f"{param}: {message}" if param else message)
+        super().__init__(message)
         self.param = param
+
+    def __str__(self) -> str:
+        # The parameter may still be renamed: a dialect has its own name for it.
+        return f"{self.param}: {self.args[0]}" if self.param else str(self.args[0])
+
+
+@contextmanager
+def renaming(names: Mapping[str, str]) -> Iterator[None]:
+    """Inside it, parameters are blamed by the ``names`` that a dialect has for them."""
+    try:
+        yield
+    except InvalidValue as error:
+        error.param = names.get(error.param or "", error.param)
+        raise
 
 
 class MissingParameter(InvalidValue):
@@ -142,23 +158,33 @@ class ErrorBody(BaseModel):
 def render(error: Exception) -> JsonResponse:
     """The one place where an error becomes an HTTP response."""
     headers: dict[str, str] = {}
-    if isinstance(error, RequestValidationError):
-        error = _from_validation(error)
-    elif isinstance(error, HTTPException):
+    if isinstance(error, HTTPException):
         headers.update(error.headers or {})
-        error = _from_http(error)
     elif isinstance(error, Overloaded):
         headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))
         headers["retry-after-ms"] = str(max(1, math.ceil(error.retry_after_s * 1000)))
-    answer = next(TABLE[kind] for kind in type(error).__mro__ if kind in TABLE)
-    unforeseen = answer is TABLE[Exception]
-    detail = ErrorDetail(
-        message="an internal error; the service's log has it under this x-request-id" if unforeseen else str(error),
-        type=answer.type,
-        param=getattr(error, "param", None),
-        code=answer.code,
+    error = _as_ours(error)
+    return JsonResponse(describe(error).model_dump(), _answer_to(error).status, headers)
+
+
+def describe(error: Exception) -> ErrorBody:
+    """The body of the answer to ``error``."""
+    error = _as_ours(error)
+    answer = _answer_to(error)
+    hidden = "an internal error; the service's log has it under this x-request-id"
+    return ErrorBody(
+        error=ErrorDetail(
+            message=str(error) if is_foreseen(error) else hidden,
+            type=answer.type,
+            param=getattr(error, "param", None),
+            code=answer.code,
+        )
     )
-    return JsonResponse(ErrorBody(error=detail).model_dump(), answer.status, headers)
+
+
+def is_foreseen(error: Exception) -> bool:
+    """Whether the table knows the error; the message of any other is for the log alone."""
+    return _answer_to(error) is not TABLE[Exception]
 
 
 def documented(*kinds: type[Exception]) -> dict[int | str, dict[str, Any]]:
@@ -170,6 +196,16 @@ def documented(*kinds: type[Exception]) -> dict[int | str, dict[str, Any]]:
         status: {"model": ErrorBody, "description": " or ".join(f"`{code}`" for code in names)}
         for status, names in sorted(codes.items())
     }
+
+
+def _answer_to(error: Exception) -> Answer:
+    return next(TABLE[kind] for kind in type(error).__mro__ if kind in TABLE)
+
+
+def _as_ours(error: Exception) -> Exception:
+    if isinstance(error, RequestValidationError):
+        return _from_validation(error)
+    return _from_http(error) if isinstance(error, HTTPException) else error
 
 
 def _from_http(error: HTTPException) -> Exception:
@@ -188,7 +224,7 @@ def _from_http(error: HTTPException) -> Exception:
 def _from_validation(error: RequestValidationError) -> WattleError:
     """The first complaint about a request's body, as one of ours."""
     first = error.errors()[0]
-    kind, path = first["type"], [str(part) for part in first["loc"][1:]]
+    kind, path = first["type"], first["loc"][1:]
     if kind == "json_invalid":
         return MalformedBody(f"the body is not JSON: {first['ctx']['error']} at character {first['loc'][-1]}")
     if not path:
@@ -197,10 +233,14 @@ def _from_validation(error: RequestValidationError) -> WattleError:
         if isinstance(error.body, bytes):
             return MalformedBody("the body must be JSON, sent with the header content-type: application/json")
         return InvalidValue(None, "the body must be a JSON object")
-    param = path[0]
+    return invalid_value(kind, str(path[0]), first["msg"])
+
+
+def invalid_value(kind: str, param: str, message: str) -> InvalidValue:
+    """What pydantic has to say of a parameter, by the type of its error, as one of ours."""
     if kind == "missing":
         return MissingParameter(param, "this parameter is required")
     if kind == "extra_forbidden":
         return UnknownParameter(param, "there is no such parameter")
-    message = first["msg"].removeprefix("Value error, ")
+    message = message.removeprefix("Value error, ")
     return InvalidValue(param, message[:1].lower() + message[1:])

@@ -1,7 +1,7 @@
 """The models that the service offers: finds their folders, verifies and names them. Knows nothing of weights."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import jinja2
@@ -49,6 +49,8 @@ class Models:
 
     served: Mapping[str, Model]
     refused: Sequence[Refusal] = ()
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    """Other names of served models."""
 
     def for_task(self, task: str) -> list[Model]:
         """Models that do ``task``, the default first."""
@@ -58,15 +60,25 @@ class Models:
         """The model called ``name``, or the default one of ``task``. Raises ``ModelNotFound``."""
         candidates = self.for_task(task)
         for model in candidates:
-            if name in (None, model.name):
+            if name is None or model.name == self.aliases.get(name, name):
                 return model
-        raise ModelNotFound(name, task, [model.name for model in candidates])
+        raise ModelNotFound(name, [model.name for model in candidates], task)
+
+    def named(self, name: str) -> Model:
+        """The model called ``name``, whatever it does. Raises ``ModelNotFound``."""
+        try:
+            return self.served[self.aliases.get(name, name)]
+        except KeyError:
+            raise ModelNotFound(name, [*self.served, *self.aliases]) from None
 
 
-def load_models(roots: Sequence[Path], check: Callable[[Manifest], None]) -> Models:
+def load_models(
+    roots: Sequence[Path], check: Callable[[Manifest], None], aliases: Mapping[str, str] | None = None
+) -> Models:
     """Load every model below ``roots``; one that is damaged or fails ``check`` is refused, the others served.
 
-    ``check`` raises ``ArtefactError`` for a manifest that a task cannot work with.
+    ``check`` raises ``ArtefactError`` for a manifest that a task cannot work with. ``aliases`` of models that are not
+    served are left out.
     """
     served: dict[str, Model] = {}
     refused: list[Refusal] = []
@@ -80,7 +92,8 @@ def load_models(roots: Sequence[Path], check: Callable[[Manifest], None]) -> Mod
             refused.append(Refusal(folder.name, str(error).replace(f"{folder}/", "")))
         else:
             served[model.name] = model
-    return Models(served, tuple(refused))
+    known = {alias: name for alias, name in (aliases or {}).items() if name in served}
+    return Models(served, tuple(refused), known)
 
 
 def load_model(folder: Path) -> Model:

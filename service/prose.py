@@ -27,20 +27,50 @@ _SPACING = [
 ]
 
 
-def restore(text: str, source: str) -> str:
-    """``text`` written as a person would, its words spelt as ``source`` spells them."""
-    words = _spellings(source)
-    pieces = _pieces(text)
-    spelt = []
-    place = 0
-    while place < len(pieces):
-        for length in range(min(_LONGEST, len(pieces) - place), 0, -1):
-            known = words.get(tuple(pieces[place : place + length]))
-            if known is not None or length == 1:
-                spelt.append(known or pieces[place])
-                place += length
+class Restorer:
+    """Writes as a person would, with the words spelt as a source spells them."""
+
+    def __init__(self, source: str) -> None:
+        self._words = _spellings(source)
+        self._beginnings = {pieces[:length] for pieces in self._words for length in range(1, len(pieces))}
+
+    def restore(self, text: str) -> str:
+        """The whole of ``text``."""
+        return _space(self._spell(_pieces(text)))
+
+    def certain(self, text: str) -> str:
+        """How every text that begins with ``text`` begins once it is restored.
+
+        It ends between two words, where neither spacing nor a sentence's start depends on what follows, and before
+        the first double quote, whose spacing depends on its other half.
+        """
+        # The last piece may be half a word.
+        words = self._spell(_pieces(text)[:-1], unfinished=True)
+        end = words.index('"') if '"' in words else len(words)
+        for cut in range(end - 1, 0, -1):
+            if words[cut - 1][-1].isalnum() and words[cut][0].isalnum():
+                return _space(words[:cut])
+        return ""
+
+    def _spell(self, pieces: list[str], unfinished: bool = False) -> list[str]:
+        """The words that the pieces make; of an unfinished text, those that more pieces cannot change."""
+        spelt: list[str] = []
+        place = 0
+        while place < len(pieces):
+            if unfinished and tuple(pieces[place : place + _LONGEST]) in self._beginnings:
                 break
-    prose = " ".join(spelt)
+            for length in range(min(_LONGEST, len(pieces) - place), 0, -1):
+                known = self._words.get(tuple(pieces[place : place + length]))
+                if known is not None or length == 1:
+                    spelt.append(known or pieces[place])
+                    place += length
+                    break
+        return spelt
+
+
+def _space(words: list[str]) -> str:
+    """Words and marks as one text, with the spaces that belong there and a capital for each sentence."""
+    prose = " ".join(words)
     for pattern, replacement in _SPACING:
         prose = pattern.sub(replacement, prose)
     # Without capitals, every full stop that is no abbreviation's counts; one letter for one, so that offsets hold.

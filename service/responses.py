@@ -13,10 +13,11 @@ class JsonResponse(Response):
     media_type = "application/json"
 
     def __init__(self, content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> None:
-        super().__init__(_dump(content), status, headers)
+        super().__init__(as_json(content), status, headers)
 
 
-def _dump(content: Any) -> bytes:
+def as_json(content: Any) -> bytes:
+    """``content`` as one line of JSON."""
     try:
         return orjson.dumps(content)
     except TypeError:

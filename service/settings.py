@@ -38,6 +38,11 @@ class Settings(BaseSettings):
         description=f"Folders of models, or models themselves, separated by {os.pathsep!r}; earlier ones are "
         "preferred as defaults.",
     )
+    model_aliases: Annotated[dict[str, str], NoDecode] = Field(
+        {},
+        description="Other names for models, as `gpt-4o-mini=generate-en`, separated by commas: for clients whose "
+        "model is fixed.",
+    )
     max_concurrent_requests: int = Field(
         512, ge=1, description="Texts accepted at once, waiting or running, before the answer is 429."
     )
@@ -87,6 +92,16 @@ class Settings(BaseSettings):
     @classmethod
     def _split(cls, value: Any) -> Any:
         return tuple(filter(None, value.split(os.pathsep))) if isinstance(value, str) else value
+
+    @field_validator("model_aliases", mode="before")
+    @classmethod
+    def _pair(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        pairs = [pair.partition("=") for pair in value.split(",")]
+        if not all(alias.strip() and name.strip() for alias, _, name in pairs):
+            raise ValueError("must be pairs alias=model, separated by commas")
+        return {alias.strip(): name.strip() for alias, _, name in pairs}
 
     @field_validator("grid_zone")
     @classmethod

@@ -269,6 +269,6 @@ def _answer(job: Job, result: Result) -> None:
         case Exception():
             future.set_exception(result)
         case Written():
-            future.set_result(WriteOutput(result.ids, result.finish_reason, timing))
+            future.set_result(WriteOutput(result.ids, result.finish_reason, timing, result.logprobs))
         case _:
             future.set_result(EncodeOutput(result, timing))

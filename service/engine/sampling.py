@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from service.engine.types import Sampling
+from service.engine.types import Sampling, TokenLogprobs
 
 
 def repeating_tokens(ids: Sequence[int], size: int) -> list[int]:
@@ -55,3 +55,11 @@ def choose(logits: NDArray[np.float32], sampling: Sampling, random: np.random.Ge
         cumulated = cumulated[: np.searchsorted(cumulated, sampling.top_p * cumulated[-1]) + 1]
     place = np.searchsorted(cumulated, random.random() * cumulated[-1], side="right")
     return int(tokens[min(place, len(cumulated) - 1)])
+
+
+def token_logprobs(logits: NDArray[np.float32], token: int, count: int) -> TokenLogprobs:
+    """How likely ``token`` was by the ``logits`` of its row ``(words,)``, and the ``count`` likeliest ones."""
+    logprobs = logits - logits.max()
+    logprobs -= np.log(np.exp(logprobs).sum())
+    best = np.argsort(-logprobs, kind="stable")[:count]
+    return TokenLogprobs(float(logprobs[token]), tuple((int(each), float(logprobs[each])) for each in best))

@@ -36,6 +36,8 @@ class Sampling:
     seed: int | None = None
     """None draws a fresh seed."""
     no_repeat_ngram: int = 0
+    logprobs: int | None = None
+    """How many of the likeliest tokens are told at every place, beside the one chosen; None tells nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +49,9 @@ class WriteItem:
     sampling: Sampling
     should_stop: Callable[[Sequence[int]], bool] | None = None
     """Called on the executor with the ids written so far; True ends the text (stop strings)."""
+    on_tokens: Callable[[Sequence[int]], None] | None = None
+    """Called on the executor with the ids written so far, at every new one; they grow, so what is kept is copied.
+    A beam search knows its text only at the end, and never calls it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,12 +85,24 @@ class EncodeOutput:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """How likely the model found one token of a text, before temperature and what else narrows the choice."""
+
+    logprob: float
+    """Natural logarithm of the chosen token's probability."""
+    likeliest: tuple[tuple[int, float], ...]
+    """Tokens and their logarithms, the likeliest first; the chosen one need not be among them."""
+
+
+@dataclass(frozen=True, slots=True)
 class WriteOutput:
     """The ids written, without the end-of-text id."""
 
     output_ids: tuple[int, ...]
     finish_reason: FinishReason
     timing: Timing
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    """One per id where the item's sampling asks for them."""
 
 
 Output = EncodeOutput | WriteOutput

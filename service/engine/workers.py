@@ -294,8 +294,8 @@ class WriteWorker:
         if self._graphs.source is None:
             # A prompt and its text share the positions.
             limit -= len(item.input_ids)
-        sampling, max_tokens = item.sampling, min(item.sampling.max_tokens, limit)
-        return New(Text(sampling, max_tokens, special.eos, item.should_stop), sampling, max_tokens, special.bos or 0)
+        max_tokens = min(item.sampling.max_tokens, limit)
+        return New(Text(item, max_tokens, special.eos), item.sampling, max_tokens, special.bos or 0)
 
     def _lane(self, beams: int) -> Lane[Job]:
         if beams not in self._lanes:

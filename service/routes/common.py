@@ -1,14 +1,19 @@
-"""What routes share: the service behind them, and what a bill looks like to a caller."""
+"""What routes share: the service behind them, a client that may leave, and what a bill looks like to it."""
 
-from typing import cast
+import asyncio
+from collections.abc import Coroutine
+from typing import Any, TypeVar, cast
 
 from fastapi import Request
 from pydantic import BaseModel, Field
+from starlette.types import Receive
 
 from energy.types import Bill, Quality
-from service.core import Service
+from service.core import Receipt, Service
 
 UJ_PER_J = 1_000_000
+
+T = TypeVar("T")
 
 
 class Energy(BaseModel):
@@ -21,6 +26,30 @@ class Energy(BaseModel):
     settled: bool = Field(description="Whether they are final; GET /v1/energy/requests/{id} has the final ones.")
 
 
+class Usage(BaseModel):
+    """Tokens that the model read and wrote, special tokens included."""
+
+    input_tokens: int
+    output_tokens: int
+
+
+class Timings(BaseModel):
+    """Where the time went, in milliseconds."""
+
+    queue_ms: float = Field(description="From submission to the first step.")
+    compute_ms: float = Field(description="From the first step to the last.")
+
+
+def usage_of(receipt: Receipt) -> Usage:
+    """The tokens of a request that is over."""
+    return Usage(input_tokens=receipt.input_tokens, output_tokens=receipt.output_tokens)
+
+
+def timings_of(receipt: Receipt) -> Timings:
+    """The times of a request that is over."""
+    return Timings(queue_ms=receipt.queue_ms, compute_ms=receipt.compute_ms)
+
+
 def energy_of(bill: Bill) -> Energy:
     """The bill in joules."""
     return Energy(
@@ -30,6 +59,38 @@ def energy_of(bill: Bill) -> Energy:
         quality=bill.quality,
         settled=bill.settled,
     )
+
+
+def bill_headers(receipt: Receipt) -> dict[str, str]:
+    """Time and energy of a request that is over, as headers; what is unknown has none."""
+    energy = energy_of(receipt.bill)
+    headers = {
+        "x-queue-time": f"{receipt.queue_ms:.3f}",
+        "x-inference-time": f"{receipt.compute_ms:.3f}",
+        "x-energy-quality": energy.quality,
+    }
+    if energy.allocated_j is not None:
+        headers["x-energy-joules"] = f"{energy.allocated_j:.6f}"
+    if energy.gco2e is not None:
+        headers["x-energy-gco2e"] = f"{energy.gco2e:.9f}"
+    return headers
+
+
+async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T | None:
+    """The result of ``work``, or None once the client has disconnected; then ``work`` is cancelled."""
+    working, leaving = asyncio.create_task(work), asyncio.create_task(_departure(receive))
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        return working.result() if working.done() else None
+    finally:
+        working.cancel()
+        leaving.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+async def _departure(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
 
 def service_of(request: Request) -> Service:

@@ -10,8 +10,7 @@ from starlette.responses import Response
 from energy.types import SettledRecord
 from service.errors import RecordNotFound, documented
 from service.responses import JsonResponse
-from service.routes.common import Energy, energy_of, service_of
-from service.routes.tasks import Timings, Usage
+from service.routes.common import Energy, Timings, Usage, energy_of, service_of
 
 
 class Assumptions(BaseModel):

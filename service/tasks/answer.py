@@ -87,6 +87,7 @@ class Answer(Task[AnswerRequest, tuple[Reading, ...]]):
     request = AnswerRequest
     result = AnswerResult
     texts = "question"
+    says = "answer"
     example: ClassVar[Mapping[str, Any]] = {
         "question": "Where does the river rise?",
         "context": "The Danube rises in the Black Forest and flows into the Black Sea.",

@@ -14,10 +14,10 @@ from pydantic import BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchem
 from pydantic_core import PydanticCustomError
 
 from models.manifest import ArtefactError, GenerationDefaults, Manifest
-from models.manifest import Task as TaskName
 from service.engine.types import EncodeOutput, FinishReason, Item, Output, Sampling, WriteOutput
 from service.errors import InvalidValue, TooManyTokens
 from service.models import Model, Models
+from service.streaming import Transcript
 
 
 def read_texts(value: Any) -> list[str]:
@@ -64,6 +64,15 @@ class TextRequest(TaskRequest):
     input: Texts = Field(description="A text, or a list of them.")
 
 
+class WritingRequest(TextRequest):
+    """A task whose results are written, and may be told while they are."""
+
+    stream: bool = Field(
+        False,
+        description="Answer with server-sent events: the texts in pieces, and as the last event the whole answer.",
+    )
+
+
 class WrittenText(BaseModel):
     """A text that a model wrote."""
 
@@ -86,7 +95,7 @@ class Encoded(Generic[PlanT]):
 class Task(ABC, Generic[RequestT, PlanT]):
     """One task. A subclass is a file of this folder and a line in its tuple; routes, docs and tests follow."""
 
-    name: ClassVar[TaskName]
+    name: ClassVar[str]
     summary: ClassVar[str]
     request: ClassVar[type[TaskRequest]]
     result: ClassVar[type[BaseModel]]
@@ -94,6 +103,8 @@ class Task(ABC, Generic[RequestT, PlanT]):
     """A request's body, for the docs and the tests."""
     texts: ClassVar[str] = "input"
     """The parameter that holds the texts, one result each."""
+    says: ClassVar[str] = "text"
+    """The field of a result that a conversation would hear."""
 
     @abstractmethod
     def check(self, manifest: Manifest) -> None:
@@ -106,6 +117,17 @@ class Task(ABC, Generic[RequestT, PlanT]):
     @abstractmethod
     def decode(self, plan: PlanT, model: Model, outputs: Sequence[Output]) -> list[BaseModel]:
         """The engine's outputs, in the order of the items, to one result per text."""
+
+    def size(self, request: RequestT) -> int:
+        """How many texts the request counts as at the door."""
+        return len(getattr(request, self.texts))
+
+    def transcript(self, plan: PlanT, model: Model, number: int) -> Transcript | None:
+        """What reads the text of an item while it is written; None where it is known only as a whole.
+
+        All of its pieces together begin the text of the result of that number.
+        """
+        return None
 
     def choose(self, request: RequestT, models: Models) -> Model:
         """The model that serves ``request``. Raises ``ModelNotFound``."""

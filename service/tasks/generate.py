@@ -1,22 +1,24 @@
 """Generation: an answer to a user's turn, or the continuation of a raw text."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import BaseModel, Field, PlainValidator, WithJsonSchema
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 from tokenizers import Tokenizer
 
 from models.manifest import Manifest
-from service.chat import ChatTemplate, TemplateRefusal
-from service.engine.types import Output, WriteItem
+from service.chat import ChatTemplate, Message, TemplateRefusal
+from service.engine.types import Output, WriteItem, WriteOutput
 from service.errors import InvalidValue
 from service.models import Model
+from service.streaming import PlainTranscript, Transcript, cut_at_stop
 from service.tasks.base import (
     Encoded,
     Task,
-    TextRequest,
+    WritingRequest,
     WrittenText,
     check_writer,
     encode_text,
@@ -27,6 +29,7 @@ from service.tasks.base import (
 )
 
 MAX_STOPS = 4
+MAX_LOGPROBS = 20
 
 
 def _read_stop(value: Any) -> tuple[str, ...]:
@@ -47,9 +50,21 @@ Stop = Annotated[
 ]
 
 
-class GenerateRequest(TextRequest):
+class Turn(BaseModel):
+    """One message of a conversation."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    role: str = Field(min_length=1, description="`user`, `assistant`, `system`, or what else the model knows.")
+    content: str
+
+
+class GenerateRequest(WritingRequest):
     """Texts to answer or to continue, and how to choose the words."""
 
+    history: list[Turn] = Field(
+        [], description="The conversation before the input, oldest turn first; `truncate` drops turns there."
+    )
     chat: bool = Field(True, description="Read the input as a user's turn, if the model chats; else continue it.")
     max_tokens: int | None = Field(
         None, ge=1, description="Most tokens to write; fewer where the model's context ends."
@@ -65,6 +80,37 @@ class GenerateRequest(TextRequest):
         None, ge=0, lt=2**63, description="The same seed and request give the same text, alone or in a list."
     )
     stop: Stop = Field((), description="Up to four texts that end the writing; they are not part of the result.")
+    n: int = Field(1, ge=1, description="Texts to write for each input; the seeds of the others follow the first's.")
+    logprobs: int | None = Field(
+        None, ge=0, le=MAX_LOGPROBS, description="Tell each token's log probability, and this many of the likeliest."
+    )
+
+    @model_validator(mode="after")
+    def _history_is_of_a_chat(self) -> Self:
+        if self.history and not self.chat:
+            raise InvalidValue("history", "goes with chat")
+        return self
+
+
+class LikelyToken(BaseModel):
+    """A token that could stand at a place."""
+
+    token: str = Field(description="Its text there; `\ufffd` for a part of a letter.")
+    logprob: float = Field(description="Natural logarithm of its probability, before temperature and the like.")
+
+
+class WrittenToken(LikelyToken):
+    """A token that was written."""
+
+    likeliest: list[LikelyToken] = Field(description="The likeliest at its place, which need not hold it.")
+
+
+class GeneratedText(WrittenText):
+    """A text that a language model wrote."""
+
+    logprobs: list[WrittenToken] | None = Field(
+        None, exclude_if=lambda tokens: tokens is None, description="Of each token; only where they were asked for."
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +118,7 @@ class GeneratePlan:
     """What decoding needs to know of a request."""
 
     stop: tuple[str, ...]
+    tells_logprobs: bool
 
 
 class Generate(Task[GenerateRequest, GeneratePlan]):
@@ -80,7 +127,7 @@ class Generate(Task[GenerateRequest, GeneratePlan]):
     name = "generate"
     summary = "Answer a user's turn, or continue a text"
     request = GenerateRequest
-    result = WrittenText
+    result = GeneratedText
     example: ClassVar[Mapping[str, Any]] = {
         "input": "Name three trees.",
         "max_tokens": 32,
@@ -92,13 +139,16 @@ class Generate(Task[GenerateRequest, GeneratePlan]):
     def check(self, manifest: Manifest) -> None:
         check_writer(manifest)
 
+    def size(self, request: GenerateRequest) -> int:
+        return len(request.input) * request.n
+
     def encode(self, request: GenerateRequest, model: Model, request_id: str) -> Encoded[GeneratePlan]:
         chat = model.chat if request.chat else None
         should_stop = stopper(model.tokenizer, request.stop)
         items = []
         for text in request.input:
             if chat:
-                ids = _chat_prompt(chat, model, text, request.truncate)
+                ids = _chat_prompt(chat, model, request.history, text, request.truncate)
             else:
                 # What a model continues is the end of a text.
                 ids = encode_text(model, text, param="input", truncate=request.truncate, keep="end")
@@ -109,10 +159,15 @@ class Generate(Task[GenerateRequest, GeneratePlan]):
                 temperature=request.temperature,
                 top_k=request.top_k,
                 top_p=request.top_p,
-                seed=request.seed,
+                logprobs=request.logprobs,
             )
-            items.append(WriteItem(request_id, ids, how, should_stop))
-        return Encoded(tuple(items), GeneratePlan(request.stop))
+            for number in range(request.n):
+                seed = None if request.seed is None else (request.seed + number) % 2**63
+                items.append(WriteItem(request_id, ids, replace(how, seed=seed), should_stop))
+        return Encoded(tuple(items), GeneratePlan(request.stop, request.logprobs is not None))
+
+    def transcript(self, plan: GeneratePlan, model: Model, number: int) -> Transcript:
+        return PlainTranscript(model.tokenizer, plan.stop)
 
     def decode(self, plan: GeneratePlan, model: Model, outputs: Sequence[Output]) -> list[BaseModel]:
         results: list[BaseModel] = []
@@ -123,7 +178,13 @@ class Generate(Task[GenerateRequest, GeneratePlan]):
             if output.finish_reason == "length" and not stopped:
                 # The limit may fall inside a character of several bytes.
                 text = text.rstrip("\ufffd")
-            results.append(WrittenText(text=text, finish_reason="stop" if stopped else output.finish_reason))
+            results.append(
+                GeneratedText(
+                    text=text,
+                    finish_reason="stop" if stopped else output.finish_reason,
+                    logprobs=list(_tell(model.tokenizer, output)) if plan.tells_logprobs else None,
+                )
+            )
         return results
 
 
@@ -142,21 +203,55 @@ def stopper(tokenizer: Tokenizer, stop: Sequence[str]) -> Callable[[Sequence[int
     return should_stop
 
 
-def cut_at_stop(text: str, stop: Sequence[str]) -> str:
-    """``text`` up to the first stop text in it."""
-    return text[: min((place for place in map(text.find, stop) if place >= 0), default=len(text))]
+def _tell(tokenizer: Tokenizer, output: WriteOutput) -> Iterator[WrittenToken]:
+    control = {token: each.content for token, each in tokenizer.get_added_tokens_decoder().items() if each.special}
+    before: tuple[int, ...] = ()
+
+    def text(token: int) -> str:
+        # What a token says may depend on the one before it: a space, or none.
+        start = len(tokenizer.decode(before))
+        return control.get(token) or tokenizer.decode((*before, token))[start:] or "\ufffd"
+
+    for token, told in zip(output.output_ids, output.logprobs, strict=True):
+        likeliest = [LikelyToken(token=text(each), logprob=logprob) for each, logprob in told.likeliest]
+        yield WrittenToken(token=text(token), logprob=told.logprob, likeliest=likeliest)
+        before = (token,)
 
 
-def _chat_prompt(chat: ChatTemplate, model: Model, text: str, truncate: bool) -> tuple[int, ...]:
-    """The text as a user's turn; only the turn is ever cut, at its end."""
+def _chat_prompt(
+    chat: ChatTemplate, model: Model, history: Sequence[Turn], text: str, truncate: bool
+) -> tuple[int, ...]:
+    """The text as a user's turn after ``history``.
+
+    Of what is too long the oldest turns go, from one of a user to the next; what the conversation opens with, such as
+    a system's message, stays. A turn alone is cut at its end.
+    """
+    turns = [turn.model_dump() for turn in history] + [{"role": "user", "content": text}]
+    limit = model.manifest.max_input_tokens
+    pieces = _render(chat, model, turns)
+    if _size(pieces) > limit and truncate:
+        users = [number for number, turn in enumerate(turns) if turn["role"] == "user"]
+        opening = turns[: users[0]]
+        fitting = bisect_left(
+            users[:-1], True, key=lambda first: _size(_render(chat, model, opening + turns[first:])) <= limit
+        )
+        turns = opening + turns[users[fitting] :]
+        pieces = _render(chat, model, turns)
+    own = sum(len(ids) for message, ids in pieces if message == len(turns) - 1)
+    if not own:
+        raise unreadable("input")
+    allowed = max(0, limit - (_size(pieces) - own))
+    refuse_longer(own, allowed, param="input", truncate=truncate)
+    last = len(turns) - 1
+    return tuple(token for message, ids in pieces for token in (ids[:allowed] if message == last else ids))
+
+
+def _render(chat: ChatTemplate, model: Model, turns: Sequence[Message]) -> list[tuple[int | None, list[int]]]:
     try:
-        pieces = chat.encode([{"role": "user", "content": text}], model.tokenizer)
+        return chat.encode(turns, model.tokenizer)
     except TemplateRefusal as error:
         raise InvalidValue("input", f"the model's chat template refuses it: {error}") from error
-    frame = sum(len(ids) for message, ids in pieces if message is None)
-    turn = sum(len(ids) for message, ids in pieces if message is not None)
-    if not turn:
-        raise unreadable("input")
-    allowed = max(0, model.manifest.max_input_tokens - frame)
-    refuse_longer(turn, allowed, param="input", truncate=truncate)
-    return tuple(token for message, ids in pieces for token in (ids if message is None else ids[:allowed]))
+
+
+def _size(pieces: Sequence[tuple[int | None, list[int]]]) -> int:
+    return sum(len(ids) for _, ids in pieces)

@@ -41,6 +41,7 @@ class Sentiment(Task[SentimentRequest, None]):
     summary = "Judge whether a text is positive, neutral or negative"
     request = SentimentRequest
     result = SentimentResult
+    says = "label"
     example: ClassVar[Mapping[str, Any]] = {"input": ["The food was wonderful.", "We waited an hour for a cold soup."]}
 
     def check(self, manifest: Manifest) -> None:

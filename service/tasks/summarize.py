@@ -13,12 +13,13 @@ from models.sentences import split_sentences
 from service.engine.types import ExtractItem, Output, WriteItem
 from service.errors import InvalidValue
 from service.models import Model
-from service.prose import restore
+from service.prose import Restorer
+from service.streaming import PlainTranscript, Transcript
 from service.tasks.base import (
     MAX_DOCUMENT_TOKENS,
     Encoded,
     Task,
-    TextRequest,
+    WritingRequest,
     WrittenText,
     check_writer,
     encode_text,
@@ -33,7 +34,7 @@ from service.tasks.base import (
 DEFAULT_SENTENCES = 3
 
 
-class SummarizeRequest(TextRequest):
+class SummarizeRequest(WritingRequest):
     """Documents to summarise."""
 
     mode: Literal["abstractive", "extractive"] = Field(
@@ -81,6 +82,24 @@ class Extract:
 Plan = tuple[Abstract | Extract, ...]
 
 
+class ProseTranscript:
+    """Tells what an uncased model writes, as prose."""
+
+    def __init__(self, model: Model, document: str) -> None:
+        self._plain = PlainTranscript(model.tokenizer)
+        self._restorer = Restorer(document)
+        self._text = ""
+        self._told = 0
+
+    def read(self, token: int) -> str:
+        """See ``Transcript``."""
+        self._text += self._plain.read(token)
+        certain = self._restorer.certain(self._text)
+        piece = certain[self._told :]
+        self._told = max(self._told, len(certain))
+        return piece
+
+
 class Summarize(Task[SummarizeRequest, Plan]):
     """A prefix LM that writes summaries and scores sentences (Dong et al. 2019; Liu and Lapata 2019)."""
 
@@ -116,6 +135,12 @@ class Summarize(Task[SummarizeRequest, Plan]):
             tuple(ExtractItem(request_id, window.input_ids) for part in plan for window in part.windows), plan
         )
 
+    def transcript(self, plan: Plan, model: Model, number: int) -> Transcript | None:
+        part = plan[number]
+        if isinstance(part, Extract):
+            return None
+        return ProseTranscript(model, part.document) if model.uncased else PlainTranscript(model.tokenizer)
+
     def decode(self, plan: Plan, model: Model, outputs: Sequence[Output]) -> list[BaseModel]:
         remaining = iter(outputs)
         results: list[BaseModel] = []
@@ -127,7 +152,7 @@ class Summarize(Task[SummarizeRequest, Plan]):
             output = written(next(remaining))
             text = model.tokenizer.decode(output.output_ids)
             if model.uncased:
-                text = restore(text, part.document)
+                text = Restorer(part.document).restore(text)
             results.append(WrittenText(text=text, finish_reason=output.finish_reason))
         return results
 

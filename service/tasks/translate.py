@@ -9,10 +9,11 @@ from models.manifest import ArtefactError, Manifest
 from service.engine.types import Output, WriteItem
 from service.errors import UnsupportedLanguages
 from service.models import Model, Models
-from service.tasks.base import Encoded, Task, TextRequest, WrittenText, check_writer, encode_text, sampling, written
+from service.streaming import PlainTranscript, Transcript
+from service.tasks.base import Encoded, Task, WritingRequest, WrittenText, check_writer, encode_text, sampling, written
 
 
-class TranslateRequest(TextRequest):
+class TranslateRequest(WritingRequest):
     """Texts to translate."""
 
     source: str | None = Field(None, description="Language code of the input; by default the model's.")
@@ -54,6 +55,9 @@ class Translate(Task[TranslateRequest, None]):
         return Encoded(
             tuple(WriteItem(request_id, ids, sampling(model, len(ids), beams=request.beams)) for ids in texts), None
         )
+
+    def transcript(self, plan: None, model: Model, number: int) -> Transcript:
+        return PlainTranscript(model.tokenizer)
 
     def decode(self, plan: None, model: Model, outputs: Sequence[Output]) -> list[BaseModel]:
         return [

@@ -29,6 +29,7 @@ from service.engine.types import (
     Output,
     Ticket,
     Timing,
+    TokenLogprobs,
     WriteItem,
     WriteOutput,
 )
@@ -159,6 +160,8 @@ class FakeEngine:
         """Whether items wait for ever."""
         self.writes: tuple[int, ...] | None = None
         """What is written instead of the input."""
+        self.breaks = False
+        """Whether an item to write fails after its first token."""
         self.logit = 0.0
         """Added to every logit."""
 
@@ -169,7 +172,10 @@ class FakeEngine:
         self.items += items
         self.tickets += tickets
         for item, ticket in zip(items, tickets, strict=True):
-            if self.failure:
+            if self.breaks and isinstance(item, WriteItem) and item.on_tokens:
+                item.on_tokens(item.input_ids[:1])
+                ticket.future.set_exception(RuntimeError("broken"))
+            elif self.failure:
                 ticket.future.set_exception(self.failure)
             elif not self.holds:
                 ticket.future.set_result(self._compute(model, item))
@@ -204,13 +210,20 @@ class FakeEngine:
     def _write(self, item: WriteItem) -> WriteOutput:
         """Copy the input, one token after the other."""
         written: list[int] = []
+        told: list[TokenLogprobs] = []
         for token in item.input_ids if self.writes is None else self.writes:
             if len(written) == item.sampling.max_tokens:
-                return WriteOutput(tuple(written), "length", TIMING)
+                return WriteOutput(tuple(written), "length", TIMING, tuple(told))
             written.append(token)
+            if item.sampling.logprobs is not None:
+                # The likeliest are the token itself and those before it in the vocabulary.
+                likeliest = tuple((max(0, token - n), -0.5 - n) for n in range(item.sampling.logprobs))
+                told.append(TokenLogprobs(-0.5, likeliest))
+            if item.on_tokens:
+                item.on_tokens(written)
             if item.should_stop and item.should_stop(written):
                 break
-        return WriteOutput(tuple(written), "stop", TIMING)
+        return WriteOutput(tuple(written), "stop", TIMING, tuple(told))
 
 
 class FakeAccount:

@@ -71,13 +71,19 @@ def test_a_length_that_is_no_number_does_no_harm(small: TestClient, length: str)
 
 
 async def call(
-    app: Any, *, headers: list[tuple[bytes, bytes]] = JSON, then: Callable[[], Any] | None = None
+    app: Any,
+    *,
+    path: str = "/v1/sentiment",
+    body: bytes = BODY,
+    headers: list[tuple[bytes, bytes]] = JSON,
+    then: Callable[[], Any] | None = None,
+    sent: list[dict[str, Any]] | None = None,
 ) -> list[dict[str, Any]]:
-    """One request by hand; ``then`` is awaited before the client disconnects."""
-    sent: list[dict[str, Any]] = []
+    """One request by hand; ``then`` is awaited before the client disconnects, ``sent`` filled meanwhile."""
+    sent = [] if sent is None else sent
 
     async def messages() -> AsyncIterator[dict[str, Any]]:
-        yield {"type": "http.request", "body": BODY, "more_body": False}
+        yield {"type": "http.request", "body": body, "more_body": False}
         await (then() if then else asyncio.Event().wait())
         while True:
             yield {"type": "http.disconnect"}
@@ -90,8 +96,8 @@ async def call(
     scope = {
         "type": "http",
         "method": "POST",
-        "path": "/v1/sentiment",
-        "raw_path": b"/v1/sentiment",
+        "path": path,
+        "raw_path": path.encode(),
         "query_string": b"",
         "root_path": "",
         "headers": headers,

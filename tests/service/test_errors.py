@@ -52,6 +52,17 @@ def test_openapi_documents_every_error_that_a_task_can_answer(client: TestClient
             assert response["content"]["application/json"]["schema"] == {"$ref": "#/components/schemas/ErrorBody"}
 
 
+def test_every_operation_documents_its_errors(client: TestClient) -> None:
+    for path, methods in client.get("/openapi.json").json()["paths"].items():
+        for method, operation in methods.items():
+            failures = {status for status in operation["responses"] if not status.startswith("2")}
+            # Whatever reads a body may find it malformed, whatever computes may be overloaded.
+            expected = {"500"} | ({"400", "413", "422"} if method == "post" else set())
+            expected |= {"404", "429", "503", "504"} if method == "post" and path != "/detect" else set()
+            assert failures >= expected, path
+            assert {"operationId", "summary"} <= operation.keys()
+
+
 @pytest.mark.parametrize(
     ("method", "path", "status", "code"),
     [

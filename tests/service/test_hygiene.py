@@ -86,6 +86,8 @@ def test_any_value_of_any_parameter(client: TestClient, task: Task[Any, Any], da
     name = data.draw(st.one_of(st.sampled_from(sorted(task.request.model_fields)), TEXT))
     response = ask(client, task, **{name: data.draw(JSON_VALUE)})
     assert response.status_code in (200, 404, 422), response.text
+    if response.headers["content-type"].startswith("text/event-stream"):
+        return
     assert list(response.json()) != ["detail"]
 
 

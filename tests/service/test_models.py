@@ -9,6 +9,7 @@ from starlette.testclient import TestClient
 
 from models.manifest import ArtefactError, GenerationDefaults, SpecialIds, read_manifest, write_manifest
 from service.app import check_manifest, create_app
+from service.errors import ModelNotFound
 from service.models import load_model, load_models
 from service.settings import Settings
 from tests.service.fakes import CHAT_TEMPLATE, build, manifest, write_model
@@ -24,6 +25,19 @@ def test_a_root_holds_models_or_is_one(tmp_path: Path) -> None:
     assert (list(models.served), list(models.refused)) == (["c", "a", "b"], [])
     assert models.pick("sentiment", None).name == "c"
     assert models.pick("sentiment", "b").name == "b"
+
+
+def test_a_model_has_aliases(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_model(tmp_path, "a", "sentiment")
+    aliases = {"b": "a", "c": "nobody"}
+    with TestClient(create_app(Settings(models=(tmp_path,), model_aliases=aliases), build)) as client:
+        assert client.post("/v1/sentiment", json={"input": "good", "model": "b"}).json()["model"] == "a"
+        assert client.post("/v1/sentiment", json={"input": "good", "model": "c"}).status_code == 404
+    assert "the alias c names the model nobody, which is not served" in caplog.text
+    models = load_models([tmp_path], check_manifest, aliases)
+    assert models.named("b") is models.named("a")
+    with pytest.raises(ModelNotFound, match="'c' is not loaded; loaded are: a, b"):
+        models.named("c")
 
 
 def test_two_models_cannot_share_a_name(tmp_path: Path) -> None:

@@ -39,6 +39,9 @@ def test_several_folders_of_models(tmp_path: Path) -> None:
         ("pue", "0.9"),
         ("meter", "guess"),
         ("grid_zone", "Narnia"),
+        ("model_aliases", "gpt-4o-mini"),
+        ("model_aliases", "=generate-en"),
+        ("model_aliases", "a=b,"),
         ("max_body_bytes", "0"),
         ("max_client_batch_size", "513"),
         ("threads", "0"),
@@ -50,6 +53,13 @@ def test_a_wrong_value_is_named(monkeypatch: pytest.MonkeyPatch, name: str, valu
     monkeypatch.setenv(f"WATTLE_{name.upper()}", value)
     with pytest.raises(ValueError, match=name):
         read_settings()
+
+
+def test_aliases_are_pairs() -> None:
+    assert read_settings(model_aliases="gpt-4o-mini=generate-en, a = b").model_aliases == {
+        "gpt-4o-mini": "generate-en",
+        "a": "b",
+    }
 
 
 def test_an_unknown_variable_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,7 +37,7 @@ from service.engine.types import (
     WriteItem,
     WriteOutput,
 )
-from tests.service.engine.reference import beam_search, greedy
+from tests.service.engine.reference import beam_search, greedy, next_log_probabilities
 from tests.tiny import BOS, EOS, WRITERS, Kind, tiny_transformer, write_tiny
 
 WAIT_S = 30.0
@@ -308,6 +308,38 @@ def test_a_callback_that_raises_ends_its_own_text_only(models: dict[str, Loaded]
         with pytest.raises(RuntimeError, match="cannot be decoded"):
             bad.future.result(WAIT_S)
         assert len(texts([good])[0][0]) > 0
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_tokens_are_told_as_they_are_written(models: dict[str, Loaded], kind: Kind) -> None:
+    told: list[list[tuple[int, ...]]] = [[], [], []]
+
+    def listener(number: int) -> Callable[[Sequence[int]], None]:
+        return lambda written: told[number].append(tuple(written))
+
+    items = [replace(write(number, 9 + number), on_tokens=listener(number)) for number in range(3)]
+    with engine(models, [kind]) as running:
+        written = texts(running.submit(kind, items))
+    for each, (output, _) in zip(told, written, strict=True):
+        assert each == [output[:length] for length in range(1, len(output) + 1)]
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_probabilities_are_the_models_own(models: dict[str, Loaded], kind: Kind) -> None:
+    how = {"logprobs": 3, "temperature": 2.0, "top_k": 2, "seed": 1, "no_repeat_ngram": 2}
+    plain, asked = write(4, 9), write(4, 9, **how)
+    with engine(models, [kind]) as running:
+        silent, output = results(running.submit(kind, [plain, asked]))
+    assert isinstance(silent, WriteOutput) and isinstance(output, WriteOutput)
+    assert silent.logprobs == ()
+    assert len(output.logprobs) == len(output.output_ids) > 1
+    model = tiny_transformer(models[kind].manifest.config)
+    for place, (token, told) in enumerate(zip(output.output_ids, output.logprobs, strict=True)):
+        expected = next_log_probabilities(model, list(asked.input_ids), list(output.output_ids[:place]), BOS)
+        assert told.logprob == pytest.approx(float(expected[token]), abs=1e-3)
+        best = torch.topk(expected, 3)
+        assert [each for each, _ in told.likeliest] == best.indices.tolist()
+        assert [logprob for _, logprob in told.likeliest] == pytest.approx(best.values.tolist(), abs=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["decoder", "prefix-lm"])

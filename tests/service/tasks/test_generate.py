@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from starlette.testclient import TestClient
 
-from service.errors import InvalidValue
+from service.errors import InvalidValue, TooManyTokens
 from service.models import Model, load_model
 from service.tasks.generate import Generate, GenerateRequest, cut_at_stop, stopper
 from tests.service.fakes import FakeEngine, byte_tokenizer, write_model
@@ -50,6 +50,61 @@ def test_a_cut_turn_keeps_its_frame_and_a_cut_text_its_end(models: dict[str, Mod
     assert "b" not in TOKENIZER.decode(turn)
     raw = encode(model, "a" * 500 + "b" * 500, truncate=True, chat=False).input_ids
     assert list(raw) == ids("b" * model.manifest.max_input_tokens)
+
+
+HISTORY = [
+    {"role": "system", "content": "be brief"},
+    {"role": "user", "content": "old " * 20},
+    {"role": "assistant", "content": "yes"},
+    {"role": "user", "content": "new"},
+    {"role": "assistant", "content": "no"},
+]
+
+
+def test_what_was_said_before_stands_before(models: dict[str, Model]) -> None:
+    item = encode(models["generate"], "and?", history=HISTORY[2:])
+    said = TOKENIZER.decode(item.input_ids, skip_special_tokens=False)
+    assert said == (
+        "<|assistant|>\nyes<|end|>\n<|user|>\nnew<|end|>\n<|assistant|>\nno<|end|>\n<|user|>\nand?<|end|>\n<|assistant|>\n"
+    )
+
+
+def test_what_is_too_long_loses_its_oldest_turns(models: dict[str, Model]) -> None:
+    model = models["generate"]
+    with pytest.raises(TooManyTokens):
+        encode(model, "and?", history=HISTORY)
+    said = TOKENIZER.decode(encode(model, "and?", history=HISTORY, truncate=True).input_ids)
+    assert "be brief" in said and "new" in said and "no" in said and "and?" in said
+    assert "old" not in said and "yes" not in said
+    ids = encode(model, "a" * 500, history=HISTORY, truncate=True).input_ids
+    assert len(ids) == model.manifest.max_input_tokens
+    assert "be brief" in TOKENIZER.decode(ids) and "new" not in TOKENIZER.decode(ids)
+
+
+def test_history_is_for_models_that_chat(client: TestClient) -> None:
+    response = client.post("/v1/generate", json={"input": "a", "history": HISTORY[3:], "chat": False})
+    assert (response.status_code, response.json()["error"]["param"]) == (422, "history")
+
+
+def test_several_texts_for_an_input_stand_side_by_side(client: TestClient, engine: FakeEngine) -> None:
+    body = {"input": ["one", "two"], "n": 2, "seed": 5, "chat": False}
+    results = client.post("/v1/generate", json=body).json()["results"]
+    assert [result["text"] for result in results] == ["one", "one", "two", "two"]
+    assert [item.sampling.seed for item in engine.items] == [5, 6, 5, 6]
+    assert client.post("/v1/generate", json={**body, "n": 17}).status_code == 422
+
+
+def test_probabilities_are_told_where_they_are_asked_for(client: TestClient) -> None:
+    body = {"input": "né", "chat": False}
+    (plain,) = client.post("/v1/generate", json=body).json()["results"]
+    assert set(plain) == {"text", "finish_reason"}
+    (result,) = client.post("/v1/generate", json={**body, "logprobs": 1}).json()["results"]
+    assert result["logprobs"] == [
+        {"token": token, "logprob": -0.5, "likeliest": [{"token": token, "logprob": -0.5}]}
+        for token in ("n", "\ufffd", "\ufffd")
+    ]
+    (control,) = client.post("/v1/generate", json={"input": "<|user|>", "logprobs": 20}).json()["results"]
+    assert "<|user|>" in {each["token"] for token in control["logprobs"] for each in token["likeliest"]}
 
 
 def test_a_template_may_refuse(tmp_path: Any) -> None:
@@ -104,6 +159,11 @@ def test_prompt_and_text_share_the_models_positions(tmp_path: Any) -> None:
         ({"stop": ["a"] * 5}, "stop"),
         ({"stop": 3}, "stop"),
         ({"chat": 1}, "chat"),
+        ({"n": 0}, "n"),
+        ({"logprobs": 21}, "logprobs"),
+        ({"logprobs": True}, "logprobs"),
+        ({"history": "before"}, "history"),
+        ({"history": [{"role": "user"}]}, "history"),
     ],
     ids=str,
 )
