@@ -97,10 +97,9 @@ def evaluate(flags: dict[str, str]) -> int:
 
     def served(folder: str, settings: Any) -> None:
         # The scores are the users': the whole application answers, only the socket is left out. Waiting has no
-        # limit here, and the bills of an evaluation are no user's, so its ledger is forgotten.
+        # limit here, and the bills of an evaluation are no user's, so they are forgotten.
         with TemporaryDirectory() as scratch:
-            ledger = str(Path(scratch) / "ledger.sqlite")
-            app = create_app(read_settings(models=folder, ledger=ledger, request_timeout_s="3600"))
+            app = create_app(read_settings(models=folder, state=scratch, request_timeout_s="3600"))
             with TestClient(app) as client:
 
                 def ask(task: str, body: dict[str, Any]) -> dict[str, Any]:

@@ -1,9 +1,8 @@
 """Wires the service, once: settings in, an ASGI application out. Importing this module does nothing."""
 
-import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, suppress
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -15,6 +14,8 @@ from energy.account import Account
 from energy.carbon import Carbon
 from energy.ledger import Ledger
 from energy.meters.choose import MeterSettings, choose_meter
+from energy.owner import Owner
+from energy.sampler import Sampler
 from energy.types import Step
 from models.manifest import ArtefactError, Manifest
 from service import __version__
@@ -31,7 +32,6 @@ from service.routes.tasks import task_routes
 from service.settings import Settings
 from service.tasks import TASKS
 
-SAMPLE_INTERVAL_S = 1.0
 DESCRIPTION = "Five NLP tasks over HTTP; every answer says what it cost in joules and grams of CO2e."
 
 _log = logging.getLogger(__name__)
@@ -45,11 +45,7 @@ def create_app(settings: Settings, build: Build | None = None) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         with (build or build_service)(settings) as service:
             app.state.service = service
-            sampler = asyncio.create_task(_sample(service.account))
             yield
-            sampler.cancel()
-            with suppress(asyncio.CancelledError):
-                await sampler
 
     kinds = (*(kind for kind in TABLE if kind is not Exception), WattleError, RequestValidationError, HTTPException)
     app = FastAPI(
@@ -79,21 +75,24 @@ def build_service(settings: Settings) -> Iterator[Service]:
         account.record(step)
         metrics.step(step)
 
-    engine = Engine(models.served, record, engine_settings(settings))
-    metrics.watch(engine.queue_depth, engine.running, account.totals)
     try:
-        yield Service(
-            models=models,
-            engine=engine,
-            account=account,
-            metrics=metrics,
-            door=Door(settings.max_concurrent_requests),
-            max_client_batch_size=settings.max_client_batch_size,
-            request_timeout_s=settings.request_timeout_s,
-        )
+        with Sampler(account, settings.sample_interval_ms / 1000):
+            engine = Engine(models.served, record, engine_settings(settings))
+            metrics.watch(engine.queue_depth, engine.running, account.totals)
+            try:
+                yield Service(
+                    models=models,
+                    engine=engine,
+                    account=account,
+                    metrics=metrics,
+                    door=Door(settings.max_concurrent_requests),
+                    max_client_batch_size=settings.max_client_batch_size,
+                    request_timeout_s=settings.request_timeout_s,
+                )
+            finally:
+                engine.drain(settings.drain_timeout_s)
+                engine.close()
     finally:
-        engine.drain(settings.drain_timeout_s)
-        engine.close()
         account.shutdown()
 
 
@@ -116,7 +115,13 @@ def open_account(settings: Settings) -> Account:
         _log.info("meter %s %s: %s", finding.source, "used" if finding.used else "not used", finding.detail)
     carbon = Carbon(settings.grid_zone, settings.pue, settings.embodied_kg)
     _log.info("carbon: %s, %g gCO2e/kWh", carbon.assumptions.zone, carbon.assumptions.gco2e_per_kwh)
-    return Account(choice.meter, carbon, Ledger(settings.ledger), executors=settings.executors)
+    return Account(
+        choice.meter,
+        carbon,
+        Ledger(settings.ledger),
+        executors=settings.executors,
+        owner=Owner(settings.state),
+    )
 
 
 def check_manifest(manifest: Manifest) -> None:
@@ -126,13 +131,6 @@ def check_manifest(manifest: Manifest) -> None:
     for task in TASKS:
         if task.name in manifest.tasks:
             task.check(manifest)
-
-
-async def _sample(account: Account) -> None:
-    """Settle what waits for a reading, also while nobody asks for anything."""
-    while True:
-        await asyncio.sleep(SAMPLE_INTERVAL_S)
-        await asyncio.to_thread(account.sample)
 
 
 async def _answer(request: Request, error: Exception) -> Response:

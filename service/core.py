@@ -82,7 +82,7 @@ class Service:
         """
         model, texts = self._choose(task, request)
         # A reading close to the start of the request's steps makes its figure sharp.
-        self.account.sample()
+        self.account.wake()
         with self.door.admit(texts), self._billed(request_id, task.name, model) as receipt:
             async with _deadline(self.request_timeout_s):
                 encoded = await asyncio.to_thread(task.encode, request, model, request_id)

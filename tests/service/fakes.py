@@ -219,10 +219,10 @@ class FakeAccount:
     def __init__(self) -> None:
         self.records: dict[str, SettledRecord] = {}
         self.quality = Quality.MEASURED
-        self.samples = 0
+        self.wakes = 0
 
-    def sample(self) -> None:
-        self.samples += 1
+    def wake(self) -> None:
+        self.wakes += 1
 
     def close(self, record: RequestRecord) -> Bill:
         known = self.quality is not Quality.UNAVAILABLE
@@ -244,7 +244,7 @@ class FakeAccount:
     def totals(self) -> Totals:
         spent = 2_000_000 * len(self.records)
         return Totals(
-            meters=(MeterTotal("cpu", "fake", spent + 500_000, 250_000),),
+            meters=(MeterTotal("cpu", "fake", spent + 500_000, 0, 250_000),),
             attributed=(Attributed("cpu", "tiny", "sentiment", Phase.ENCODE, Quality.MEASURED, spent),),
             unattributed=(Unattributed("cpu", Reason.IDLE, 500_000),),
         )
