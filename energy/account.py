@@ -236,7 +236,7 @@ class Account:
             time.sleep(_LAST_INTERVAL_S)
             self.sample()
         with self._settling, self._lock:
-            self._requests.lost(self._pending)
+            self._requests.settle((), self._pending)
             self._pending.clear()
             finished = [self._settle(request_id) for request_id in list(self._over)]
         self._publish(finished, ())
@@ -266,10 +266,15 @@ class Account:
 
     def _charge(self, now_ns: int) -> None:
         """Let the steps that the readings cover take their energy, and give it to their requests."""
-        covered = [noted for noted in self._pending if noted.covered()]
-        waiting = [noted for noted in self._pending if not noted.covered()]
-        lost = [noted for noted in waiting if noted.step.ended_ns < now_ns - HORIZON_NS]
-        self._pending = [noted for noted in waiting if noted.step.ended_ns >= now_ns - HORIZON_NS]
+        covered: list[Noted] = []
+        waiting: list[Noted] = []
+        lost: list[Noted] = []
+        for noted in self._pending:
+            if noted.covered:
+                covered.append(noted)
+            else:
+                (waiting if noted.step.ended_ns >= now_ns - HORIZON_NS else lost).append(noted)
+        self._pending = waiting
         claims: dict[str, list[tuple[Noted, Claim]]] = {}
         for channel in self._channels.values():
             steps = [noted for noted in covered if channel in noted.channels]
@@ -288,8 +293,7 @@ class Account:
                 warm_uj = sum(claim.idle_uj + claim.active_uj for noted, claim in each if not noted.step.work)
                 self._unattributed[device, Reason.WARM_UP] += warm_uj
                 self._requests.charge(device, [(noted, claim) for noted, claim in each if noted.step.work])
-            self._requests.settled(covered)
-            self._requests.lost(lost)
+            self._requests.settle(covered, lost)
 
     def _is_final(self, over: _Over, now_ns: int) -> bool:
         return not self._requests.costs[over.record.request_id].waiting and over.final_from_ns <= now_ns
@@ -299,7 +303,7 @@ class Account:
         settled = self._over_record(request_id, settled=True)
         cost = self._requests.costs.pop(request_id)
         del self._over[request_id]
-        for (device, (model, phase, quality)), energy_uj in cost.charges.items():
+        for (device, model, phase, quality), energy_uj in self._requests.charges(cost):
             self._attributed[device, model, settled.request.task, phase, quality] += energy_uj
         return settled
 
@@ -319,7 +323,7 @@ class Account:
         active_uj = cost.active_uj + sum(claim.active_uj for claim in expected)
         allocated_uj = cost.allocated_uj + sum(claim.active_uj + claim.idle_uj for claim in expected)
         gco2e = self._carbon.gco2e(allocated_uj, cost.machine_ns)
-        return Bill(request_id, active_uj, allocated_uj, gco2e, quality, settled, cost.parts)
+        return Bill(request_id, active_uj, allocated_uj, gco2e, quality, settled, self._requests.parts(cost))
 
     def _balance(self) -> dict[str, MeterTotal]:
         """Where what each device counted is, by device."""
@@ -328,9 +332,10 @@ class Account:
             settled[device] += energy_uj
         for (device, _), energy_uj in self._unattributed.items():
             settled[device] += energy_uj
+        charged = self._requests.open_uj()
         balance = {}
         for device, channel in self._channels.items():
-            open_uj = channel.open_uj + self._requests.open_uj(device)
+            open_uj = channel.open_uj + charged[device]
             residual_uj = channel.meter_uj - settled[device] - open_uj
             balance[device] = MeterTotal(device, channel.source, settled[device], residual_uj, open_uj)
         return balance

@@ -137,11 +137,17 @@ class Channel:
             if window.end_ns <= started_ns:
                 break
             length_ns = window.end_ns - window.start_ns
-            loads = [self._load_ns(step, window) for step in steps]
+            overlaps = [window.overlap_ns(step) for step in steps]
+            loads = overlaps
+            if self.by_cpu_time:
+                loads = [
+                    step.cpu_ns * overlap_ns // (step.ended_ns - step.started_ns) if overlap_ns else 0
+                    for step, overlap_ns in zip(steps, overlaps, strict=True)
+                ]
             load_ns = max(window.load_left_ns, sum(loads))
             window.load_left_ns = load_ns - sum(loads)
             for i, step in enumerate(steps):
-                overlap_ns = window.overlap_ns(step)
+                overlap_ns = overlaps[i]
                 if not overlap_ns:
                     continue
                 longest_ns[i] = max(longest_ns[i], length_ns)
@@ -183,12 +189,6 @@ class Channel:
             others_uj = left_uj * min(window.others_ns, load_ns) // load_ns
             yield Reason.OTHER_PROCESSES, others_uj
             yield Reason.OVERHEAD, left_uj - others_uj
-
-    def _load_ns(self, step: Step, window: _Window) -> int:
-        overlap_ns = window.overlap_ns(step)
-        if not self.by_cpu_time or not overlap_ns:
-            return overlap_ns
-        return step.cpu_ns * overlap_ns // (step.ended_ns - step.started_ns)
 
     def _quality(self, step_ns: int, window_ns: int) -> Quality:
         """A step is measured where it fills a window at least; the energy of a shorter one is inferred."""

@@ -2,15 +2,16 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from pydantic import BaseModel
 
 from energy.account import Account
-from energy.types import Bill, Quality, RequestRecord
+from energy.settlement import BESIDE
+from energy.types import Bill, Phase, Quality, RequestRecord, Step, Work
 from service.door import Door
 from service.engine.types import EngineClosed, Item, Output, Overloaded, Ticket, WriteOutput
 from service.errors import DeadlineExceeded, InvalidValue, NotReady
@@ -19,6 +20,7 @@ from service.models import Model, Models
 from service.tasks.base import Task, TaskRequest
 
 NS_PER_MS = 1_000_000
+T = TypeVar("T")
 
 
 class Engine(Protocol):
@@ -85,10 +87,18 @@ class Service:
         self.account.wake()
         with self.door.admit(texts), self._billed(request_id, task.name, model) as receipt:
             async with _deadline(self.request_timeout_s):
-                encoded = await asyncio.to_thread(task.encode, request, model, request_id)
+                encoded = await asyncio.to_thread(
+                    self._beside, request_id, model, Phase.PREPROCESS, lambda: task.encode(request, model, request_id)
+                )
                 receipt.input_tokens = sum(len(item.input_ids) for item in encoded.items)
                 receipt.outputs = await self._compute(model, encoded.items)
-                receipt.results = await asyncio.to_thread(task.decode, encoded.plan, model, receipt.outputs)
+                receipt.results = await asyncio.to_thread(
+                    self._beside,
+                    request_id,
+                    model,
+                    Phase.POST,
+                    lambda: task.decode(encoded.plan, model, receipt.outputs),
+                )
         return receipt
 
     def _choose(self, task: Task[Any, Any], request: TaskRequest) -> tuple[Model, int]:
@@ -98,6 +108,16 @@ class Service:
         if texts > self.max_client_batch_size:
             raise InvalidValue(task.texts, f"holds {texts} texts; at most {self.max_client_batch_size} are allowed")
         return task.choose(request, self.models), texts
+
+    def _beside(self, request_id: str, model: Model, phase: Phase, work: Callable[[], T]) -> T:
+        """Do ``work`` on the calling thread, and record its CPU time as a step beside the executors."""
+        started_ns, cpu_ns = time.monotonic_ns(), time.thread_time_ns()
+        try:
+            return work()
+        finally:
+            cpu_ns = time.thread_time_ns() - cpu_ns
+            done = (Work(request_id, phase, 0),)
+            self.account.record(Step(BESIDE, model.name, started_ns, time.monotonic_ns(), cpu_ns, done))
 
     async def _compute(self, model: Model, items: Sequence[Item]) -> list[Output]:
         tickets = self.engine.submit(model.name, items)

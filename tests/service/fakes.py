@@ -15,7 +15,7 @@ from tokenizers import models as tokenizer_models
 
 from energy.account import Attributed, MeterTotal, Totals, Unattributed
 from energy.settlement import Reason
-from energy.types import Bill, CarbonAssumptions, Phase, Quality, RequestRecord, SettledRecord
+from energy.types import Bill, CarbonAssumptions, Phase, Quality, RequestRecord, SettledRecord, Step
 from models.config import TransformerConfig
 from models.manifest import GenerationDefaults, Manifest, Quantisation, SpecialIds, write_manifest
 from service.app import open_models
@@ -220,9 +220,13 @@ class FakeAccount:
         self.records: dict[str, SettledRecord] = {}
         self.quality = Quality.MEASURED
         self.wakes = 0
+        self.steps: list[Step] = []
 
     def wake(self) -> None:
         self.wakes += 1
+
+    def record(self, step: Step) -> None:
+        self.steps.append(step)
 
     def close(self, record: RequestRecord) -> Bill:
         known = self.quality is not Quality.UNAVAILABLE
