@@ -3,8 +3,8 @@
 Every microjoule that the meter counts ends on the bill of one request or is unattributed for a stated reason; until
 that is known it is open. Energy counts as attributed when its request is over.
 
-Executors and the event loop only leave word of what happened: reading, settling and charging is the work of ``sample``,
-which a thread of its own calls (``energy.sampler``).
+Executors and the event loop only leave word of what happened: reading, settling and charging is the work of
+``sample``, which a thread of its own calls (``energy.sampler``).
 """
 
 import json

@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 
 from energy.types import Phase, Work
 
-
 Key = TypeVar("Key", bound=Hashable)
 
 

@@ -4,10 +4,10 @@ A machine idles once, however many processes serve on it: were each to bill the 
 would be billed several times. So one process owns a device, the one that holds a lock on a file for it; the kernel
 frees the lock when that process ends, and another takes it over within a second.
 
-A process that does not own the processor still bills what its own CPU time takes above idle: counters may have several
-readers, and each process takes the others' CPU time for that of other programs. Idle energy it bills to nobody, so that
-its bills' allocated energy is their active energy. On a GPU nothing tells two processes apart: who does not own it
-bills nothing on it.
+A process that does not own the processor still bills what its own CPU time takes above idle: counters may have
+several readers, and each process takes the others' CPU time for that of other programs. Idle energy it bills to
+nobody, so that its bills' allocated energy is their active energy. On a GPU nothing tells two processes apart: who
+does not own it bills nothing on it.
 
 Processes find each other through one folder, so processes of other users or in other containers are not seen unless
 they share it.
@@ -64,7 +64,9 @@ class Owner:
             self._folder.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except OSError as error:
-            _log.warning("cannot tell whether another process meters %s and bills its idle energy too: %s", name, error)
+            _log.warning(
+                "cannot tell whether another process meters %s and bills its idle energy too: %s", name, error
+            )
             self._held[name] = None
             return True
         try:

@@ -70,9 +70,7 @@ class Cost:
 class Requests:
     """The open requests; whoever calls holds the account's lock."""
 
-    def __init__(
-        self, channels: Iterable[Channel], executors: int, coefficients: Mapping[str, Coefficients]
-    ) -> None:
+    def __init__(self, channels: Iterable[Channel], executors: int, coefficients: Mapping[str, Coefficients]) -> None:
         self.costs: dict[str, Cost] = {}
         self._executors = executors
         self._coefficients = coefficients

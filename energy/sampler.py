@@ -23,8 +23,8 @@ class Sampled(Protocol):
 
 
 class Sampler:
-    """While it is entered, samples every ``interval_s`` while there is something to settle, else at once when something happens, and at
-    least once a second."""
+    """While it is entered, samples every ``interval_s`` where there is something to settle, else at once when
+    something happens, and at least once a second."""
 
     def __init__(self, account: Sampled, interval_s: float) -> None:
         self._account = account

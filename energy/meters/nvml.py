@@ -138,8 +138,8 @@ def open_nvml(indices: Sequence[int] | None, clock: Clock, library: Any = None) 
                 gpus.append(_Gpu(library, index, clock.monotonic_ns()))
             except _Divided:
                 missing.append(
-                    f"gpu:{index} not read: it is divided (MIG), and its counter sees all instances together; bills of "
-                    "one would hold what the others take. Switch MIG off to have it metered"
+                    f"gpu:{index} not read: it is divided (MIG), and its counter sees all instances together; bills "
+                    "of one would hold what the others take. Switch MIG off to have it metered"
                 )
             except library.NVMLError as error:
                 missing.append(f"gpu:{index} not read: {error}")

@@ -127,4 +127,3 @@ def _name(folder: Path) -> str:
         return (folder / "name").read_text(encoding="ascii").strip()
     except (FileNotFoundError, NotADirectoryError):
         return ""
-
