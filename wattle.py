@@ -88,7 +88,8 @@ def meters(flags: dict[str, str]) -> int:
     from service.app import meter_settings
     from service.settings import read_settings
 
-    as_json, streams, pid = (flags.pop(name, None) for name in ("json", "stream", "pid"))
+    as_json, streams = flags.pop("json", None), flags.pop("stream", None)
+    pid: Any = flags.pop("pid", None)
     try:
         settings = read_settings(**flags)
         wanted = replace(meter_settings(settings), gpus=None)
@@ -208,7 +209,11 @@ COMMANDS = {
                 "const": "true",
                 "help": "Print readings as lines of JSON until stopped, for a server that sends no bills.",
             },
-            "pid": {"type": int, "metavar": "PID", "help": "With --stream: where joules are estimated, those of this process."},
+            "pid": {
+                "type": int,
+                "metavar": "PID",
+                "help": "With --stream: where joules are estimated, those of this process and its descendants.",
+            },
         },
     ),
     "train": Command(train, "training", ("data", "runs", "out", "threads", *SIZES), RECIPE),

@@ -43,7 +43,7 @@ class Neighbours:
 
 
 def busy_ns(stat: Path = Path("/proc/stat")) -> int:
-    """CPU time of everything on this machine since it started. Raises ``OSError`` and, for odd text, ``ValueError``."""
+    """CPU time of everything on this machine since it started. Raises ``OSError`` or ``ValueError``."""
     with stat.open(encoding="ascii") as file:
         # cpu user nice system idle iowait irq softirq ...; guests are inside user and nice.
         ticks = [int(word) for word in file.readline().split()[1:8]]

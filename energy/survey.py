@@ -43,9 +43,9 @@ class Survey:
         """Lines for a person."""
         lines = [self.meter]
         for found in self.devices:
-            resolution = "still" if found.resolution_ms is None else f"every {found.resolution_ms:.3g} ms"
+            moves = "does not move" if found.resolution_ms is None else f"moves every {found.resolution_ms:.3g} ms"
             power = "unknown" if found.power_w is None else f"{found.power_w:.2f} W"
-            lines.append(f"  {found.device:<6} {found.source:<9} {found.quality:<9} moves {resolution}, now {power}")
+            lines.append(f"  {found.device:<6} {found.source:<9} {found.quality:<9} {moves}, now {power}")
         lines += [f"not used: {finding.source}: {finding.detail}" for finding in self.findings if not finding.used]
         return "\n".join(lines)
 
