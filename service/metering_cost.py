@@ -4,8 +4,8 @@
 
 MODEL is a folder under the starters, or a path. Off, nobody hears of steps and nothing reads a meter; on, the account
 records every step, a thread reads the meters every 50 ms and settles, and every request is closed. Rounds of both
-kinds follow each other, so that a machine which slows down slows both. The figure is the median of the ratios of
-neighbouring rounds; on a machine with other work on it, it says little.
+kinds follow each other, so that a machine which slows down slows both; figures are medians of the ratios of
+neighbouring rounds. On a machine with other work on it, throughput says little, and CPU time some.
 """
 
 import sys
@@ -24,7 +24,7 @@ from service.app import open_account
 from service.engine.engine import Engine, engine_settings
 from service.engine.types import EncodeItem, Item, Sampling, WriteItem
 from service.models import Model, load_model
-from service.settings import STARTERS, Settings
+from service.settings import STARTERS, Settings, read_settings
 
 ROUNDS = 10
 ROUND_S = 2.0
@@ -41,6 +41,8 @@ class Cost:
     """Median over pairs of rounds of 1 - requests on / requests off."""
     spread: tuple[float, float]
     """First and third quartile of the same."""
+    cpu_added: float
+    """Median over pairs of rounds of CPU time per request, on / off - 1."""
     record_us: float
     """Median time on the executor's thread per step."""
     record_p99_us: float
@@ -74,11 +76,11 @@ def measure(model: Model, settings: Settings, rounds: int = ROUNDS, round_s: flo
     closed_ns: list[int] = []
     number = 0
 
-    def ask(until_s: float, metered: bool) -> float:
-        """Requests per second, a batch after the other."""
+    def ask(metered: bool) -> tuple[float, float]:
+        """Requests per second, and CPU seconds per request, a batch after the other."""
         nonlocal number
-        started_s, asked = time.monotonic(), 0
-        while time.monotonic() < until_s:
+        started_s, started_cpu_s, asked = time.monotonic(), time.process_time(), 0
+        while time.monotonic() < started_s + round_s:
             items = [_item(model, number + i) for i in range(_AT_ONCE)]
             number += len(items)
             for ticket in engine.submit(model.name, items):
@@ -89,19 +91,22 @@ def measure(model: Model, settings: Settings, rounds: int = ROUNDS, round_s: flo
                     begun_ns = time.perf_counter_ns()
                     account.close(RequestRecord(item.request_id, model.manifest.tasks[0], model.name, "ok"))
                     closed_ns.append(time.perf_counter_ns() - begun_ns)
-        return asked / (time.monotonic() - started_s)
+        return asked / (time.monotonic() - started_s), (time.process_time() - started_cpu_s) / asked
 
     lost: list[float] = []
+    added: list[float] = []
     try:
-        ask(time.monotonic() + round_s, metered=False)
+        ask(metered=False)
         for pair in range(rounds):
             speeds = {}
+            costs_s = {}
             # Which comes first alternates: a machine that gets slower must not look like a cost.
             for metered in (pair % 2 == 0, pair % 2 == 1):
                 ear.listens = metered
                 with Sampler(account, settings.sample_interval_ms / 1000) if metered else nullcontext():
-                    speeds[metered] = ask(time.monotonic() + round_s, metered)
+                    speeds[metered], costs_s[metered] = ask(metered)
             lost.append(1 - speeds[True] / speeds[False])
+            added.append(costs_s[True] / costs_s[False] - 1)
         idle_cores = _idle(account, settings, round_s)
     finally:
         engine.close()
@@ -110,6 +115,7 @@ def measure(model: Model, settings: Settings, rounds: int = ROUNDS, round_s: flo
     return Cost(
         throughput_lost=median(lost),
         spread=(quartiles[0], quartiles[2]),
+        cpu_added=median(added),
         record_us=median(ear.taken_ns) / _NS_PER_US,
         record_p99_us=quantiles(ear.taken_ns, n=100)[98] / _NS_PER_US,
         close_us=median(closed_ns) / _NS_PER_US,
@@ -143,11 +149,12 @@ def main(arguments: Sequence[str]) -> int:
     rounds = int(arguments[1]) if len(arguments) > 1 else ROUNDS
     folder = Path(name) if Path(name).is_dir() else STARTERS / name
     with TemporaryDirectory() as state:
-        cost = measure(load_model(folder), Settings(state=Path(state)), rounds)
+        cost = measure(load_model(folder), read_settings(state=state), rounds)
     low, high = cost.spread
     print(
         f"{folder.name}, {_AT_ONCE} requests at once, {rounds} pairs of rounds of {ROUND_S:g} s, {cost.steps} steps\n"
         f"throughput lost: {cost.throughput_lost:.2%} (quartiles {low:.2%}, {high:.2%})\n"
+        f"CPU time added: {cost.cpu_added:.2%}\n"
         f"on the executor's thread: {cost.record_us:.2f} us per step, 99th percentile {cost.record_p99_us:.2f}\n"
         f"on the caller's thread: {cost.close_us:.2f} us per request\n"
         f"while idle: {cost.sampler_cores:.3%} of a core"

@@ -1,4 +1,4 @@
-"""What is billed and what is not sums to the meter, whatever happens; and the check of it catches wrong ways to bill."""
+"""What is billed and what is not sums to the meter, whatever happens; and the check catches wrong ways to bill."""
 
 import logging
 from collections import Counter
