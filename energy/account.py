@@ -7,13 +7,15 @@ Executors and the event loop only leave word of what happened: reading, settling
 ``sample``, which a thread of its own calls (``energy.sampler``).
 """
 
-import json
 import logging
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
+from typing import Any
+
+import orjson
 
 from energy.attribution import Coefficients
 from energy.carbon import Carbon
@@ -136,12 +138,13 @@ class Account:
         self._steps: deque[Step] = deque()
         """As executors record them: appending takes no lock."""
         self._settling = threading.Lock()
-        """Held by whoever reads meters and settles; guards the channels and ``_pending``."""
-        self._pending: list[Noted] = []
+        """Held by whoever reads meters and settles; guards the channels."""
         self._alarmed_ns: int | None = None
         self._lock = threading.Lock()
         """Guards what follows; held for microseconds, and taken after ``_settling``."""
         self._noted: list[Noted] = []
+        self._pending: list[Noted] = []
+        """Steps that wait for a reading: those that the next sample will look at, and those that one has seen."""
         self._requests = Requests(self._channels.values(), executors, coefficients or {})
         """Running ones, and those that are over but not settled."""
         self._over: dict[str, _Over] = {}
@@ -181,8 +184,9 @@ class Account:
             self._read(now_ns)
             self._charge(now_ns)
             with self._lock:
+                waiting = self._waiting()
                 for request_id, over in list(self._over.items()):
-                    if self._is_final(over, now_ns):
+                    if over.final_from_ns <= now_ns and request_id not in waiting:
                         finished.append(self._settle(request_id))
                     elif not over.kept:
                         open_records.append(self._over_record(request_id))
@@ -205,7 +209,6 @@ class Account:
             self._note()
             now_ns = self._clock.monotonic_ns()
             final_from_ns = now_ns if record.status in _NEVER_LATE else now_ns + HORIZON_NS
-            self._requests.costs.setdefault(record.request_id, Cost())
             self._over[record.request_id] = _Over(record, self._clock.unix_s(), final_from_ns)
             bill = self._bill(record.request_id, settled=False)
         self.wake()
@@ -236,7 +239,7 @@ class Account:
             time.sleep(_LAST_INTERVAL_S)
             self.sample()
         with self._settling, self._lock:
-            self._requests.settle((), self._pending)
+            self._requests.lose(self._pending)
             self._pending.clear()
             finished = [self._settle(request_id) for request_id in list(self._over)]
         self._publish(finished, ())
@@ -274,7 +277,6 @@ class Account:
                 covered.append(noted)
             else:
                 (waiting if noted.step.ended_ns >= now_ns - HORIZON_NS else lost).append(noted)
-        self._pending = waiting
         claims: dict[str, list[tuple[Noted, Claim]]] = {}
         for channel in self._channels.values():
             steps = [noted for noted in covered if channel in noted.channels]
@@ -293,15 +295,19 @@ class Account:
                 warm_uj = sum(claim.idle_uj + claim.active_uj for noted, claim in each if not noted.step.work)
                 self._unattributed[device, Reason.WARM_UP] += warm_uj
                 self._requests.charge(device, [(noted, claim) for noted, claim in each if noted.step.work])
-            self._requests.settle(covered, lost)
+            self._requests.occupy(covered)
+            self._requests.lose(lost)
+            self._pending = waiting
 
-    def _is_final(self, over: _Over, now_ns: int) -> bool:
-        return not self._requests.costs[over.record.request_id].waiting and over.final_from_ns <= now_ns
+    def _waiting(self) -> set[str]:
+        """The requests of steps that no reading covers yet."""
+        steps = (*self._pending, *self._noted)
+        return {name for noted in steps for portion in noted.portions for name in portion.names}
 
     def _settle(self, request_id: str) -> SettledRecord:
         """Move a request that is over to the totals."""
         settled = self._over_record(request_id, settled=True)
-        cost = self._requests.costs.pop(request_id)
+        cost = self._requests.costs.pop(request_id, Cost())
         del self._over[request_id]
         for (device, model, phase, quality), energy_uj in self._requests.charges(cost):
             self._attributed[device, model, settled.request.task, phase, quality] += energy_uj
@@ -313,7 +319,7 @@ class Account:
 
     def _bill(self, request_id: str, settled: bool) -> Bill:
         cost = self._requests.costs.get(request_id) or Cost()
-        expected = self._requests.expect(cost)
+        expected = self._requests.expect(request_id, (*self._pending, *self._noted))
         if expected is None:
             return Bill(request_id, None, None, None, Quality.UNAVAILABLE, settled)
         parts = [claim.quality for claim in expected] + ([cost.quality] if cost.quality else [])
@@ -362,13 +368,15 @@ class Account:
         for record in (*unsettled, *finished):
             if self._ledger is not None:
                 self._ledger.put(record)
-        for settled in finished:
-            _requests_log.info("%s", _as_json(settled))
+        if _requests_log.isEnabledFor(logging.INFO):
+            for settled in finished:
+                _requests_log.info("%s", _as_json(settled))
 
 
 def _as_json(settled: SettledRecord) -> str:
     """One line: the record's fields side by side, carbon assumptions below their own name."""
-    bill = asdict(settled.bill)
-    del bill["settled"]
-    line = {"time_s": settled.time_s, **asdict(settled.request), **bill, "carbon": asdict(settled.carbon)}
-    return json.dumps(line, ensure_ascii=False)
+    line: dict[str, Any] = {"time_s": settled.time_s}
+    for part in (settled.request, settled.bill):
+        line |= {field.name: getattr(part, field.name) for field in fields(part)}
+    del line["settled"]
+    return orjson.dumps({**line, "carbon": settled.carbon}).decode()

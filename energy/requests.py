@@ -1,6 +1,6 @@
 """What open requests have cost so far, and what they probably will. Knows nothing of threads, ledgers or carbon."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -21,29 +21,41 @@ class Charged(NamedTuple):
     quality: Quality
 
 
-@dataclass(slots=True)
+class Portion(NamedTuple):
+    """What a step did in one phase."""
+
+    phase: Phase
+    shares: dict[str, int]
+    """Of each request in the step; see ``fractions``."""
+    names: tuple[str, ...]
+    parts: tuple[int, ...]
+    """Keys and values of the same."""
+
+
+@dataclass(frozen=True, slots=True)
 class Noted:
-    """A step on the books of its requests: what is left is to learn its energy."""
+    """A step on the books: what is left is to learn its energy."""
 
     step: Step
     own: str
     """The metered device that it ran on."""
     channels: tuple[Channel, ...]
     """The metered devices that it burnt energy on."""
-    names: list[str]
-    """The request of each entry of its work."""
-    shares: list[int]
-    """Of each entry; see ``fractions``."""
-    cpu_ns: float
-    """CPU time per unit of the shares."""
-    time_ns: float
-    """Time on an executor per unit of the shares."""
-    waits: bool = True
+    portions: list[Portion]
+    """By phase; nearly always one."""
+    whole: int
+    """The sum of all shares."""
+    time_ns: int
+    """Time on an executor."""
 
     @property
     def covered(self) -> bool:
         """Whether every meter has been read since it ended."""
         return all(channel.read_ns >= self.step.ended_ns for channel in self.channels)
+
+    def share(self, name: str) -> float:
+        """How much of the step is a request's."""
+        return sum(portion.shares.get(name, 0) for portion in self.portions) / self.whole
 
 
 @dataclass(slots=True)
@@ -58,8 +70,6 @@ class Cost:
     """Time of the whole machine, of which an executor is a part."""
     quality: Quality | None = None
     """None as long as nothing has been charged."""
-    waiting: list[tuple[Noted, int]] = field(default_factory=list)
-    """Steps that no reading covers yet, and its share of each."""
 
     def weaken(self, quality: Quality) -> None:
         """Lower the quality to ``quality`` where that is worse."""
@@ -71,7 +81,7 @@ class Requests:
     """The open requests; whoever calls holds the account's lock."""
 
     def __init__(self, channels: Iterable[Channel], executors: int, coefficients: Mapping[str, Coefficients]) -> None:
-        self.costs: dict[str, Cost] = {}
+        self.costs: defaultdict[str, Cost] = defaultdict(Cost)
         self._executors = executors
         self._coefficients = coefficients
         self._channels = {channel.device: channel for channel in channels}
@@ -80,36 +90,34 @@ class Requests:
         """What each number is for: as a key, a number costs a tenth of what it stands for."""
 
     def note(self, step: Step) -> Noted | None:
-        """Let the step's requests wait for its energy; None where its device has no meter."""
+        """The step with its requests' shares; None where its device has no meter, and their bills are unknown."""
         own = step.device if step.device.startswith("gpu:") else "cpu"
         channels = self._channels_of(own)
-        names = [item.request_id for item in step.work]
-        for name in names:
-            if name not in self.costs:
-                self.costs[name] = Cost()
         if not channels:
-            for name in names:
-                self.costs[name].weaken(Quality.UNAVAILABLE)
+            for item in step.work:
+                self.costs[item.request_id].weaken(Quality.UNAVAILABLE)
             return None
+        by_phase: dict[Phase, dict[str, int]] = {}
         shares = fractions(step.work, self._coefficients.get(step.model, DEFAULTS))
-        whole = sum(shares) or 1
+        for item, share in zip(step.work, shares, strict=True):
+            mine = by_phase.setdefault(item.phase, {})
+            mine[item.request_id] = mine.get(item.request_id, 0) + share
+        portions = [Portion(phase, mine, tuple(mine), tuple(mine.values())) for phase, mine in by_phase.items()]
         time_ns = 0 if step.device == BESIDE else step.ended_ns - step.started_ns
-        noted = Noted(step, own, channels, names, shares, step.cpu_ns / whole, time_ns / whole)
-        for name, share in zip(names, shares, strict=True):
-            self.costs[name].waiting.append((noted, share))
-        return noted
+        return Noted(step, own, channels, portions, sum(shares) or 1, time_ns)
 
     def charge(self, device: str, claims: Sequence[tuple[Noted, Claim]]) -> None:
         """Share what steps took from one device among their requests.
 
         Idle energy is shared as active energy is: a step lasts as long as its work makes it last.
         """
-        groups: dict[Charged, tuple[list[_Portion], list[_Portion]]] = {}
+        groups: dict[Charged, tuple[list[_Share], list[_Share]]] = {}
         for noted, claim in claims:
-            for phase, names, shares, portion in _by_phase(noted, claim):
-                active, idle = groups.setdefault(Charged(device, noted.step.model, phase, claim.quality), ([], []))
-                active.append((portion.active_uj, names, shares))
-                idle.append((portion.idle_uj, names, shares))
+            for portion, part in _by_phase(noted, claim):
+                charged = Charged(device, noted.step.model, portion.phase, part.quality)
+                active, idle = groups.setdefault(charged, ([], []))
+                active.append((part.active_uj, portion.names, portion.parts))
+                idle.append((part.idle_uj, portion.names, portion.parts))
         for charged, (active, idle) in groups.items():
             number = self._number(charged)
             for name, energy_uj in charge(active).items():
@@ -124,25 +132,28 @@ class Requests:
                 cost.charges[number] += energy_uj
                 cost.weaken(charged.quality)
 
-    def settle(self, covered: Sequence[Noted], lost: Sequence[Noted]) -> None:
-        """The energy of ``covered`` steps has been charged; ``lost`` ones will never have a reading, and their
-        requests have no known bill."""
-        for noted in (*covered, *lost):
-            noted.waits = False
-        for name in {name for noted in (*covered, *lost) for name in noted.names}:
-            cost = self.costs[name]
-            machine_ns = sum(noted.time_ns * share for noted, share in cost.waiting if not noted.waits)
-            cost.machine_ns += machine_ns / self._executors
-            cost.waiting = [entry for entry in cost.waiting if entry[0].waits]
-        for name in {name for noted in lost for name in noted.names}:
+    def occupy(self, steps: Sequence[Noted]) -> None:
+        """Share the machine's time that ``steps`` took."""
+        portions = ((noted.time_ns, portion.names, portion.parts) for noted in steps for portion in noted.portions)
+        for name, time_ns in charge(portions).items():
+            self.costs[name].machine_ns += time_ns / self._executors
+
+    def lose(self, steps: Sequence[Noted]) -> None:
+        """These will never have a reading: their requests have no known bill."""
+        for name in {name for noted in steps for portion in noted.portions for name in portion.names}:
             self.costs[name].weaken(Quality.UNAVAILABLE)
 
-    def expect(self, cost: Cost) -> list[Claim] | None:
-        """What the steps that wait for a reading will probably add; None where there is nothing to judge by."""
+    def expect(self, name: str, steps: Iterable[Noted]) -> list[Claim] | None:
+        """What a request will probably pay for ``steps``, which wait for a reading; None where there is nothing to
+        judge by."""
+        loads: dict[str, tuple[float, float]] = {}
+        for noted in steps:
+            share = noted.share(name)
+            if share:
+                cpu_ns, time_ns = loads.get(noted.own, (0.0, 0.0))
+                loads[noted.own] = cpu_ns + noted.step.cpu_ns * share, time_ns + noted.time_ns * share
         expected = []
-        for own in {noted.own for noted, _ in cost.waiting}:
-            cpu_ns = sum(noted.cpu_ns * share for noted, share in cost.waiting if noted.own == own)
-            time_ns = sum(noted.time_ns * share for noted, share in cost.waiting if noted.own == own)
+        for own, (cpu_ns, time_ns) in loads.items():
             for channel in self._channels_of(own):
                 claim = channel.expect(cpu_ns, time_ns)
                 if claim is None:
@@ -159,7 +170,7 @@ class Requests:
         parts: Counter[tuple[str, Phase]] = Counter()
         for charged, energy_uj in self.charges(cost):
             parts[charged.device, charged.phase] += energy_uj
-        return tuple(Part(device, phase, energy_uj) for (device, phase), energy_uj in parts.items())
+        return tuple(Part(device, phase, energy_uj) for (device, phase), energy_uj in sorted(parts.items()))
 
     def open_uj(self) -> Counter[str]:
         """What has been charged and is not settled, by device."""
@@ -183,23 +194,21 @@ class Requests:
         return tuple(channel for device, channel in self._channels.items() if device in (own, "cpu", "dram"))
 
 
-_Portion = tuple[int, Sequence[str], Sequence[int]]
+_Share = tuple[int, Sequence[str], Sequence[int]]
 """Energy, and who shares it how; see ``charge``."""
 
 
-def _by_phase(noted: Noted, claim: Claim) -> Iterable[tuple[Phase, list[str], list[int], Claim]]:
-    """The entries of a step by phase, with what falls to them of its claim; nearly always there is one phase."""
-    work = noted.step.work
-    phases = sorted({item.phase for item in work})
-    if len(phases) == 1:
-        yield phases[0], noted.names, noted.shares, claim
-        return
-    members = [[i for i, item in enumerate(work) if item.phase is phase] for phase in phases]
-    weights = [sum(noted.shares[i] for i in inside) for inside in members]
+def _by_phase(noted: Noted, claim: Claim) -> Iterable[tuple[Portion, Claim]]:
+    """The portions of a step, with what falls to each of its claim."""
+    if len(noted.portions) == 1:
+        return [(noted.portions[0], claim)]
+    weights = [sum(portion.parts) for portion in noted.portions]
+    phases = [portion.phase for portion in noted.portions]
     active_uj, idle_uj = split(claim.active_uj, weights, phases), split(claim.idle_uj, weights, phases)
-    for phase, inside, active, idle in zip(phases, members, active_uj, idle_uj, strict=True):
-        names, shares = [noted.names[i] for i in inside], [noted.shares[i] for i in inside]
-        yield phase, names, shares, Claim(idle, active, claim.quality)
+    return [
+        (portion, Claim(idle, active, claim.quality))
+        for portion, active, idle in zip(noted.portions, active_uj, idle_uj, strict=True)
+    ]
 
 
 def weakest(qualities: Iterable[Quality]) -> Quality:

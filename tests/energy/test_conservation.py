@@ -173,7 +173,7 @@ class SnapshotRequests(Requests):
 
     def charge(self, device: str, claims: Sequence[tuple[Noted, Claim]]) -> None:
         for noted, claim in claims:
-            for name in set(noted.names):
+            for name in noted.portions[0].names if noted.portions else ():
                 cost = self.costs[name]
                 energy_uj = claim.active_uj + claim.idle_uj
                 cost.allocated_uj += energy_uj
