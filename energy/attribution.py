@@ -82,7 +82,7 @@ def charge(claims: Iterable[tuple[int, Sequence[Key], Sequence[int]]]) -> dict[K
     all steps, and not in each of them.
     """
     total = 0
-    # Steps that follow each other mostly have the same requests: summed by column, they cost a third.
+    # Steps that follow each other mostly have the same requests: sums by column cost less than one by one.
     alike: dict[tuple[Key, ...], tuple[list[int], list[Sequence[int]]]] = {}
     for energy_uj, keys, parts in claims:
         if energy_uj:

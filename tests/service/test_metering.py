@@ -1,5 +1,8 @@
 """The engine's work on real models, billed by a real account while requests come, fail and go away."""
 
+import json
+import subprocess
+import sys
 import threading
 from collections import Counter
 from collections.abc import Sequence
@@ -8,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import wattle
 from energy.account import Account
 from energy.carbon import Carbon
 from energy.clock import Clock
@@ -26,6 +30,7 @@ from service.settings import Settings
 from tests.energy.fakes import Book
 from tests.tiny import write_tiny
 
+ROOT = Path(__file__).parents[2]
 WAIT_S = 30.0
 
 
@@ -161,3 +166,26 @@ def test_the_cost_of_metering_is_measured(loaded: dict[str, Loaded], tmp_path: P
     assert cost.record_us < 50
     assert cost.close_us < 1000
     assert cost.throughput_lost < 0.9
+
+
+def test_the_meters_are_printed(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    estimate = ["meters", "--meter", "estimate", "--watts-per-core", "5"]
+    assert wattle.main([*estimate, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [device["device"] for device in found["devices"]] == ["cpu", "dram"]
+    assert wattle.main(["meters", "--meter", "powercap", "--powercap-root", str(tmp_path)]) == 1
+    assert str(tmp_path) in capsys.readouterr().out
+    assert wattle.main([*estimate, "--pid", "1"]) == 2
+    assert wattle.main(["meters", "--stream", "--meter", "powercap", "--powercap-root", str(tmp_path)]) == 1
+    assert "the stream has ended" in capsys.readouterr().err
+
+
+def test_the_meters_are_streamed_until_nobody_reads() -> None:
+    command = [sys.executable, "-m", "wattle", "meters", "--stream", "--meter", "estimate"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as streaming:
+        assert streaming.stdout is not None and streaming.stderr is not None
+        first, second = (json.loads(streaming.stdout.readline()) for _ in range(2))
+        assert first["devices"][1]["energy_j"] < second["devices"][1]["energy_j"]
+        streaming.stdout.close()
+        assert streaming.wait(WAIT_S) == 0
+        assert streaming.stderr.read() == ""
