@@ -2,9 +2,10 @@
 
 import argparse
 import importlib
+import os
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -65,6 +66,53 @@ def models(flags: dict[str, str]) -> int:
     return 1 if found.refused else 0
 
 
+def calibrate(flags: dict[str, str]) -> int:
+    """Measure what a step of each model costs here, which makes shares of a batch's energy fairer."""
+    from energy.calibration import CalibrationError
+    from service.calibrate import calibrate as run
+    from service.settings import read_settings
+
+    try:
+        for line in run(read_settings(**flags)):
+            print(line, flush=True)
+    except (CalibrationError, OSError) as error:
+        return _fail(str(error), 1)
+    except ValueError as error:
+        return _fail(str(error), 2)
+    return 0
+
+
+def meters(flags: dict[str, str]) -> int:
+    """Print which meters this machine has, how finely they count, and what is missing and why."""
+    from energy.survey import outside, stream, survey
+    from service.app import meter_settings
+    from service.settings import read_settings
+
+    as_json, streams = flags.pop("json", None), flags.pop("stream", None)
+    pid: Any = flags.pop("pid", None)
+    try:
+        settings = read_settings(**flags)
+        wanted = replace(meter_settings(settings), gpus=None)
+        if pid is not None and not streams:
+            raise ValueError("--pid goes with --stream")
+        if streams:
+            meter = outside(wanted, pid).meter
+            for line in stream(meter, settings.sample_interval_ms / 1000):
+                print(line, flush=True)
+            return _fail(f"the stream has ended: {meter.name}, or the process that was watched is gone", 1)
+        found = survey(wanted)
+    except BrokenPipeError:
+        # Whoever read has enough; nor is there anything to flush at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except ProcessLookupError as error:
+        return _fail(str(error), 1)
+    except ValueError as error:
+        return _fail(str(error), 2)
+    print(found.as_json() if as_json else found.as_text())
+    return 0 if found.devices else 1
+
+
 def train(flags: dict[str, str]) -> int:
     """Carry out a recipe and export its model; what was interrupted goes on where it stopped."""
     from training.commands import run_training
@@ -97,10 +145,9 @@ def evaluate(flags: dict[str, str]) -> int:
 
     def served(folder: str, settings: Any) -> None:
         # The scores are the users': the whole application answers, only the socket is left out. Waiting has no
-        # limit here, and the bills of an evaluation are no user's, so its ledger is forgotten.
+        # limit here, and the bills of an evaluation are no user's, so they are forgotten.
         with TemporaryDirectory() as scratch:
-            ledger = str(Path(scratch) / "ledger.sqlite")
-            app = create_app(read_settings(models=folder, ledger=ledger, request_timeout_s="3600"))
+            app = create_app(read_settings(models=folder, state=scratch, request_timeout_s="3600"))
             with TestClient(app) as client:
 
                 def ask(task: str, body: dict[str, Any]) -> dict[str, Any]:
@@ -138,6 +185,8 @@ class Command:
     """Empty is every setting of the part."""
     argument: str = ""
     """What its positional argument means; empty where it takes none."""
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Further flags, which are no settings, with what argparse is to know of them."""
 
 
 SUBJECT = "subject"
@@ -148,6 +197,25 @@ RECIPE = "Name of a shipped recipe, or path of a TOML file."
 COMMANDS = {
     "serve": Command(serve, "service"),
     "models": Command(models, "service", ("models",)),
+    "calibrate": Command(calibrate, "service", ("models", "state", "threads", "max_batch_tokens")),
+    "meters": Command(
+        meters,
+        "service",
+        ("meter", "powercap_root", "watts_per_core", "sample_interval_ms"),
+        options={
+            "json": {"action": "store_const", "const": "true", "help": "Print one JSON document."},
+            "stream": {
+                "action": "store_const",
+                "const": "true",
+                "help": "Print readings as lines of JSON until stopped, for a server that sends no bills.",
+            },
+            "pid": {
+                "type": int,
+                "metavar": "PID",
+                "help": "With --stream: where joules are estimated, those of this process and its descendants.",
+            },
+        },
+    ),
     "train": Command(train, "training", ("data", "runs", "out", "threads", *SIZES), RECIPE),
     "export": Command(export, "training", ("data", "runs", "out", *SIZES), RECIPE),
     "import": Command(import_, "training", IMPORTED, "Folder of a model that transformers saved, or a Hub name."),
@@ -170,6 +238,8 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
 def _add_flags(parser: argparse.ArgumentParser, command: Command) -> None:
     if command.argument:
         parser.add_argument(SUBJECT, metavar="NAME", help=command.argument)
+    for name, known in command.options.items():
+        parser.add_argument(f"--{name}", **known)
     module = importlib.import_module(f"{command.part}.settings")
     fields = module.Settings.model_fields
     for setting in command.settings or tuple(fields):

@@ -4,39 +4,60 @@ A step of n requests costs ``F + m * sum(work)``. Request i is charged ``F/n + m
 value of that affine cost, rescaled so that the charges sum to the energy that the meter saw.
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from operator import mul
+from typing import Any, TypeVar
 
-from energy.types import Work
+from energy.types import Phase, Work
+
+Key = TypeVar("Key", bound=Hashable)
 
 
 @dataclass(frozen=True, slots=True)
 class Coefficients:
-    """The affine cost of a step; only its proportions matter, for charges are rescaled to the measured energy."""
+    """The affine cost of a step; only its proportions matter, for charges are rescaled to the measured energy.
+
+    ``wattle calibrate`` measures them for a model and a machine.
+    """
 
     fixed: int = 4096
     """F: what a step costs however small it is. By default four tokens' worth: step times of decoders from 25 to
     135 million parameters on two cores, at batch 1, 4, 8 and 32, fit between one and twelve."""
-    token: int = 1024
-    """m for one real token."""
-    context_token: int = 1
-    """m for one token already in the buffers, which attention reads again: about 1/(6 d) of a token's arithmetic
-    at model width d, more in memory traffic; a thousandth lies in between for the widths that fit a CPU."""
+    prefill_token: int = 1024
+    """m for one token of a text that is read."""
+    decode_token: int = 1024
+    """m for one token of a text that is written."""
+    context_token: int = 8
+    """m for one token already in the buffers, which attention reads again: between a 125th and a 210th of a token
+    written in the starters that write."""
 
 
 DEFAULTS = Coefficients()
+_WHOLE = 1 << 30
 
 
 def weigh(work: Sequence[Work], coefficients: Coefficients) -> list[int]:
     """One integer weight per entry, in proportion to ``F/n + m * work_i``."""
     n = len(work)
+    fixed, context = coefficients.fixed, n * coefficients.context_token
+    written, read = n * coefficients.decode_token, n * coefficients.prefill_token
     return [
-        coefficients.fixed + n * (coefficients.token * item.tokens + coefficients.context_token * item.context_tokens)
+        fixed
+        + (written if item.phase is Phase.DECODE else read) * item.tokens
+        + (context * item.context_tokens if item.context_tokens else 0)
         for item in work
     ]
 
 
-def split(total: int, weights: Sequence[int], keys: Sequence[str]) -> list[int]:
+def fractions(work: Sequence[Work], coefficients: Coefficients) -> list[int]:
+    """The weights in units of 2**-30 of the step; equal ones where nothing has any weight."""
+    weights = weigh(work, coefficients)
+    whole = sum(weights)
+    return [weight * _WHOLE // whole for weight in weights] if whole else [1] * len(weights)
+
+
+def split(total: int, weights: Sequence[int], keys: Sequence[Any]) -> list[int]:
     """Share ``total`` in proportion to ``weights``, in whole units that sum to it exactly (largest remainder).
 
     Ties go to the smaller key, so that the order of the entries does not matter. ``weights`` are not negative and
@@ -45,18 +66,32 @@ def split(total: int, weights: Sequence[int], keys: Sequence[str]) -> list[int]:
     if total == 0:
         return [0] * len(weights)
     whole = sum(weights)
-    shares = []
-    remainders = []
-    for weight in weights:
-        share, remainder = divmod(total * weight, whole)
-        shares.append(share)
-        remainders.append(-remainder)
+    shares = [total * weight // whole for weight in weights]
     left = total - sum(shares)
-    for _, _, i in sorted(zip(remainders, keys, range(len(shares)), strict=True))[:left]:
-        shares[i] += 1
+    if left:
+        remainders = [-(total * weight % whole) for weight in weights]
+        for _, _, i in sorted(zip(remainders, keys, range(len(shares)), strict=True))[:left]:
+            shares[i] += 1
     return shares
 
 
-def charge(energy_uj: int, work: Sequence[Work], coefficients: Coefficients = DEFAULTS) -> list[int]:
-    """What each entry of ``work`` is charged of a step's energy, in microjoules that sum to it exactly."""
-    return split(energy_uj, weigh(work, coefficients), [item.request_id for item in work])
+def charge(claims: Iterable[tuple[int, Sequence[Key], Sequence[int]]]) -> dict[Key, int]:
+    """What each key is charged for some steps, in microjoules that sum to the steps' exactly.
+
+    A step is its energy in microjoules, the keys that share it and their ``fractions``. Energy is rounded once, over
+    all steps, and not in each of them.
+    """
+    total = 0
+    # Steps that follow each other mostly have the same requests: sums by column cost less than one by one.
+    alike: dict[tuple[Key, ...], tuple[list[int], list[Sequence[int]]]] = {}
+    for energy_uj, keys, parts in claims:
+        if energy_uj:
+            total += energy_uj
+            energies, rows = alike.setdefault(tuple(keys), ([], []))
+            energies.append(energy_uj)
+            rows.append(parts)
+    weights: dict[Key, int] = {}
+    for keys, (energies, rows) in alike.items():
+        for key, column in zip(keys, zip(*rows, strict=True), strict=True):
+            weights[key] = weights.get(key, 0) + sum(map(mul, energies, column))
+    return dict(zip(weights, split(total, list(weights.values()), list(weights)), strict=True))

@@ -1,4 +1,4 @@
-"""How busy the other processes of this machine are. Knows nothing of energy.
+"""How busy this machine and its processes are. Knows nothing of energy.
 
 A RAPL counter sees the whole machine: what its other processes burn is not the service's to bill.
 """
@@ -32,14 +32,56 @@ class Neighbours:
 
     def _update(self, now_ns: int, process_ns: int) -> None:
         try:
-            with self._stat.open(encoding="ascii") as file:
-                # cpu user nice system idle iowait irq softirq ...; guests are inside user and nice.
-                ticks = [int(word) for word in file.readline().split()[1:8]]
+            machine_ns = busy_ns(self._stat)
         except (OSError, ValueError):
             return
-        machine_ns = (sum(ticks) - ticks[3] - ticks[4]) * _NS_PER_TICK
         if self._last is not None:
             then_ns, then_process_ns, then_machine_ns = self._last
             others_ns = machine_ns - then_machine_ns - (process_ns - then_process_ns)
             self._cores_milli = max(0, others_ns) * 1000 // (now_ns - then_ns)
         self._last = (now_ns, process_ns, machine_ns)
+
+
+def busy_ns(stat: Path = Path("/proc/stat")) -> int:
+    """CPU time of everything on this machine since it started. Raises ``OSError`` or ``ValueError``."""
+    with stat.open(encoding="ascii") as file:
+        # cpu user nice system idle iowait irq softirq ...; guests are inside user and nice.
+        ticks = [int(word) for word in file.readline().split()[1:8]]
+    if len(ticks) < 7:
+        raise ValueError(f"{stat} does not begin with the time of all cores")
+    return (sum(ticks) - ticks[3] - ticks[4]) * _NS_PER_TICK
+
+
+class ProcessTree:
+    """A process, its threads and its descendants."""
+
+    def __init__(self, pid: int, proc: Path = Path("/proc")) -> None:
+        self._pid = pid
+        self._proc = proc
+        self._most_ns = 0
+
+    def cpu_ns(self) -> int:
+        """CPU time so far; raises ``ProcessLookupError`` once the process is gone."""
+        try:
+            total_ns = self._sum_ns(self._pid)
+        except OSError:
+            raise ProcessLookupError(f"there is no process {self._pid}") from None
+        # The time of a child that nobody waited for goes with it.
+        self._most_ns = max(self._most_ns, total_ns)
+        return self._most_ns
+
+    def _sum_ns(self, pid: int) -> int:
+        # The name, in parentheses, may hold anything. utime, stime, and those of children that were waited for.
+        fields = (self._proc / str(pid) / "stat").read_text(errors="replace").rpartition(")")[2].split()
+        total_ns = sum(map(int, fields[11:15])) * _NS_PER_TICK
+        for task in (self._proc / str(pid) / "task").iterdir():
+            try:
+                children = (task / "children").read_text().split()
+            except OSError:
+                continue  # the thread has just ended
+            for child in children:
+                try:
+                    total_ns += self._sum_ns(int(child))
+                except OSError:
+                    continue
+        return total_ns

@@ -4,6 +4,7 @@ Between two readings lies a *window*. Its energy has two parts: idle, what the d
 active, the rest. A step takes from each window that it overlaps
 
 * of the idle part: the fraction of the window that it lasted, divided by the number of executors on the device;
+  work beside the executors takes none;
 * of the active part: its share of the load. On a processor, load is CPU time, of this process and of others, so
   that steps which overlap in time, the service's own work between steps and other programs are told apart. A GPU
   runs one step at a time, so there the steps share all of it by their duration.
@@ -13,7 +14,7 @@ is integer microjoules, and each is taken once.
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -21,6 +22,8 @@ from energy.clock import NS_PER_S
 from energy.meters.base import Reading
 from energy.types import Quality, Step
 
+BESIDE = "cpu"
+"""The device of work beside the executors."""
 HORIZON_NS = 10 * NS_PER_S
 """How long a window waits for steps that began in it: longer than any step."""
 IDLE_WINDOW_NS = NS_PER_S // 2
@@ -34,7 +37,7 @@ class Reason(StrEnum):
     WARM_UP = "warm_up"
     """Steps without requests."""
     OVERHEAD = "overhead"
-    """The service's own CPU time outside of steps: HTTP, tokenising, loading."""
+    """The service's own CPU time outside of steps: HTTP, loading, metering."""
     OTHER_PROCESSES = "other_processes"
     UNRESOLVED = "unresolved"
 
@@ -52,6 +55,8 @@ class Claim:
 class _Window:
     start_ns: int
     end_ns: int
+    owned: bool
+    """Whether its idle energy is this process's."""
     idle_uj: int
     """Of the whole window."""
     idle_left_uj: int
@@ -64,7 +69,7 @@ class _Window:
 
 
 class Channel:
-    """The windows of one metered device, and the steps that wait for the reading that covers them.
+    """The windows of one metered device: a ring as long as ``HORIZON_NS``.
 
     ``first`` is the reading from which on is counted, ``idle_uw`` the idle power: fixed where ``idle_known``, else
     the lowest seen. ``executors`` share the device.
@@ -77,7 +82,6 @@ class Channel:
         self.idle_uw = idle_uw
         self.by_cpu_time = not first.device.startswith("gpu:")
         self.shared_with_others = self.by_cpu_time and first.quality is not Quality.ESTIMATED
-        self.pending: deque[Step] = deque()
         self._executors = executors if self.by_cpu_time else 1
         self._idle_known = idle_known
         self._first_uj = first.energy_uj
@@ -85,6 +89,7 @@ class Channel:
         self._last_process_ns = process_ns
         self._windows: deque[_Window] = deque()
         self._rate: tuple[int, int] | None = None
+        self._owned = True
 
     @property
     def meter_uj(self) -> int:
@@ -97,85 +102,86 @@ class Channel:
         return self._last.at_ns
 
     @property
-    def due_ns(self) -> int:
-        """From when on another reading says something new."""
-        return self._last.at_ns + self._last.resolution_ns
+    def open_uj(self) -> int:
+        """What lies in windows and may yet be taken."""
+        return sum(window.idle_left_uj + window.active_left_uj for window in self._windows)
 
-    def advance(self, reading: Reading, process_ns: int, others_ns: int) -> bool:
-        """Close the window that ends with ``reading``; False where the counter cannot have moved yet.
+    def advance(self, reading: Reading, process_ns: int, others_ns: int, owned: bool = True) -> None:
+        """Close the window that ends with ``reading``, unless the counter cannot have moved yet.
 
         ``others_ns`` is the CPU time of other processes during the window, where the meter counts them too.
+        ``owned`` is whether the device's idle energy is for this process to bill.
         """
         length_ns = reading.at_ns - self._last.at_ns
-        if length_ns <= 0 or reading.at_ns < self.due_ns:
-            return False
+        if length_ns <= 0 or length_ns < reading.resolution_ns:
+            return
         energy_uj = reading.energy_uj - self._last.energy_uj
         if not self._idle_known and length_ns >= IDLE_WINDOW_NS:
             self.idle_uw = min(self.idle_uw, energy_uj * NS_PER_S // length_ns)
         idle_uj = min(energy_uj, self.idle_uw * length_ns // NS_PER_S)
         load_ns = process_ns - self._last_process_ns + others_ns if self.by_cpu_time else 0
         self._windows.append(
-            _Window(self._last.at_ns, reading.at_ns, idle_uj, idle_uj, energy_uj - idle_uj, load_ns, others_ns)
+            _Window(self._last.at_ns, reading.at_ns, owned, idle_uj, idle_uj, energy_uj - idle_uj, load_ns, others_ns)
         )
         self._last = reading
         self._last_process_ns = process_ns
-        return True
+        self._owned = owned
 
-    def settle(self) -> list[tuple[Step, Claim]]:
-        """Give every waiting step that the readings now cover its energy."""
-        covered = [step for step in self.pending if step.ended_ns <= self._last.at_ns]
-        if not covered:
-            return []
-        if len(covered) == len(self.pending):
-            self.pending.clear()
-        else:
-            self.pending = deque(step for step in self.pending if step.ended_ns > self._last.at_ns)
-        idle_uj = [0] * len(covered)
-        active_uj = [0] * len(covered)
-        started_ns = min(step.started_ns for step in covered)
+    def settle(self, steps: Sequence[Step]) -> list[Claim]:
+        """Give each of ``steps``, which the readings cover, its energy."""
+        idle_uj = [0] * len(steps)
+        active_uj = [0] * len(steps)
+        longest_ns = [0] * len(steps)
+        started_ns = min((step.started_ns for step in steps), default=self.read_ns)
         for window in reversed(self._windows):
             if window.end_ns <= started_ns:
                 break
-            loads = [self._load_ns(step, window) for step in covered]
+            length_ns = window.end_ns - window.start_ns
+            overlaps = [window.overlap_ns(step) for step in steps]
+            loads = overlaps
+            if self.by_cpu_time:
+                loads = [
+                    step.cpu_ns * overlap_ns // (step.ended_ns - step.started_ns) if overlap_ns else 0
+                    for step, overlap_ns in zip(steps, overlaps, strict=True)
+                ]
             load_ns = max(window.load_left_ns, sum(loads))
-            for i, step in enumerate(covered):
-                overlap_ns = window.overlap_ns(step)
+            window.load_left_ns = load_ns - sum(loads)
+            for i, step in enumerate(steps):
+                overlap_ns = overlaps[i]
                 if not overlap_ns:
                     continue
-                share_ns = (window.end_ns - window.start_ns) * self._executors
-                idle = min(window.idle_left_uj, window.idle_uj * overlap_ns // share_ns)
+                longest_ns[i] = max(longest_ns[i], length_ns)
+                if window.owned and step.device != BESIDE:
+                    idle = min(window.idle_left_uj, window.idle_uj * overlap_ns // (length_ns * self._executors))
+                    window.idle_left_uj -= idle
+                    idle_uj[i] += idle
                 active = window.active_left_uj * loads[i] // load_ns if load_ns else 0
-                window.idle_left_uj -= idle
                 window.active_left_uj -= active
                 load_ns -= loads[i]
-                idle_uj[i] += idle
                 active_uj[i] += active
-            window.load_left_ns = max(0, window.load_left_ns - sum(loads))
-        weight_ns = sum(self._weight_ns(step) for step in covered)
+        weight_ns = sum(step.cpu_ns if self.by_cpu_time else step.ended_ns - step.started_ns for step in steps)
         if weight_ns:
             self._rate = (sum(active_uj), weight_ns)
-        return [(step, Claim(idle_uj[i], active_uj[i], self._quality(step))) for i, step in enumerate(covered)]
+        return [
+            Claim(idle_uj[i], active_uj[i], self._quality(step.ended_ns - step.started_ns, longest_ns[i]))
+            for i, step in enumerate(steps)
+        ]
 
-    def expect(self, step: Step) -> Claim | None:
-        """What a waiting step will cost if it is like the latest that were settled; None before there are any."""
+    def expect(self, cpu_ns: float, time_ns: float) -> Claim | None:
+        """What so much CPU time and time on an executor will cost if they are like the latest that were settled;
+        None before there are any."""
         if self._rate is None:
             return None
         active_uj, weight_ns = self._rate
-        idle_uj = self.idle_uw * (step.ended_ns - step.started_ns) // (NS_PER_S * self._executors)
-        return Claim(idle_uj, active_uj * self._weight_ns(step) // weight_ns, self._quality(step))
-
-    def abandon(self, before_ns: int) -> list[Step]:
-        """Give up the steps that ended before and still wait: the meter has stopped."""
-        lost = [step for step in self.pending if step.ended_ns < before_ns]
-        if lost:
-            self.pending = deque(step for step in self.pending if step.ended_ns >= before_ns)
-        return lost
+        idle_uj = self.idle_uw * time_ns / (NS_PER_S * self._executors) if self._owned else 0
+        active = active_uj * (cpu_ns if self.by_cpu_time else time_ns) / weight_ns
+        return Claim(round(idle_uj), round(active), self._quality(0, 1))
 
     def expire(self, before_ns: int) -> Iterator[tuple[Reason, int]]:
         """Forget the windows that ended before, and say what no step has taken from them."""
         while self._windows and self._windows[0].end_ns < before_ns:
             window = self._windows.popleft()
-            yield Reason.IDLE, window.idle_left_uj
+            yield Reason.IDLE if window.owned else Reason.OTHER_PROCESSES, window.idle_left_uj
             left_uj, load_ns = window.active_left_uj, window.load_left_ns
             if not load_ns:
                 yield Reason.UNRESOLVED, left_uj
@@ -184,16 +190,8 @@ class Channel:
             yield Reason.OTHER_PROCESSES, others_uj
             yield Reason.OVERHEAD, left_uj - others_uj
 
-    def _load_ns(self, step: Step, window: _Window) -> int:
-        overlap_ns = window.overlap_ns(step)
-        if not self.by_cpu_time or not overlap_ns:
-            return overlap_ns
-        return step.cpu_ns * overlap_ns // (step.ended_ns - step.started_ns)
-
-    def _weight_ns(self, step: Step) -> int:
-        return step.cpu_ns if self.by_cpu_time else step.ended_ns - step.started_ns
-
-    def _quality(self, step: Step) -> Quality:
-        if self.quality is Quality.MEASURED and step.ended_ns - step.started_ns < self._last.resolution_ns:
+    def _quality(self, step_ns: int, window_ns: int) -> Quality:
+        """A step is measured where it fills a window at least; the energy of a shorter one is inferred."""
+        if self.quality is Quality.MEASURED and step_ns < window_ns:
             return Quality.APPORTIONED
         return self.quality

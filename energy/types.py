@@ -12,7 +12,7 @@ class Quality(StrEnum):
 
     MEASURED = "measured"
     APPORTIONED = "apportioned"
-    """From a real counter, but the step is shorter than the counter's resolution."""
+    """From a real counter, but the step is shorter than the time between two readings."""
     ESTIMATED = "estimated"
     UNAVAILABLE = "unavailable"
 
@@ -20,9 +20,13 @@ class Quality(StrEnum):
 class Phase(StrEnum):
     """What a step did for a request."""
 
+    PREPROCESS = "preprocess"
+    """Text to token ids; like ``POST``, on no executor."""
     ENCODE = "encode"
     PREFILL = "prefill"
     DECODE = "decode"
+    POST = "post"
+    """Token ids, or scores, to the answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +46,7 @@ class Step:
     """One forward pass of one model on one device, with its work per request."""
 
     device: str
+    """``cpu:<group>`` or ``gpu:<index>``: an executor's; ``cpu`` is work beside the executors."""
     model: str
     started_ns: int
     """Monotonic clock."""
@@ -50,6 +55,15 @@ class Step:
     """CPU time that the process spent during the step, over all threads of the device."""
     work: tuple[Work, ...]
     padding_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Allocated energy of a request on one metered device in one phase."""
+
+    device: str
+    phase: Phase
+    energy_uj: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +80,8 @@ class Bill:
     quality: Quality
     settled: bool
     """Whether this is the final figure."""
+    parts: tuple[Part, ...] = ()
+    """What the allocated energy consists of; of a bill that is not settled, what has been charged by now."""
 
 
 @dataclass(frozen=True, slots=True)

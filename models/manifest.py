@@ -15,6 +15,8 @@ from models.config import TransformerConfig
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
+CALIBRATION_NAME = "energy.json"
+"""May stand beside a manifest and is not in it: what a model's steps cost is a fact of the machine."""
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 Task = Literal["translate", "generate", "answer", "sentiment", "summarize"]
 
@@ -163,7 +165,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
     """
     files = {}
     for path in sorted(folder.iterdir()):
-        if path.name == MANIFEST_NAME:
+        if path.name in (MANIFEST_NAME, CALIBRATION_NAME):
             continue
         if path.is_symlink() or not path.is_file():
             raise ArtefactError(f"{path.name}: only plain files belong into a model folder")

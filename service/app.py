@@ -1,9 +1,9 @@
 """Wires the service, once: settings in, an ASGI application out. Importing this module does nothing."""
 
-import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
+from pathlib import Path
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -12,11 +12,15 @@ from starlette.middleware import Middleware
 from starlette.responses import Response
 
 from energy.account import Account
+from energy.attribution import Coefficients
+from energy.calibration import CalibrationError, read_calibration
 from energy.carbon import Carbon
 from energy.ledger import Ledger
 from energy.meters.choose import MeterSettings, choose_meter
+from energy.owner import Owner
+from energy.sampler import Sampler
 from energy.types import Step
-from models.manifest import ArtefactError, Manifest
+from models.manifest import CALIBRATION_NAME, ArtefactError, Manifest
 from service import __version__
 from service.core import Service
 from service.door import Door
@@ -24,7 +28,7 @@ from service.edge import Edge
 from service.engine.engine import Engine, engine_settings
 from service.errors import TABLE, WattleError, render
 from service.metrics import Metrics
-from service.models import Models, load_models
+from service.models import Model, Models, load_models
 from service.routes.energy import energy_routes
 from service.routes.huggingface import huggingface_routes
 from service.routes.libretranslate import libretranslate_routes
@@ -34,7 +38,6 @@ from service.routes.tasks import task_routes
 from service.settings import Settings
 from service.tasks import TASKS
 
-SAMPLE_INTERVAL_S = 1.0
 DESCRIPTION = "Five NLP tasks over HTTP; every answer says what it cost in joules and grams of CO2e."
 
 _log = logging.getLogger(__name__)
@@ -48,11 +51,7 @@ def create_app(settings: Settings, build: Build | None = None) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         with (build or build_service)(settings) as service:
             app.state.service = service
-            sampler = asyncio.create_task(_sample(service.account))
             yield
-            sampler.cancel()
-            with suppress(asyncio.CancelledError):
-                await sampler
 
     kinds = (*(kind for kind in TABLE if kind is not Exception), WattleError, RequestValidationError, HTTPException)
     app = FastAPI(
@@ -77,27 +76,30 @@ def build_service(settings: Settings) -> Iterator[Service]:
     """Everything that answers requests, ready to; what runs when it is left gets time to finish."""
     models = open_models(settings)
     metrics = Metrics()
-    account = open_account(settings)
+    account = open_account(settings, read_coefficients(models, settings.state))
 
     def record(step: Step) -> None:
         account.record(step)
         metrics.step(step)
 
-    engine = Engine(models.served, record, engine_settings(settings))
-    metrics.watch(engine.queue_depth, engine.running, account.totals)
     try:
-        yield Service(
-            models=models,
-            engine=engine,
-            account=account,
-            metrics=metrics,
-            door=Door(settings.max_concurrent_requests),
-            max_client_batch_size=settings.max_client_batch_size,
-            request_timeout_s=settings.request_timeout_s,
-        )
+        with Sampler(account, settings.sample_interval_ms / 1000):
+            engine = Engine(models.served, record, engine_settings(settings))
+            metrics.watch(engine.queue_depth, engine.running, account.totals)
+            try:
+                yield Service(
+                    models=models,
+                    engine=engine,
+                    account=account,
+                    metrics=metrics,
+                    door=Door(settings.max_concurrent_requests),
+                    max_client_batch_size=settings.max_client_batch_size,
+                    request_timeout_s=settings.request_timeout_s,
+                )
+            finally:
+                engine.drain(settings.drain_timeout_s)
+                engine.close()
     finally:
-        engine.drain(settings.drain_timeout_s)
-        engine.close()
         account.shutdown()
 
 
@@ -112,18 +114,47 @@ def open_models(settings: Settings) -> Models:
     return models
 
 
-def open_account(settings: Settings) -> Account:
-    """The energy account that ``settings`` describe; logs which meter it reads, or why there is none."""
-    choice = choose_meter(
-        MeterSettings(
-            meter=settings.meter, powercap_root=settings.powercap_root, watts_per_core=settings.watts_per_core
-        )
+def read_coefficients(models: Models, state: Path) -> dict[str, Coefficients]:
+    """What ``wattle calibrate`` found for ``models``; logs for which of them that cannot be used."""
+    known = {}
+    for name, model in models.served.items():
+        try:
+            found = read_calibration(name, model.manifest.revision, *calibration_places(model, state))
+        except CalibrationError as error:
+            _log.warning("the default coefficients are used for %s: %s", name, error)
+        else:
+            if found is not None:
+                known[name] = found.fit.coefficients
+    return known
+
+
+def calibration_places(model: Model, state: Path) -> tuple[Path, Path]:
+    """Where a model's calibration lies: beside its manifest, or in the state folder where that is read-only."""
+    return model.folder / CALIBRATION_NAME, state / "calibration" / f"{model.name}.json"
+
+
+def meter_settings(settings: Settings) -> MeterSettings:
+    """What ``settings`` say of meters."""
+    return MeterSettings(
+        meter=settings.meter, powercap_root=settings.powercap_root, watts_per_core=settings.watts_per_core
     )
+
+
+def open_account(settings: Settings, coefficients: Mapping[str, Coefficients]) -> Account:
+    """The energy account that ``settings`` describe; logs which meter it reads, or why there is none."""
+    choice = choose_meter(meter_settings(settings))
     for finding in choice.findings:
         _log.info("meter %s %s: %s", finding.source, "used" if finding.used else "not used", finding.detail)
     carbon = Carbon(settings.grid_zone, settings.pue, settings.embodied_kg)
     _log.info("carbon: %s, %g gCO2e/kWh", carbon.assumptions.zone, carbon.assumptions.gco2e_per_kwh)
-    return Account(choice.meter, carbon, Ledger(settings.ledger), executors=settings.executors)
+    return Account(
+        choice.meter,
+        carbon,
+        Ledger(settings.ledger),
+        executors=settings.executors,
+        coefficients=coefficients,
+        owner=Owner(settings.state),
+    )
 
 
 def check_manifest(manifest: Manifest) -> None:
@@ -133,13 +164,6 @@ def check_manifest(manifest: Manifest) -> None:
     for task in TASKS:
         if task.name in manifest.tasks:
             task.check(manifest)
-
-
-async def _sample(account: Account) -> None:
-    """Settle what waits for a reading, also while nobody asks for anything."""
-    while True:
-        await asyncio.sleep(SAMPLE_INTERVAL_S)
-        await asyncio.to_thread(account.sample)
 
 
 async def _answer(request: Request, error: Exception) -> Response:

@@ -2,15 +2,17 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, Protocol, TypeVar
 
 from pydantic import BaseModel
 
 from energy.account import Account
-from energy.types import Bill, Quality, RequestRecord
+from energy.settlement import BESIDE
+from energy.types import Bill, Phase, Quality, RequestRecord, Step, Work
 from service.door import Door
 from service.engine.types import EngineClosed, Item, Output, Overloaded, Ticket, WriteOutput
 from service.errors import DeadlineExceeded, InvalidValue, NotReady
@@ -20,6 +22,7 @@ from service.streaming import Transcript, overhear
 from service.tasks.base import Encoded, Task, TaskRequest
 
 NS_PER_MS = 1_000_000
+T = TypeVar("T")
 
 
 class Engine(Protocol):
@@ -95,17 +98,19 @@ class Service:
         """
         model, texts = self._choose(task, request)
         # A reading close to the start of the request's steps makes its figure sharp.
-        self.account.sample()
+        self.account.wake()
         with self.door.admit(texts), self._billed(request_id, task.name, model) as receipt:
             async with _deadline(self.request_timeout_s):
-                encoded = await asyncio.to_thread(task.encode, request, model, request_id)
+                encode = partial(task.encode, request, model, request_id)
+                encoded = await self._beside(receipt, Phase.PREPROCESS, encode)
                 receipt.input_tokens = sum(len(item.input_ids) for item in encoded.items)
                 items = encoded.items if listener is None else await _overheard(task, encoded, model, listener)
                 with self._submitted(model, items) as tickets:
                     if listener is not None:
                         listener.accepted(receipt)
                     receipt.outputs = await _outputs(tickets)
-                receipt.results = await asyncio.to_thread(task.decode, encoded.plan, model, receipt.outputs)
+                decode = partial(task.decode, encoded.plan, model, receipt.outputs)
+                receipt.results = await self._beside(receipt, Phase.POST, decode)
         return receipt
 
     def _choose(self, task: Task[Any, Any], request: TaskRequest) -> tuple[Model, int]:
@@ -115,6 +120,20 @@ class Service:
         if texts > self.max_client_batch_size:
             raise InvalidValue(task.texts, f"holds {texts} texts; at most {self.max_client_batch_size} are allowed")
         return task.choose(request, self.models), texts
+
+    async def _beside(self, receipt: Receipt, phase: Phase, work: Callable[[], T]) -> T:
+        """Do ``work`` on a thread of the pool, and record its CPU time as a step beside the executors."""
+
+        def timed() -> T:
+            started_ns, cpu_ns = time.monotonic_ns(), time.thread_time_ns()
+            try:
+                return work()
+            finally:
+                cpu_ns = time.thread_time_ns() - cpu_ns
+                done = (Work(receipt.request_id, phase, 0),)
+                self.account.record(Step(BESIDE, receipt.model.name, started_ns, time.monotonic_ns(), cpu_ns, done))
+
+        return await asyncio.to_thread(timed)
 
     @contextmanager
     def _submitted(self, model: Model, items: Sequence[Item]) -> Iterator[list[Ticket]]:

@@ -108,11 +108,17 @@ class _Live(Collector):
             "Energy counted and settled: the sum of attributed and unattributed.",
             labels=("device", "source"),
         )
+        open_ = GaugeMetricFamily(
+            "wattle_open_energy_joules", "Energy counted but not yet settled.", labels=("device",)
+        )
         residual = GaugeMetricFamily(
-            "wattle_energy_residual_joules", "Energy counted but not yet settled.", labels=("device",)
+            "wattle_energy_residual_joules",
+            "What was counted less what is settled or open: 0, or there is an error in the books.",
+            labels=("device",),
         )
         for total in totals.meters:
             meter.add_metric((total.device, total.source), total.settled_uj / UJ_PER_J)
+            open_.add_metric((total.device,), total.open_uj / UJ_PER_J)
             residual.add_metric((total.device,), total.residual_uj / UJ_PER_J)
         attributed = CounterMetricFamily(
             "wattle_attributed_energy_joules",
@@ -127,4 +133,4 @@ class _Live(Collector):
         )
         for rest in totals.unattributed:
             unattributed.add_metric((rest.device, rest.reason), rest.energy_uj / UJ_PER_J)
-        yield from (meter, residual, attributed, unattributed)
+        yield from (meter, open_, residual, attributed, unattributed)

@@ -74,6 +74,9 @@ class Settings(BaseSettings):
     watts_per_core: float | None = Field(
         None, gt=0, description="Power of a busy core for the estimate; unset, the processor is looked up."
     )
+    sample_interval_ms: int = Field(
+        50, ge=20, le=100, description="Milliseconds between two readings of the meters while anything is computed."
+    )
     grid_zone: str | None = Field(
         None,
         description="Electricity grid, as an ISO 3166 code such as DEU; unset, bills name the world average.",
@@ -82,8 +85,13 @@ class Settings(BaseSettings):
     embodied_kg: float | None = Field(
         None, ge=0, description="Kilograms of CO2e that making this machine cost; unset, no bill includes any."
     )
+    state: Path = Field(
+        default_factory=_state_folder,
+        description="Folder of what outlives the process: the ledger, who meters this machine, and calibrations of "
+        "models in read-only folders.",
+    )
     ledger: Path = Field(
-        default_factory=lambda: _state_folder() / "ledger.sqlite",
+        default_factory=lambda settings: settings["state"] / "ledger.sqlite",
         description="SQLite file with one record per request; where it cannot be written the service runs without.",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severity to log.")

@@ -79,7 +79,7 @@ def test_trained_exported_served_answered(folder: Path, capsys: pytest.CaptureFi
     assert wattle.main(["train", recipe, *places, "--threads", "1"]) == 0
     assert "translate-tiny: " in capsys.readouterr().out
 
-    settings = Settings(models=(folder / "models",), ledger=folder / "ledger.sqlite")
+    settings = Settings(models=(folder / "models",), state=folder / "state")
     with TestClient(create_app(settings)) as client:
         answer = client.post("/v1/translate", json={"input": ["two six six two", "five one one five"], "target": "de"})
         assert answer.status_code == 200

@@ -30,8 +30,8 @@ MAX_STARTERS_BYTES = 64_000_000
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The starters, served as `make serve` does, on a free port."""
-    ledger = tmp_path_factory.mktemp("ledger") / "ledger.sqlite"
-    command = [sys.executable, "-m", "wattle", "serve", "--port", "0", "--ledger", str(ledger)]
+    state = tmp_path_factory.mktemp("state")
+    command = [sys.executable, "-m", "wattle", "serve", "--port", "0", "--state", str(state)]
     server = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert server.stdout is not None
     try:

@@ -18,8 +18,8 @@ class MeterSettings:
     """What the operator asks for. ``auto`` reads each device in the best way that this machine allows."""
 
     meter: MeterKind = "auto"
-    gpus: tuple[int, ...] = ()
-    """NVML indices of the GPUs that run steps; a GPU that runs none is not the service's to bill."""
+    gpus: tuple[int, ...] | None = ()
+    """NVML indices of the GPUs that run steps, None for all; a GPU that runs none is not the service's to bill."""
     powercap_root: Path = Path("/sys/class/powercap")
     watts_per_core: float | None = None
     """For the estimate; None looks the processor up."""
@@ -59,8 +59,8 @@ def choose_meter(settings: MeterSettings, clock: Clock | None = None) -> Choice:
             found.append(meter)
         return present
 
-    if wanted == "nvml" or (wanted == "auto" and settings.gpus):
-        add("nvml", open_nvml(settings.gpus or (0,), clock))
+    if wanted == "nvml" or (wanted == "auto" and settings.gpus != ()):
+        add("nvml", open_nvml(settings.gpus or None, clock))
     counted = wanted in ("auto", "powercap") and add("powercap", open_powercap(settings.powercap_root, clock))
     if wanted == "estimate" or (wanted == "auto" and not counted):
         add("estimate", Estimator(model_power(settings.watts_per_core), clock))

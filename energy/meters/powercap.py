@@ -1,6 +1,7 @@
 """Processor packages and memory through Linux powercap (RAPL). Knows nothing of requests."""
 
 import logging
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,13 +20,14 @@ RESOLUTION_NS = 1_000_000
 @dataclass(slots=True)
 class _Zone:
     device: str
-    energy: Path
+    descriptor: int
+    """Of its counter: held until the process ends, for opening it anew costs more than reading it."""
     range_uj: int
     last_uj: int
     total_uj: int = 0
 
     def advance(self) -> None:
-        now_uj = _read_int(self.energy)
+        now_uj = int(os.pread(self.descriptor, 32, 0))
         # The counter starts again at its range; the difference is right as long as it wraps once between reads.
         self.total_uj += (now_uj - self.last_uj) % self.range_uj
         self.last_uj = now_uj
@@ -56,6 +58,8 @@ class Powercap:
                 _log.warning("powercap cannot be read any more: %s", error)
             self._failing = True
             return ()
+        if self._failing:
+            _log.warning("powercap is read again")
         self._failing = False
         at_ns = self._clock.monotonic_ns()
         return tuple(
@@ -74,12 +78,7 @@ class Powercap:
 def open_powercap(root: Path, clock: Clock) -> Powercap | Unavailable:
     """The meter of the powercap tree at ``root``, or why there is none and how to mend that."""
     try:
-        zones = [
-            _Zone(device, folder / "energy_uj", _read_int(folder / "max_energy_range_uj"), 0)
-            for device, folder in _find_zones(root)
-        ]
-        for zone in zones:
-            zone.last_uj = _read_int(zone.energy)
+        zones = [_open_zone(device, folder) for device, folder in _find_zones(root)]
     except PermissionError as error:
         return Unavailable(
             f"{error.filename} may be read by root only (so since Linux 5.10); "
@@ -93,6 +92,12 @@ def open_powercap(root: Path, clock: Clock) -> Powercap | Unavailable:
             f"(mount the host's tree and set powercap_root), or a kernel without the module intel_rapl_msr"
         )
     return Powercap(zones, clock)
+
+
+def _open_zone(device: str, folder: Path) -> _Zone:
+    range_uj = int((folder / "max_energy_range_uj").read_bytes())
+    descriptor = os.open(folder / "energy_uj", os.O_RDONLY | os.O_CLOEXEC)
+    return _Zone(device, descriptor, range_uj, int(os.pread(descriptor, 32, 0)))
 
 
 def _find_zones(root: Path) -> list[tuple[str, Path]]:
@@ -122,8 +127,3 @@ def _name(folder: Path) -> str:
         return (folder / "name").read_text(encoding="ascii").strip()
     except (FileNotFoundError, NotADirectoryError):
         return ""
-
-
-def _read_int(path: Path) -> int:
-    with path.open("rb", buffering=0) as file:
-        return int(file.read(32))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from energy.clock import Clock
 from energy.meters.base import Reading
-from energy.types import Phase, Quality, Step, Work
+from energy.types import Phase, Quality, SettledRecord, Step, Work
 
 MS = 1_000_000
 S = 1_000_000_000
@@ -46,6 +46,22 @@ class CountingMeter:
             Reading(device, self.source, self.held.now_ns, energy_uj, self.resolution_ns, self.quality)
             for device, energy_uj in self.energy_uj.items()
         )
+
+
+class Book:
+    """A ledger that keeps everything, in memory."""
+
+    def __init__(self) -> None:
+        self.records: dict[str, SettledRecord] = {}
+
+    def put(self, record: SettledRecord) -> None:
+        self.records[record.request.request_id] = record
+
+    def find(self, request_id: str) -> SettledRecord | None:
+        return self.records.get(request_id)
+
+    def close(self) -> None:
+        pass
 
 
 def step(

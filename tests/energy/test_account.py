@@ -8,16 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from energy.account import Account, Totals, observe_idle
+from energy.account import Account, Totals
 from energy.carbon import Carbon
 from energy.clock import Clock
 from energy.host import Neighbours
 from energy.ledger import Ledger
 from energy.meters.base import Unavailable
 from energy.meters.estimator import Estimator, PowerModel
+from energy.meters.observe import observe_idle
+from energy.sampler import Sampler
 from energy.settlement import HORIZON_NS, Reason
-from energy.types import Phase, Quality, RequestRecord, Step, Work
-from tests.energy.fakes import MS, CountingMeter, HeldClock, S, encode, step
+from energy.types import Bill, Part, Phase, Quality, RequestRecord, Step, Work
+from tests.energy.fakes import MS, Book, CountingMeter, HeldClock, S, encode, step
 
 ALONE = Neighbours(Path("/nonexistent"))
 
@@ -29,7 +31,16 @@ def over(request_id: str, status: str = "ok", task: str = "translate") -> Reques
 def counted(held: HeldClock, meter: CountingMeter, executors: int = 1, idle_uw: int = 10_000_000) -> Account:
     """An account on a counter; idle power is 10 W unless said otherwise."""
     idle = dict.fromkeys(meter.energy_uj, idle_uw)
-    return Account(meter, Carbon(), None, executors=executors, idle_uw=idle, neighbours=ALONE, clock=held.clock)
+    return Account(meter, Carbon(), Book(), executors=executors, idle_uw=idle, neighbours=ALONE, clock=held.clock)
+
+
+def bill_of(account: Account, request_id: str, status: str = "ok") -> Bill:
+    """Close a request and settle it as far as the meter goes."""
+    account.close(over(request_id, status))
+    account.sample()
+    found = account.find(request_id)
+    assert found is not None
+    return found.bill
 
 
 def check_balance(totals: Totals) -> None:
@@ -39,7 +50,8 @@ def check_balance(totals: Totals) -> None:
         settled[row.device] += row.energy_uj
     for meter in totals.meters:
         assert meter.settled_uj == settled[meter.device]
-        assert meter.residual_uj >= 0
+        assert meter.residual_uj == 0
+        assert meter.open_uj >= 0
 
 
 def unattributed(totals: Totals) -> dict[Reason, int]:
@@ -79,14 +91,14 @@ class TestCounter:
         meter.energy_uj["cpu"] += 500_000
         account.record(step(held, 10, encode("a", 30), encode("b", 10)))
         # 10 W of idle for 10 ms are 100,000 uJ. F is four tokens: 2 + 30 and 2 + 10 of 44.
-        a, b = account.close(over("a")), account.close(over("b"))
+        a, b = bill_of(account, "a"), bill_of(account, "b")
         assert (a.active_uj, a.allocated_uj) == (290_909, 290_909 + 72_727)
         assert (b.active_uj, b.allocated_uj) == (109_091, 109_091 + 27_273)
         assert (a.quality, a.settled) == (Quality.MEASURED, True)
         totals = account.totals()
         check_balance(totals)
         assert totals.meters[0].settled_uj == 500_000
-        assert totals.meters[0].residual_uj == 0
+        assert totals.meters[0].open_uj == 0
         assert {(row.task, row.model, row.phase, row.quality) for row in totals.attributed} == {
             ("translate", "tiny", Phase.ENCODE, Quality.MEASURED)
         }
@@ -98,7 +110,7 @@ class TestCounter:
         held.run(ms=100, cpu_ms=10)
         meter.energy_uj["cpu"] += 1_200_000
         account.record(step(held, 20, encode("a"), cpu_ms=8))
-        bill = account.close(over("a"))
+        bill = bill_of(account, "a")
         # 1 J of idle, a fifth of it in the step; 0.2 J active, of which the step had 8 of 10 ms.
         assert (bill.active_uj, bill.allocated_uj) == (160_000, 360_000)
         totals = everything_settled(held, account)
@@ -112,10 +124,8 @@ class TestCounter:
         meter.energy_uj["cpu"] += 260_000
         account.record(step(held, 10, encode("a"), cpu_ms=10))
         account.record(step(held, 10, encode("b"), cpu_ms=6, device="cpu:1"))
-        held.run(ms=1)
-        account.sample()
         # 0.1 J of idle, half of it to each of two executors; 0.16 J active for 16 ms of CPU time.
-        a, b = account.close(over("a")), account.close(over("b"))
+        a, b = bill_of(account, "a"), bill_of(account, "b")
         assert (a.active_uj, a.allocated_uj) == (100_000, 150_000)
         assert (b.active_uj, b.allocated_uj) == (60_000, 110_000)
 
@@ -129,7 +139,7 @@ class TestCounter:
             account.record(step(held, 10, encode(f"short {i}")))
         account.record(step(held, 40, encode("long"), device="cpu:1"))
         held.run(ms=1)
-        bills = [account.close(over(name)) for name in ("short 0", "short 1", "short 2", "short 3", "long")]
+        bills = [bill_of(account, name) for name in ("short 0", "short 1", "short 2", "short 3", "long")]
         assert [bill.active_uj for bill in bills] == [100_000] * 4 + [400_000]
 
     def test_a_step_shorter_than_the_counter_moves_is_apportioned_later(
@@ -139,16 +149,16 @@ class TestCounter:
         account = counted(held, meter, idle_uw=0)
         held.run(ms=40, cpu_ms=40)
         account.record(step(held, 40, encode("a")))
-        early = account.close(over("a"))
+        early = bill_of(account, "a")
         assert (early.allocated_uj, early.quality, early.settled) == (None, Quality.UNAVAILABLE, False)
         held.run(ms=60, cpu_ms=60)
         meter.energy_uj["cpu"] += 1_000_000
         account.record(step(held, 60, encode("b")))
-        b = account.close(over("b"))
+        b = bill_of(account, "b")
         assert (b.active_uj, b.quality, b.settled) == (600_000, Quality.APPORTIONED, True)
         held.run(ms=20, cpu_ms=20)
         account.record(step(held, 20, encode("c")))
-        c = account.close(over("c"))
+        c = bill_of(account, "c")
         # As the steps before: 10 uJ a microsecond of CPU time.
         assert (c.active_uj, c.quality, c.settled) == (200_000, Quality.APPORTIONED, False)
 
@@ -159,13 +169,13 @@ class TestCounter:
         stat.write_text("cpu 1000 0 0 5000 0 0 0 0 0 0\n")
         neighbours = Neighbours(stat)
         assert neighbours.busy_ns(held.now_ns, held.cpu_ns, S) == 0
-        account = Account(meter, Carbon(), None, idle_uw={"cpu": 0}, neighbours=neighbours, clock=held.clock)
+        account = Account(meter, Carbon(), Book(), idle_uw={"cpu": 0}, neighbours=neighbours, clock=held.clock)
         held.run(ms=1000, cpu_ms=1000)
         # 4 s of CPU time on the machine, 1 s of it ours.
         stat.write_text("cpu 1400 0 0 5000 0 0 0 0 0 0\n")
         meter.energy_uj["cpu"] += 8_000_000
         account.record(step(held, 1000, encode("a")))
-        assert account.close(over("a")).active_uj == 2_000_000
+        assert bill_of(account, "a").active_uj == 2_000_000
         assert unattributed(everything_settled(held, account)) == {Reason.OTHER_PROCESSES: 6_000_000}
 
     def test_idle_power_is_the_lowest_seen(self, held: HeldClock, meter: CountingMeter) -> None:
@@ -176,7 +186,7 @@ class TestCounter:
         held.run(ms=10, cpu_ms=10)
         meter.energy_uj["cpu"] += 100_000
         account.record(step(held, 10, encode("a")))
-        bill = account.close(over("a"))
+        bill = bill_of(account, "a")
         assert (bill.active_uj, bill.allocated_uj) == (60_000, 100_000)
 
     def test_a_meter_that_stops_makes_bills_unknown_not_zero(self, held: HeldClock, meter: CountingMeter) -> None:
@@ -184,16 +194,18 @@ class TestCounter:
         meter.broken = True
         held.run(ms=10, cpu_ms=10)
         account.record(step(held, 10, encode("a")))
-        account.close(over("a"))
+        bill_of(account, "a")
         held.run(ms=HORIZON_NS // MS + 1)
-        totals = account.totals()
-        assert totals.attributed == ()
-        assert account.find("a") is None  # settled, and there is no ledger to remember it
+        account.sample()
+        assert account.totals().attributed == ()
+        found = account.find("a")
+        assert found is not None and found.bill.settled
+        assert (found.bill.allocated_uj, found.bill.quality) == (None, Quality.UNAVAILABLE)
         meter.broken = False
         held.run(ms=10, cpu_ms=10)
         meter.energy_uj["cpu"] += 300_000
         account.record(step(held, 10, encode("b")))
-        assert account.close(over("b")).settled
+        assert bill_of(account, "b").settled
 
     def test_idle_power_is_watched_where_nobody_knows_it(self) -> None:
         class Ticking(CountingMeter):
@@ -212,7 +224,7 @@ class TestGpu:
         held.run(ms=100, cpu_ms=10)
         meter.energy_uj |= {"cpu": 100_000, "dram": 5000, "gpu:0": 30_000_000, "gpu:1": 77}
         account.record(step(held, 20, encode("a"), cpu_ms=10, device="gpu:0"))
-        assert account.close(over("a")).active_uj == 30_105_000
+        assert bill_of(account, "a").active_uj == 30_105_000
         totals = everything_settled(held, account)
         check_balance(totals)
         assert unattributed(totals) == {Reason.UNRESOLVED: 77}
@@ -221,7 +233,7 @@ class TestGpu:
         account = counted(held, meter)
         held.run(ms=10, cpu_ms=10)
         account.record(step(held, 10, encode("a"), device="gpu:0"))
-        bill = account.close(over("a"))
+        bill = bill_of(account, "a")
         assert (bill.active_uj, bill.quality, bill.settled) == (None, Quality.UNAVAILABLE, True)
 
 
@@ -230,43 +242,49 @@ class TestEstimate:
     def account(self, held: HeldClock) -> Account:
         # 2.76 W for a busy core, 1.48 W idle for two cores, no memory.
         model = PowerModel(watts_per_core=3.5, cores=2, memory_gb=0, basis="a test")
-        return Account(Estimator(model, held.clock), Carbon(), None, executors=2, clock=held.clock)
+        return Account(Estimator(model, held.clock), Carbon(), Book(), executors=2, clock=held.clock)
 
     def test_a_step_costs_its_cpu_time_and_its_executors_idle(self, held: HeldClock, account: Account) -> None:
         held.run(ms=5000)
         account.sample()
         held.run(ms=100, cpu_ms=100)
         account.record(step(held, 100, encode("a")))
-        bill = account.close(over("a"))
+        bill = bill_of(account, "a")
         assert (bill.active_uj, bill.allocated_uj) == (276_000, 276_000 + 74_000)
         assert (bill.quality, bill.settled) == (Quality.ESTIMATED, True)
         check_balance(account.totals())
 
     def test_a_refused_request_costs_nothing(self, account: Account) -> None:
-        bill = account.close(over("a", status="refused"))
+        bill = bill_of(account, "a", "refused")
         assert (bill.active_uj, bill.allocated_uj, bill.gco2e) == (0, 0, 0)
         assert (bill.quality, bill.settled) == (Quality.ESTIMATED, True)
 
     def test_a_running_request_has_a_provisional_bill(self, held: HeldClock, account: Account) -> None:
         assert account.bill("a").active_uj == 0
-        for expected_uj in (276_000, 552_000):
+        for expected_uj in (276_000, 552_000, 828_000):
             held.run(ms=100, cpu_ms=100)
             account.record(step(held, 100, encode("a")))
+            if expected_uj == 276_000:
+                assert account.bill("a").active_uj is None  # nothing has been settled yet to judge by
+                account.sample()
             bill = account.bill("a")
             assert (bill.active_uj, bill.settled) == (expected_uj, False)
+            assert bill.allocated_uj == expected_uj + 74_000 * expected_uj // 276_000
+        account.sample()
         assert account.totals().attributed == ()
-        assert account.totals().meters[0].residual_uj == 2 * (276_000 + 148_000)
+        assert account.totals().meters[0].open_uj == 3 * (276_000 + 148_000)
 
     def test_cancelled_work_stays_on_the_request_that_caused_it(self, held: HeldClock, account: Account) -> None:
         held.run(ms=100, cpu_ms=100)
         account.record(step(held, 100, encode("a"), encode("b")))
-        first = account.close(over("a", status="cancelled"))
+        first = bill_of(account, "a", "cancelled")
         assert (first.active_uj, first.settled) == (138_000, False)
         held.run(ms=100, cpu_ms=100)
         account.record(step(held, 100, encode("a"), encode("b")))  # was running when the client left
+        account.sample()
         late = account.find("a")
         assert late is not None and late.bill.active_uj == 276_000
-        account.close(over("b"))
+        bill_of(account, "b")
         totals = everything_settled(held, account)
         check_balance(totals)
         assert sum(row.energy_uj for row in totals.attributed) == 2 * (276_000 + 74_000)
@@ -274,6 +292,7 @@ class TestEstimate:
     def test_steps_without_requests_are_warm_up(self, held: HeldClock, account: Account) -> None:
         held.run(ms=100, cpu_ms=100)
         account.record(step(held, 100))
+        account.sample()
         totals = account.totals()
         assert unattributed(totals) == {Reason.WARM_UP: 276_000 + 74_000}
 
@@ -281,10 +300,10 @@ class TestEstimate:
         model = PowerModel(watts_per_core=3.5, cores=2, memory_gb=4, basis="a test")
         year_ns = int(365.25 * 86400) * S
         carbon = Carbon(embodied_kg=1, life_years=50 * MS / year_ns)  # a machine that lives for 50 ms
-        account = Account(Estimator(model, held.clock), carbon, None, executors=2, clock=held.clock)
+        account = Account(Estimator(model, held.clock), carbon, Book(), executors=2, clock=held.clock)
         held.run(ms=50, cpu_ms=50)
         account.record(step(held, 50, encode("a")))
-        bill = account.close(over("a"))
+        bill = bill_of(account, "a")
         assert bill.allocated_uj is not None and bill.gco2e is not None
         # One of two executors for the machine's whole life: half of it.
         assert bill.gco2e - Carbon().gco2e(bill.allocated_uj, 0) == pytest.approx(500)
@@ -293,18 +312,18 @@ class TestEstimate:
         for work in (Work("a", Phase.PREFILL, 12), Work("a", Phase.DECODE, 1, 12)):
             held.run(ms=10, cpu_ms=10)
             account.record(step(held, 10, work))
-        account.close(over("a"))
+        bill_of(account, "a")
         by_phase = {row.phase: row.energy_uj for row in account.totals().attributed if row.device == "cpu"}
         assert by_phase == {Phase.PREFILL: 27_600 + 7400, Phase.DECODE: 27_600 + 7400}
 
 
 class TestUnavailable:
     def test_bills_are_unknown(self, held: HeldClock) -> None:
-        account = Account(Unavailable("a test"), Carbon(), None, clock=held.clock)
+        account = Account(Unavailable("a test"), Carbon(), Book(), clock=held.clock)
         held.run(ms=10, cpu_ms=10)
         account.record(step(held, 10, encode("a")))
         for request_id in ("a", "refused"):
-            bill = account.close(over(request_id))
+            bill = bill_of(account, request_id)
             assert (bill.active_uj, bill.allocated_uj, bill.gco2e) == (None, None, None)
             assert (bill.quality, bill.settled) == (Quality.UNAVAILABLE, True)
         assert account.totals() == Totals((), (), ())
@@ -312,21 +331,27 @@ class TestUnavailable:
 
 class TestRecords:
     def test_settled_requests_are_found_and_logged_once(
-        self, held: HeldClock, meter: CountingMeter, ledger: Ledger, caplog: pytest.LogCaptureFixture
+        self, held: HeldClock, meter: CountingMeter, caplog: pytest.LogCaptureFixture
     ) -> None:
         caplog.set_level(logging.INFO, logger="wattle.requests")
-        account = Account(meter, Carbon("DEU"), ledger, idle_uw={"cpu": 0}, neighbours=ALONE, clock=held.clock)
+        account = Account(meter, Carbon("DEU"), Book(), idle_uw={"cpu": 0}, neighbours=ALONE, clock=held.clock)
         held.run(ms=10, cpu_ms=10)
         meter.energy_uj["cpu"] += 360_000
         account.record(step(held, 10, encode("a")))
         assert account.find("a") is None  # still running
-        bill = account.close(over("a"))
+        closed_s = held.wall_s
+        assert not account.close(over("a")).settled
+        held.run(ms=10)
+        for _ in range(2):
+            account.sample()
         found = account.find("a")
         assert found is not None
-        assert (found.bill, found.request, found.time_s) == (bill, over("a"), held.wall_s)
+        assert (found.bill.settled, found.request, found.time_s) == (True, over("a"), closed_s)
+        assert found.bill.parts == (Part("cpu", Phase.ENCODE, 360_000),)
         (line,) = [json.loads(entry.getMessage()) for entry in caplog.records]
         assert (line["request_id"], line["task"], line["status"]) == ("a", "translate", "ok")
-        assert (line["active_uj"], line["quality"]) == (360_000, "measured")
+        assert (line["active_uj"], line["quality"]) == (360_000, "apportioned")
+        assert line["parts"] == [{"device": "cpu", "phase": "encode", "energy_uj": 360_000}]
         assert line["gco2e"] == pytest.approx(360_000 / 3.6e12 * 380.95)
         assert (line["carbon"]["zone"], line["carbon"]["pue"]) == ("DEU", 1.0)
 
@@ -370,10 +395,11 @@ def test_many_threads_conserve_every_microjoule(tmp_path: Path) -> None:
                 snapshots.append(account.totals())
 
     threads = [threading.Thread(target=execute, args=(executor,)) for executor in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with Sampler(account, interval_s=0.002):
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
     account.shutdown()
     snapshots.append(account.totals())
     for snapshot in snapshots:
@@ -390,7 +416,7 @@ def test_many_threads_conserve_every_microjoule(tmp_path: Path) -> None:
 def test_recording_is_cheap() -> None:
     model = PowerModel(watts_per_core=3.5, cores=2, memory_gb=8, basis="a test")
     held = HeldClock()
-    account = Account(Estimator(model, held.clock), Carbon(), None, clock=held.clock)
+    account = Account(Estimator(model, held.clock), Carbon(), Book(), clock=held.clock)
     work = tuple(Work(f"r{i}", Phase.DECODE, 1, 50) for i in range(8))
     durations = []
     for _ in range(300):

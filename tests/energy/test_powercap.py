@@ -1,8 +1,11 @@
 import os
 import pwd
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from energy.meters.base import Unavailable
 from energy.meters.powercap import Powercap, open_powercap
@@ -32,6 +35,20 @@ def test_counts_from_its_creation_and_wraps_around(tmp_path: Path) -> None:
     assert energies(meter) == {"cpu": 900}
     set_uj(package, 400)
     assert energies(meter) == {"cpu": 1400}
+
+
+@given(st.lists(st.integers(0, 999), max_size=40), st.integers(0, 999))
+def test_wrapped_counters_count_as_unwrapped_ones_do(steps: list[int], start: int) -> None:
+    with TemporaryDirectory() as folder:
+        wrapped = write_zone(Path(folder, "a", "intel-rapl:0"), "package-0", start, range_uj=1000)
+        plain = write_zone(Path(folder, "b", "intel-rapl:0"), "package-0", start, range_uj=10**9)
+        meters = opened(wrapped.parent), opened(plain.parent)
+        total = start
+        for step in steps:
+            total += step
+            set_uj(wrapped, total % 1000)
+            set_uj(plain, total)
+            assert energies(meters[0]) == energies(meters[1]) == {"cpu": total - start}
 
 
 def test_a_reading_says_what_it_is(tmp_path: Path) -> None:
@@ -77,12 +94,13 @@ def test_missing_memory_is_said(tmp_path: Path) -> None:
 def test_a_counter_that_vanishes_gives_no_reading_at_all(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     package = write_zone(tmp_path / "intel-rapl:0", "package-0", 100)
     meter = opened(tmp_path)
-    (package / "energy_uj").unlink()
+    (package / "energy_uj").write_text("")
     assert meter.read() == ()
     assert meter.read() == ()
     assert len(caplog.records) == 1
     set_uj(package, 150)
     assert energies(meter) == {"cpu": 50}
+    assert "is read again" in caplog.text
 
 
 @pytest.mark.parametrize("make_root", [True, False])

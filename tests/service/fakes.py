@@ -15,7 +15,7 @@ from tokenizers import models as tokenizer_models
 
 from energy.account import Attributed, MeterTotal, Totals, Unattributed
 from energy.settlement import Reason
-from energy.types import Bill, CarbonAssumptions, Phase, Quality, RequestRecord, SettledRecord
+from energy.types import Bill, CarbonAssumptions, Phase, Quality, RequestRecord, SettledRecord, Step
 from models.config import TransformerConfig
 from models.manifest import GenerationDefaults, Manifest, Quantisation, SpecialIds, write_manifest
 from service.app import open_models
@@ -232,10 +232,14 @@ class FakeAccount:
     def __init__(self) -> None:
         self.records: dict[str, SettledRecord] = {}
         self.quality = Quality.MEASURED
-        self.samples = 0
+        self.wakes = 0
+        self.steps: list[Step] = []
 
-    def sample(self) -> None:
-        self.samples += 1
+    def wake(self) -> None:
+        self.wakes += 1
+
+    def record(self, step: Step) -> None:
+        self.steps.append(step)
 
     def close(self, record: RequestRecord) -> Bill:
         known = self.quality is not Quality.UNAVAILABLE
@@ -257,7 +261,7 @@ class FakeAccount:
     def totals(self) -> Totals:
         spent = 2_000_000 * len(self.records)
         return Totals(
-            meters=(MeterTotal("cpu", "fake", spent + 500_000, 250_000),),
+            meters=(MeterTotal("cpu", "fake", spent + 500_000, 0, 250_000),),
             attributed=(Attributed("cpu", "tiny", "sentiment", Phase.ENCODE, Quality.MEASURED, spent),),
             unattributed=(Unattributed("cpu", Reason.IDLE, 500_000),),
         )

@@ -44,7 +44,8 @@ def test_energy_balances_in_every_scrape(client: TestClient) -> None:
         unattributed = sum(found["wattle_unattributed_energy_joules_total"].values())
         assert found["wattle_meter_energy_joules_total"]["cpu", "fake"] == attributed + unattributed
     assert attributed == 6.0
-    assert found["wattle_energy_residual_joules"] == {("cpu",): 0.25}
+    assert found["wattle_open_energy_joules"] == {("cpu",): 0.25}
+    assert found["wattle_energy_residual_joules"] == {("cpu",): 0}
 
 
 def test_requests_are_counted_by_task_model_and_end(client: TestClient, engine: FakeEngine) -> None:

@@ -1,0 +1,216 @@
+"""What open requests have cost so far, and what they probably will. Knows nothing of threads, ledgers or carbon."""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from energy.attribution import DEFAULTS, Coefficients, charge, fractions, split
+from energy.settlement import BESIDE, Channel, Claim
+from energy.types import Part, Phase, Quality, Step
+
+_BEST_FIRST = list(Quality)
+
+
+class Charged(NamedTuple):
+    """What a charge is for."""
+
+    device: str
+    model: str
+    phase: Phase
+    quality: Quality
+
+
+class Portion(NamedTuple):
+    """What a step did in one phase."""
+
+    phase: Phase
+    shares: dict[str, int]
+    """Of each request in the step; see ``fractions``."""
+    names: tuple[str, ...]
+    parts: tuple[int, ...]
+    """Keys and values of the same."""
+
+
+@dataclass(frozen=True, slots=True)
+class Noted:
+    """A step on the books: what is left is to learn its energy."""
+
+    step: Step
+    own: str
+    """The metered device that it ran on."""
+    channels: tuple[Channel, ...]
+    """The metered devices that it burnt energy on."""
+    portions: list[Portion]
+    """By phase; nearly always one."""
+    whole: int
+    """The sum of all shares."""
+    time_ns: int
+    """Time on an executor."""
+
+    @property
+    def covered(self) -> bool:
+        """Whether every meter has been read since it ended."""
+        return all(channel.read_ns >= self.step.ended_ns for channel in self.channels)
+
+    def share(self, name: str) -> float:
+        """How much of the step is a request's."""
+        return sum(portion.shares.get(name, 0) for portion in self.portions) / self.whole
+
+
+@dataclass(slots=True)
+class Cost:
+    """One request's."""
+
+    charges: Counter[int] = field(default_factory=Counter)
+    """Allocated energy by the number of a ``Charged``."""
+    active_uj: int = 0
+    allocated_uj: int = 0
+    machine_ns: float = 0.0
+    """Time of the whole machine, of which an executor is a part."""
+    quality: Quality | None = None
+    """None as long as nothing has been charged."""
+
+    def weaken(self, quality: Quality) -> None:
+        """Lower the quality to ``quality`` where that is worse."""
+        if quality is not self.quality:
+            self.quality = quality if self.quality is None else weakest((self.quality, quality))
+
+
+class Requests:
+    """The open requests; whoever calls holds the account's lock."""
+
+    def __init__(self, channels: Iterable[Channel], executors: int, coefficients: Mapping[str, Coefficients]) -> None:
+        self.costs: defaultdict[str, Cost] = defaultdict(Cost)
+        self._executors = executors
+        self._coefficients = coefficients
+        self._channels = {channel.device: channel for channel in channels}
+        self._numbers: dict[Charged, int] = {}
+        self._charged: list[Charged] = []
+        """What each number is for: as a key, a number costs a tenth of what it stands for."""
+
+    def note(self, step: Step) -> Noted | None:
+        """The step with its requests' shares; None where its device has no meter, and their bills are unknown."""
+        own = step.device if step.device.startswith("gpu:") else "cpu"
+        channels = self._channels_of(own)
+        if not channels:
+            for item in step.work:
+                self.costs[item.request_id].weaken(Quality.UNAVAILABLE)
+            return None
+        by_phase: dict[Phase, dict[str, int]] = {}
+        shares = fractions(step.work, self._coefficients.get(step.model, DEFAULTS))
+        for item, share in zip(step.work, shares, strict=True):
+            mine = by_phase.setdefault(item.phase, {})
+            mine[item.request_id] = mine.get(item.request_id, 0) + share
+        portions = [Portion(phase, mine, tuple(mine), tuple(mine.values())) for phase, mine in by_phase.items()]
+        time_ns = 0 if step.device == BESIDE else step.ended_ns - step.started_ns
+        return Noted(step, own, channels, portions, sum(shares) or 1, time_ns)
+
+    def charge(self, device: str, claims: Sequence[tuple[Noted, Claim]]) -> None:
+        """Share what steps took from one device among their requests.
+
+        Idle energy is shared as active energy is: a step lasts as long as its work makes it last.
+        """
+        groups: dict[Charged, tuple[list[_Share], list[_Share]]] = {}
+        for noted, claim in claims:
+            for portion, part in _by_phase(noted, claim):
+                charged = Charged(device, noted.step.model, portion.phase, part.quality)
+                active, idle = groups.setdefault(charged, ([], []))
+                active.append((part.active_uj, portion.names, portion.parts))
+                idle.append((part.idle_uj, portion.names, portion.parts))
+        for charged, (active, idle) in groups.items():
+            number = self._number(charged)
+            for name, energy_uj in charge(active).items():
+                cost = self.costs[name]
+                cost.active_uj += energy_uj
+                cost.allocated_uj += energy_uj
+                cost.charges[number] += energy_uj
+                cost.weaken(charged.quality)
+            for name, energy_uj in charge(idle).items():
+                cost = self.costs[name]
+                cost.allocated_uj += energy_uj
+                cost.charges[number] += energy_uj
+                cost.weaken(charged.quality)
+
+    def occupy(self, steps: Sequence[Noted]) -> None:
+        """Share the machine's time that ``steps`` took."""
+        portions = ((noted.time_ns, portion.names, portion.parts) for noted in steps for portion in noted.portions)
+        for name, time_ns in charge(portions).items():
+            self.costs[name].machine_ns += time_ns / self._executors
+
+    def lose(self, steps: Sequence[Noted]) -> None:
+        """These will never have a reading: their requests have no known bill."""
+        for name in {name for noted in steps for portion in noted.portions for name in portion.names}:
+            self.costs[name].weaken(Quality.UNAVAILABLE)
+
+    def expect(self, name: str, steps: Iterable[Noted]) -> list[Claim] | None:
+        """What a request will probably pay for ``steps``, which wait for a reading; None where there is nothing to
+        judge by."""
+        loads: dict[str, tuple[float, float]] = {}
+        for noted in steps:
+            share = noted.share(name)
+            if share:
+                cpu_ns, time_ns = loads.get(noted.own, (0.0, 0.0))
+                loads[noted.own] = cpu_ns + noted.step.cpu_ns * share, time_ns + noted.time_ns * share
+        expected = []
+        for own, (cpu_ns, time_ns) in loads.items():
+            for channel in self._channels_of(own):
+                claim = channel.expect(cpu_ns, time_ns)
+                if claim is None:
+                    return None
+                expected.append(claim)
+        return expected
+
+    def charges(self, cost: Cost) -> list[tuple[Charged, int]]:
+        """What has been charged for what."""
+        return [(self._charged[number], energy_uj) for number, energy_uj in cost.charges.items()]
+
+    def parts(self, cost: Cost) -> tuple[Part, ...]:
+        """What has been charged, by device and phase."""
+        parts: Counter[tuple[str, Phase]] = Counter()
+        for charged, energy_uj in self.charges(cost):
+            parts[charged.device, charged.phase] += energy_uj
+        return tuple(Part(device, phase, energy_uj) for (device, phase), energy_uj in sorted(parts.items()))
+
+    def open_uj(self) -> Counter[str]:
+        """What has been charged and is not settled, by device."""
+        total: Counter[str] = Counter()
+        for cost in self.costs.values():
+            for charged, energy_uj in self.charges(cost):
+                total[charged.device] += energy_uj
+        return total
+
+    def _number(self, charged: Charged) -> int:
+        number = self._numbers.get(charged)
+        if number is None:
+            number = self._numbers[charged] = len(self._charged)
+            self._charged.append(charged)
+        return number
+
+    def _channels_of(self, own: str) -> tuple[Channel, ...]:
+        """The metered devices that a step on ``own`` burns energy on; none where that has no meter."""
+        if own not in self._channels:
+            return ()
+        return tuple(channel for device, channel in self._channels.items() if device in (own, "cpu", "dram"))
+
+
+_Share = tuple[int, Sequence[str], Sequence[int]]
+"""Energy, and who shares it how; see ``charge``."""
+
+
+def _by_phase(noted: Noted, claim: Claim) -> Iterable[tuple[Portion, Claim]]:
+    """The portions of a step, with what falls to each of its claim."""
+    if len(noted.portions) == 1:
+        return [(noted.portions[0], claim)]
+    weights = [sum(portion.parts) for portion in noted.portions]
+    phases = [portion.phase for portion in noted.portions]
+    active_uj, idle_uj = split(claim.active_uj, weights, phases), split(claim.idle_uj, weights, phases)
+    return [
+        (portion, Claim(idle, active, claim.quality))
+        for portion, active, idle in zip(noted.portions, active_uj, idle_uj, strict=True)
+    ]
+
+
+def weakest(qualities: Iterable[Quality]) -> Quality:
+    """The weakest names the whole; nothing at all is unavailable."""
+    return max(qualities, key=_BEST_FIRST.index, default=Quality.UNAVAILABLE)

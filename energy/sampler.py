@@ -1,0 +1,56 @@
+"""The thread that keeps an account up to date. Knows nothing of meters."""
+
+import logging
+import threading
+from typing import Protocol, Self
+
+IDLE_INTERVAL_S = 1.0
+_log = logging.getLogger(__name__)
+
+
+class Sampled(Protocol):
+    """What is sampled."""
+
+    awake: threading.Event
+    """Set when something happens that a sample is for."""
+
+    @property
+    def settles(self) -> bool:
+        """Whether something waits for the next sample."""
+
+    def sample(self) -> None:
+        """Take one."""
+
+
+class Sampler:
+    """While it is entered, samples every ``interval_s`` where there is something to settle, else at once when
+    something happens, and at least once a second."""
+
+    def __init__(self, account: Sampled, interval_s: float) -> None:
+        self._account = account
+        self._interval_s = interval_s
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="energy", daemon=True)
+
+    def __enter__(self) -> Self:
+        """Start the thread."""
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """End the thread; what is not settled then is for the account's shutdown."""
+        self._stop.set()
+        self._account.awake.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            self._account.awake.clear()
+            try:
+                self._account.sample()
+            except Exception:
+                # Bills must go on; whoever reads the account sees the gap.
+                _log.exception("the meters were not sampled")
+            # However much happens, never more often than this.
+            if not self._stop.wait(self._interval_s) and not self._account.settles:
+                self._account.awake.wait(IDLE_INTERVAL_S)
