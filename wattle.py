@@ -4,7 +4,8 @@ import argparse
 import importlib
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -136,30 +137,47 @@ def import_(flags: dict[str, str]) -> int:
 
 def evaluate(flags: dict[str, str]) -> int:
     """Score exported models through the service, on the data sets that their recipes name."""
+    from training.commands import run_evaluation
+
+    def served(folder: str, settings: Any) -> None:
+        with _asking(Path(folder)) as ask:
+            run_evaluation(Path(folder), ask, settings)
+
+    return _stage(served, flags)
+
+
+def quantise(flags: dict[str, str]) -> int:
+    """Measure an exported model stored in every way there is: size, scores and joules through the service."""
+    from training.commands import run_quantising
+
+    return _stage(lambda folder, settings: run_quantising(Path(folder), _asking, settings), flags)
+
+
+@contextmanager
+def _asking(folder: Path) -> Iterator[Callable[[str, dict[str, Any]], dict[str, Any]]]:
+    """Serve the model in ``folder``; what is given posts a request to a task.
+
+    Scores and costs are the users': the whole application answers, only the socket is left out. Waiting has no limit
+    here, and the bills are no user's, so their ledger is forgotten.
+    """
     from starlette.testclient import TestClient
 
     from service.app import create_app
     from service.settings import read_settings
-    from training.commands import run_evaluation
     from training.errors import TrainingError
 
-    def served(folder: str, settings: Any) -> None:
-        # The scores are the users': the whole application answers, only the socket is left out. Waiting has no
-        # limit here, and the bills of an evaluation are no user's, so they are forgotten.
-        with TemporaryDirectory() as scratch:
-            app = create_app(read_settings(models=folder, state=scratch, request_timeout_s="3600"))
-            with TestClient(app) as client:
+    with TemporaryDirectory() as scratch:
+        app = create_app(read_settings(models=str(folder), state=scratch, request_timeout_s="3600"))
+        with TestClient(app) as client:
 
-                def ask(task: str, body: dict[str, Any]) -> dict[str, Any]:
-                    answer = client.post(f"/v1/{task}", json=body)
-                    document: dict[str, Any] = answer.json()
-                    if answer.status_code != 200:
-                        raise TrainingError(f"the service answered {answer.status_code}: {document['error']}")
-                    return document
+            def ask(task: str, body: dict[str, Any]) -> dict[str, Any]:
+                answer = client.post(f"/v1/{task}", json=body)
+                document: dict[str, Any] = answer.json()
+                if answer.status_code != 200:
+                    raise TrainingError(f"the service answered {answer.status_code}: {document['error']}")
+                return document
 
-                run_evaluation(Path(folder), ask, settings)
-
-    return _stage(served, flags)
+            yield ask
 
 
 def _stage(run: Callable[[str, Any], object], flags: dict[str, str]) -> int:
@@ -193,6 +211,7 @@ SUBJECT = "subject"
 """Where a positional argument is kept: no setting has this name."""
 SIZES = ("max_parameters", "max_mb")
 IMPORTED = ("out", "name", "scheme", "bits", "block_size", "max_positions", "source_language", "target_language")
+SCORED = ("data", "recipe", "limit", "write")
 RECIPE = "Name of a shipped recipe, or path of a TOML file."
 COMMANDS = {
     "serve": Command(serve, "service"),
@@ -219,7 +238,8 @@ COMMANDS = {
     "train": Command(train, "training", ("data", "runs", "out", "threads", *SIZES), RECIPE),
     "export": Command(export, "training", ("data", "runs", "out", *SIZES), RECIPE),
     "import": Command(import_, "training", IMPORTED, "Folder of a model that transformers saved, or a Hub name."),
-    "evaluate": Command(evaluate, "training", ("data", "recipe", "limit", "write"), "Folder of an exported model."),
+    "evaluate": Command(evaluate, "training", SCORED, "Folder of an exported model."),
+    "quantise": Command(quantise, "training", SCORED, "Folder of an exported model."),
 }
 
 

@@ -106,6 +106,21 @@ class Score(_Part):
     setting: str = ""
 
 
+class Variant(_Part):
+    """The same model stored in another way, measured beside the others."""
+
+    scheme: Literal["none", "blockwise", "rowwise"]
+    bits: int
+    size_mb: float
+    parity_cosine: float
+    """Of its logits to those of the weights that all variants were made from."""
+    scores: tuple[Score, ...] = ()
+    """Through the service, on as many rows as each says."""
+    active_j_per_query: float | None = None
+    """Of the same queries, in requests of as many texts as ``wattle evaluate`` asks at once."""
+    quality: str = "unavailable"
+
+
 class TrainingEnergy(_Part):
     """What the training runs of this model cost; None where nothing was measured or estimated."""
 
@@ -143,6 +158,8 @@ class Manifest(_Part):
     training_data: tuple[TrainingData, ...] = ()
     scores: tuple[Score, ...] = ()
     training_energy: TrainingEnergy | None = None
+    variants: tuple[Variant, ...] = ()
+    """What was tried before this way to store it was chosen (``wattle quantise``)."""
     files: dict[str, FileRecord] = Field(default_factory=dict)
 
     @field_validator("config")

@@ -10,6 +10,7 @@ from training.errors import TrainingError
 from training.evaluate import Ask, Evaluation, evaluate
 from training.export import export
 from training.importing import import_model
+from training.quantise import Serve, variants
 from training.recipe import BudgetRecipe, Recipe, Storage, load_recipe
 from training.settings import Settings
 from training.train import load_trained, train
@@ -86,6 +87,30 @@ def run_evaluation(folder: Path, ask: Ask, settings: Settings) -> list[Score]:
         write_card(folder, manifest)
         write_manifest(folder, manifest)
     return scores
+
+
+def run_quantising(folder: Path, serve: Serve, settings: Settings) -> None:
+    """Measure the model in ``folder`` stored in every way there is, and write what was found into its manifest."""
+    try:
+        manifest = load_manifest(folder)
+    except ArtefactError as error:
+        raise TrainingError(f"{folder}: {error}") from error
+    recipe = load_recipe(settings.recipe or manifest.name)
+
+    def score(ask: Ask, stored: Manifest, out: Path) -> list[Evaluation]:
+        return [evaluate(ask, stored, out, recipe, each, settings.data, settings.limit) for each in recipe.evaluate]
+
+    measured = []
+    for variant in variants(folder, recipe, settings.data, serve, score):
+        measured.append(variant)
+        scores = ", ".join(f"{score.metric} {score.value:.2f}" for score in variant.scores)
+        joules = variant.active_j_per_query
+        cost = "unavailable J" if joules is None else f"{joules:.3g} J ({variant.quality})"
+        print(f"{manifest.name} {variant.scheme}, {variant.bits} bits: {variant.size_mb} MB; {scores}; {cost} a query")
+    if settings.write:
+        manifest = manifest.model_copy(update={"variants": tuple(measured)})
+        write_card(folder, manifest)
+        write_manifest(folder, manifest)
 
 
 def _line(name: str, found: Evaluation) -> str:

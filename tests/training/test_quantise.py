@@ -1,0 +1,116 @@
+"""One model stored in every way: the same weights, honest differences, scores of the served model."""
+
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+
+from models.graph import write_graphs
+from models.manifest import Quantisation, load_manifest
+from models.weights import read_weights
+from tests.tiny import KINDS, tiny_config, tiny_transformer, weights_of
+from tests.training import recipes
+from training.commands import run_quantising
+from training.export import export
+from training.quantise import WAYS, quantise
+from training.recipe import Storage
+from training.settings import Settings
+from training.train import train
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("how", "error"),
+    [
+        (Storage(scheme="none"), 0.0),
+        # Half a step; a whole one where blocks cut off what lies above their highest code.
+        (Storage(scheme="rowwise"), 0.5 / 127),
+        (Storage(scheme="blockwise", block_size=32), 1 / 128),
+        (Storage(scheme="blockwise", bits=4, block_size=16), 1 / 8),
+    ],
+)
+def test_weights_come_back_as_they_were_stored(tmp_path, kind, how, error):
+    config = tiny_config(kind)
+    weights = weights_of(tiny_transformer(config))
+    write_graphs(tmp_path, config, weights, how.scheme, how.bits, how.block_size)
+    found = read_weights(tmp_path, Quantisation(scheme=how.scheme, bits=how.bits, block_size=how.block_size))
+    assert found.keys() == weights.keys()
+    for name, weight in weights.items():
+        assert found[name].shape == weight.shape and found[name].dtype == np.float32
+        assert np.abs(found[name] - weight).max() <= error * np.abs(weight).max() * 1.001
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory, data):
+    root = tmp_path_factory.mktemp("quantise")
+    recipe = recipes.translate(evaluate=[{"path": "translation/numbers"}])
+    export(recipe, train(recipe, data, root / "runs"), data, root / "out")
+    return recipe, root / "out" / recipe.name
+
+
+def test_what_is_quantised_again_is_a_model(tmp_path, data, exported):
+    recipe, folder = exported
+    whole = quantise(folder, recipe, data, Storage(scheme="none"), tmp_path / "whole")
+    assert load_manifest(tmp_path / "whole") == whole
+    assert whole.quantisation.parity_max_error == 0
+    # The codes stand for these very weights: stored the same way again, they are the same codes.
+    again = quantise(tmp_path / "whole", recipe, data, recipe.export, tmp_path / "again")
+    assert again.files["weights.bin"].sha256 == load_manifest(folder).files["weights.bin"].sha256
+
+
+def test_every_way_is_measured_and_told(tmp_path, data, exported, capsys):
+    recipe, folder = exported
+    served = []
+
+    @contextmanager
+    def serve(path):
+        served.append(load_manifest(path).quantisation)
+
+        def ask(task, body):
+            results = [{"text": "zwei drei"} for _ in body["input"]]
+            return {"results": results, "energy": {"active_j": 0.5, "quality": "estimated"}}
+
+        yield ask
+
+    path = tmp_path / "recipe.toml"
+    write_recipe(path, recipe)
+    run_quantising(folder, serve, Settings(data=data, recipe=str(path), write=True))
+    assert [(stored.scheme, stored.bits) for stored in served] == [
+        (how.scheme, {"none": 32, "rowwise": 8, "blockwise": how.bits}[how.scheme]) for how in WAYS
+    ]
+    manifest = load_manifest(folder)
+    assert [variant.scheme for variant in manifest.variants] == [how.scheme for how in WAYS]
+    assert {variant.active_j_per_query for variant in manifest.variants} == {0.125}
+    assert all(variant.scores[0].metric == "sacreBLEU" for variant in manifest.variants)
+    sizes = [variant.size_mb for variant in manifest.variants]
+    assert sizes[0] == max(sizes)
+    assert "Ways to store it" in (folder / "README.md").read_text()
+    assert capsys.readouterr().out.count("0.125 J (estimated) a query") == len(WAYS)
+
+
+def write_recipe(path, recipe):
+    """As TOML, which the standard library reads but does not write."""
+
+    def lines(table, prefix=""):
+        inner = {key: value for key, value in table.items() if isinstance(value, dict)}
+        for key, value in table.items():
+            if value is None or key in inner or (isinstance(value, list) and value and isinstance(value[0], dict)):
+                continue
+            yield f"{key} = {literal(value)}"
+        for key, value in inner.items():
+            yield f"[{prefix}{key}]"
+            yield from lines(value, f"{prefix}{key}.")
+        for key, value in table.items():
+            if isinstance(value, list) and value and isinstance(value[0], dict):
+                for each in value:
+                    yield f"[[{prefix}{key}]]"
+                    yield from lines(each, f"{prefix}{key}.")
+
+    def literal(value):
+        if isinstance(value, bool):
+            return str(value).lower()
+        if isinstance(value, list):
+            return "[" + ", ".join(map(literal, value)) + "]"
+        return f'"{value}"' if isinstance(value, str) else repr(value)
+
+    path.write_text("\n".join(lines(recipe.model_dump(mode="json"))))
