@@ -53,6 +53,12 @@ class Settings(BaseSettings):
         description="Memory of one model in megabytes, weights and buffers; a larger one writes fewer texts at once, "
         "or is refused.",
     )
+    reuse_mb: int = Field(
+        0,
+        ge=0,
+        description="Memory in megabytes for the outputs of texts that come again exactly alike; such a text is "
+        "billed what it cost to find it. 0 computes every text.",
+    )
     max_client_batch_size: int = Field(32, ge=1, description="Texts in one request.")
     max_body_bytes: int = Field(2_000_000, ge=1, description="Size of a request's body before the answer is 413.")
     request_timeout_s: float = Field(

@@ -13,6 +13,7 @@ from service.engine.backlog import Backlog
 from service.engine.batching import fair_share
 from service.engine.executor import Executor
 from service.engine.loading import LoadedModel, open_executors, rows_that_fit
+from service.engine.reuse import Reuse
 from service.engine.settings import EngineSettings
 from service.engine.texts import Written
 from service.engine.types import (
@@ -21,6 +22,7 @@ from service.engine.types import (
     EngineClosed,
     ExtractItem,
     Item,
+    Output,
     Ticket,
     Timing,
     WriteItem,
@@ -58,6 +60,10 @@ class ServiceSettings(Protocol):
     def max_model_mb(self) -> int:
         """Memory of one model."""
 
+    @property
+    def reuse_mb(self) -> int:
+        """Memory of outputs that are kept for requests that come again."""
+
 
 def engine_settings(settings: ServiceSettings) -> EngineSettings:
     """What the service's settings say to the engine."""
@@ -67,6 +73,7 @@ def engine_settings(settings: ServiceSettings) -> EngineSettings:
         max_batch_tokens=settings.max_batch_tokens,
         max_waiting_items=settings.max_concurrent_requests,
         max_model_bytes=settings.max_model_mb * 1_000_000,
+        reuse_bytes=settings.reuse_mb * 1_000_000,
     )
 
 
@@ -82,6 +89,7 @@ class Engine:
         answered. Raises ``ArtefactError`` for a model that the engine does not run.
         """
         self._recorder, self._settings = recorder, settings
+        self._reuse = Reuse(settings.reuse_bytes)
         self._manifests = {name: model.manifest for name, model in models.items()}
         self._rows = {name: rows_that_fit(model, settings) for name, model in models.items()}
         self._executors = open_executors(models, settings)
@@ -114,7 +122,9 @@ class Engine:
         for item in items:
             _check(item, manifest, self._rows[model])
         now_ns = time.monotonic_ns()
-        jobs = [Job(item, now_ns) for item in items]
+        every = [Job(item, now_ns) for item in items]
+        known = {job: output for job in every if (output := self._reuse.find(model, job.item)) is not None}
+        jobs = [job for job in every if job not in known]
         with self._changed:
             if not self._accepts:
                 raise EngineClosed("the engine is draining and takes no more work")
@@ -122,7 +132,9 @@ class Engine:
             self._backlog.enter(len(jobs), sum(job.tokens for job in jobs))
             self._waiting[model] += jobs
             self._changed.notify_all()
-        return [job.ticket for job in jobs]
+        for job, output in known.items():
+            job.ticket.future.set_result(output)
+        return [job.ticket for job in every]
 
     def queue_depth(self) -> int:
         """Items that wait for their first step."""
@@ -203,7 +215,9 @@ class Engine:
             step, ended = executor.run(model, turn)
             self._record(step)
             for job, result in ended:
-                _answer(job, result)
+                output = _answer(job, result)
+                if output is not None:
+                    self._reuse.keep(model, job.item, output)
             new_tokens = sum(job.tokens for job in turn.jobs if job.started_ns == step.started_ns)
             elapsed_s = (step.ended_ns - step.started_ns) / _NS_PER_S
         with self._changed:
@@ -258,17 +272,22 @@ def _check(item: Item, manifest: Manifest, max_rows: int) -> None:
         raise ValueError(f"a token id is not one of the {config.vocab_size} that {manifest.name} knows")
 
 
-def _answer(job: Job, result: Result) -> None:
+def _answer(job: Job, result: Result) -> Output | None:
+    """Answer whoever waits; returns the output, if it is one and somebody waited."""
     future = job.ticket.future
     # From here on it cannot be cancelled any more; False where it already is.
     if not future.set_running_or_notify_cancel():
-        return
+        return None
     started_ns = job.submitted_ns if job.started_ns is None else job.started_ns
     timing = Timing(started_ns - job.submitted_ns, job.compute_ns)
+    output: Output
     match result:
         case Exception():
             future.set_exception(result)
+            return None
         case Written():
-            future.set_result(WriteOutput(result.ids, result.finish_reason, timing, result.logprobs))
+            output = WriteOutput(result.ids, result.finish_reason, timing, result.logprobs)
         case _:
-            future.set_result(EncodeOutput(result, timing))
+            output = EncodeOutput(result, timing)
+    future.set_result(output)
+    return output

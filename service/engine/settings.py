@@ -20,5 +20,7 @@ class EngineSettings:
     """Of a prompt that one step reads; longer ones take turns with the texts that are being written."""
     prefix_bytes: int = 64_000_000
     """Of the beginnings of prompts that each executor keeps for each model; 0 keeps none."""
+    reuse_bytes: int = 0
+    """Of outputs that are kept for items that come again exactly alike; 0 computes every item."""
     max_waiting_items: int = 512
     max_waiting_tokens: int = 262_144

@@ -250,6 +250,32 @@ def test_what_several_items_read_is_read_once(models: dict[str, Loaded]) -> None
         assert texts(running.submit("encoder-decoder", [alone, other, alone])) == [*expected, expected[0]]
 
 
+def test_an_item_that_comes_again_is_not_computed_again(models: dict[str, Loaded]) -> None:
+    steps = Steps()
+    again: list[Item] = [write(1, 9), write(2, 9, beams=2), write(3, 9, temperature=1.0, seed=5)]
+    with engine(models, ["decoder", "classify"], steps, reuse_bytes=100_000, prefix_bytes=0) as running:
+        first = texts(running.submit("decoder", again))
+        scores = results(running.submit("classify", [EncodeItem("c", ids(0, 5))]))
+        n_steps = len(steps.all)
+        assert texts(running.submit("decoder", again)) == first
+        [repeated] = results(running.submit("classify", [EncodeItem("d", ids(0, 5))]))
+        assert isinstance(repeated, EncodeOutput) and isinstance(scores[0], EncodeOutput)
+        assert (repeated.logits == scores[0].logits).all()
+        assert (repeated.timing.queue_ns, repeated.timing.compute_ns) == (0, 0)
+        assert len(steps.all) == n_steps
+        # By chance, followed, or another: computed.
+        fresh = [write(1, 9, temperature=1.0), replace(write(1, 9), on_tokens=lambda ids: None), write(1, 8)]
+        for item in fresh:
+            texts(running.submit("decoder", [item]))
+            assert len(steps.all) > n_steps
+            n_steps = len(steps.all)
+    with engine(models, ["decoder"], steps) as running:
+        for _ in range(2):
+            texts(running.submit("decoder", again[:1]))
+            assert len(steps.all) > n_steps
+            n_steps = len(steps.all)
+
+
 def test_two_seeds_write_two_texts(models: dict[str, Loaded]) -> None:
     items = [write(1, 9, temperature=1.5, seed=seed, max_tokens=20) for seed in range(5)]
     with engine(models, ["decoder"]) as running:
