@@ -213,10 +213,16 @@ def _versions(records: Sequence[Record]) -> str:
 
 
 def _absent(records: Sequence[Record]) -> str:
+    # What failed in one run may have gone well in a later one.
+    measured = {
+        (record["peer"], record["variant"], record["workload"].split()[0])
+        for record in records
+        if record["record"] == "sample"
+    }
     lines = dict.fromkeys(
         f"- {' '.join(filter(None, (record['peer'], record['variant'], record['shape'])))}: {record['reason']}"
         for record in records
-        if record["record"] == "absent"
+        if record["record"] == "absent" and (record["peer"], record["variant"], record["shape"]) not in measured
     )
     return "\n".join(["## Not measured", "", *lines, ""]) if lines else ""
 

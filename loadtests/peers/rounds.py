@@ -50,9 +50,9 @@ class Plan:
 
 def measure(plan: Plan, records: Records) -> None:
     """Measure everything that ``records`` does not hold yet."""
+    if not _environment(plan, "huggingface", records):
+        raise SystemExit("huggingface makes the models for everybody: without it nothing can be measured")
     able = [peer for peer in plan.peers if peer.name == "wattle" or _environment(plan, peer.name, records)]
-    if _environment(plan, "huggingface", records) is False:
-        raise SystemExit("the environment huggingface makes the models for everybody: nothing can be measured")
     if failure := weights.make_sources(plan.root):
         raise SystemExit(f"the models could not be made: {failure}")
     sentences: Ids = json.loads((plan.root / "models" / "sentences.json").read_text())

@@ -23,9 +23,7 @@ def load(order: Load) -> Runner:
     """A runner of the artefact in ``order.folder``."""
     folder = Path(order.folder)
     model = _Model(load_manifest(folder), folder)
-    settings = EngineSettings(
-        executors=order.replicas, threads=order.threads, max_batch_tokens=order.batch_tokens, max_rows=64
-    )
+    settings = EngineSettings(executors=order.replicas, threads=order.threads, max_batch_tokens=order.batch_tokens)
     engine = Engine({"it": model}, lambda step: None, settings)
     return lambda run: compute(engine, run)
 

@@ -47,6 +47,7 @@ RECORDS = [
     *contender("ctranslate2", "int8", [0.1, 0.1, 0.1], 0.5),
     *contender("huggingface", "fp32", [0.8, 0.8, 0.8], 1.0),
     {"record": "absent", "peer": "openvino", "variant": "int8", "shape": "minilm", "reason": "no wheel"},
+    {"record": "absent", "peer": "wattle", "variant": "8 bits", "shape": "translate-6x2-256", "reason": "too early"},
 ]
 
 
@@ -75,6 +76,7 @@ def test_the_machine_the_versions_and_who_is_missing_are_told() -> None:
     assert "800 GOP/s, bf16 400" in page
     assert "- CTranslate2: ctranslate2 1.0" in page
     assert "- openvino int8 minilm: no wheel" in page
+    assert "too early" not in page
 
 
 def http_sample(side: str, per_s: float, answers: dict[str, str]) -> dict[str, Any]:
