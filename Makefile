@@ -10,7 +10,7 @@ SERVING := $(VENV)/.installed-serving
 TESTING := $(VENV)/.installed-testing
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check format clean
+.PHONY: help serve test check format bench clean
 
 help: ## list the commands
 	@sed -n 's/^\([a-z]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -29,6 +29,9 @@ check: $(TESTING) ## lint, formatting and types
 format: $(TESTING) ## format and fix what can be fixed
 	$(VENV)/bin/ruff check --fix
 	$(VENV)/bin/ruff format
+
+bench: $(TESTING) ## measure Wattle beside its peers and write docs/benchmarks.md (BENCH="--only minilm")
+	$(VENV)/bin/python -m loadtests.peers $(BENCH)
 
 clean: ## remove caches and build output; .venv stays
 	rm -rf build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

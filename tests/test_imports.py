@@ -17,6 +17,10 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "service": ("energy", "models.manifest", "models.config", "models.sentences"),
     "loadtests": (),  # speaks HTTP
 }
+# Engines are compared with engines, so one worker runs ours without HTTP, in a process of its own.
+EXCEPTIONS: dict[str, tuple[str, ...]] = {
+    "loadtests/peers/wattle_worker.py": ("service.engine", "models.manifest"),
+}
 # What serving loads must stay light.
 HEAVY = ("torch", "transformers")
 LIGHT = ("energy", "service", "models.manifest", "models.config", "models.sentences")
@@ -90,7 +94,8 @@ def test_a_part_imports_only_what_stands_below_it(part: str) -> None:
         f"{path.relative_to(ROOT)} imports {name}"
         for path in sources(part)
         for name in sorted(imports_of(path))
-        if is_under(name, *MAY_IMPORT, "wattle") and not is_under(name, part, *MAY_IMPORT[part])
+        if is_under(name, *MAY_IMPORT, "wattle")
+        and not is_under(name, part, *MAY_IMPORT[part], *EXCEPTIONS.get(str(path.relative_to(ROOT)), ()))
     ]
     assert wrong == []
 

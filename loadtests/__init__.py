@@ -1,0 +1,1 @@
+"""Load tests and comparisons with peers; they speak HTTP and know nothing of the service's code."""

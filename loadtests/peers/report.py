@@ -1,0 +1,238 @@
+"""Writes the page of the benchmarks from the records. Measures nothing."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from loadtests.peers.ceilings import least_s
+from loadtests.peers.power import CORE_BUSY_W, CORE_IDLE_W
+from loadtests.peers.records import Record
+from loadtests.peers.summary import (
+    COSINE_TOLERANCE,
+    TEXT_TOLERANCE,
+    Figure,
+    Spread,
+    ratios,
+    same_share,
+    spread,
+)
+from loadtests.peers.table import PEERS, Setting, Variant
+from loadtests.peers.workloads import WORKLOADS, Workload
+
+_HEAD = """# Benchmarks
+
+Written by `make bench`, which makes every peer's environment, gives all of them the same weights and the same token
+ids, checks what they answer, and lets them take turns: in each round everybody computes once, another one first, in
+processes pinned to cores, and who does not compute is stopped. A figure is the median of the rounds, with the least
+and the most. Each peer counts at the fastest of its settings, replicas x threads (for encoders also the tokens of a
+batch), which were tried before, for every workload apart.
+"""
+_READING = f"""## How to read the tables
+
+- **Agreement**: of texts the share of tokens before the first difference from Hugging Face in fp32, mean (least) over
+  the texts; of vectors the cosine. The writers have random weights, so that a text that differs says little about
+  quality; the encoder is all-MiniLM-L6-v2 on real sentences.
+- **Ratio**: our median over that of the best peer, whatever it computes with; then over that of the best peer whose
+  agreement is at least ours less {COSINE_TOLERANCE} (cosine) or {TEXT_TOLERANCE} (texts). Above 1 we are faster.
+- **Ceiling**: the share of what the machine can do at most: the time that the products and the reads of the weights
+  would take at the measured rates, over the time taken. `loadtests/peers/ceilings.py` states the formula. Attention
+  and everything else between the products count nothing, so 100% cannot be reached.
+- **J/query**: joules per text. `measured` is the processor's counter; `estimated` is CPU seconds x
+  ({CORE_BUSY_W:g} - {CORE_IDLE_W:g}) W + elapsed seconds x {CORE_IDLE_W:g} W per core, alike for all.
+- **Foreign**: cores that other programs used meanwhile, median (most): above 0.2 a figure is doubtful.
+- Encoders: the mean over the tokens, texts of similar length in one batch, by every side.
+- Every written text has its full length: the end-of-text token cannot win.
+"""
+
+
+_LAST = ("ceiling", "J/query", "foreign")
+_ENDS = ("same answers", "J/query", "foreign")
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One contender on one workload."""
+
+    workload: Workload
+    peer: str
+    variant: Variant
+    samples: Sequence[Record]
+    agreed: dict[str, float]
+
+    @property
+    def speed(self) -> Spread:
+        """Tokens written, or sentences read, per second."""
+        per_batch = self.workload.at_once * (self.workload.new_tokens or 1)
+        return spread([per_batch / sample["seconds"] for sample in self.samples])
+
+    @property
+    def figure(self) -> Figure:
+        """For the ratios."""
+        return Figure(self.peer, self.speed, self.agreed["mean"])
+
+
+def render(records: Sequence[Record]) -> str:
+    """The page. Raises ``SystemExit`` where nothing was measured."""
+    machine = next((record for record in records if record["record"] == "machine"), None)
+    if machine is None:
+        raise SystemExit("nothing was measured yet: run `make bench`")
+    parts = [_HEAD, _machine(machine), _READING]
+    for workload in WORKLOADS:
+        rows = list(_rows(workload, records))
+        if rows:
+            parts.append(_table(workload, rows, machine))
+    parts += [*_http(records), _versions(records), _absent(records)]
+    return "\n".join(part for part in parts if part)
+
+
+def _rows(workload: Workload, records: Sequence[Record]) -> Iterator[_Row]:
+    mine = [record for record in records if record.get("workload") == workload.name]
+    for peer in PEERS.values():
+        for variant in peer.variants:
+            ours = [each for each in mine if (each["peer"], each["variant"]) == (peer.name, variant.name)]
+            samples = [each for each in ours if each["record"] == "sample"]
+            tries = [each for each in ours if each["record"] == "try"]
+            if samples and tries:
+                used = [each for each in tries if Setting(**each["setting"]).text == samples[0]["setting"]]
+                yield _Row(workload, peer.name, variant, samples, (used or tries)[0]["agreement"])
+
+
+def _table(workload: Workload, rows: Sequence[_Row], machine: Record) -> str:
+    unit = "tokens/s" if workload.new_tokens else "texts/s"
+    lines = [
+        f"### {workload.name}",
+        "",
+        *_header("engine", unit, "least to most", "setting", "ratio to best / to equal", "agreement", *_LAST),
+    ]
+    tolerance = TEXT_TOLERANCE if workload.new_tokens else COSINE_TOLERANCE
+    for row in sorted(rows, key=lambda row: -row.speed.median):
+        speed, first = row.speed, row.samples[0]
+        ratio = ""
+        if row.peer == "wattle":
+            found = ratios(row.figure, [other.figure for other in rows], tolerance)
+            ratio = f"**{_number(found.to_best)} / {_number(found.to_best_equal)}**"
+        joules = spread([sample["joules"] / workload.at_once for sample in row.samples]).median
+        foreign = spread([sample["foreign_cores"] for sample in row.samples])
+        cells = [
+            f"{PEERS[row.peer].title} {row.variant.name}",
+            _number(speed.median),
+            f"{_number(speed.least)} to {_number(speed.most)}",
+            first["setting"],
+            ratio,
+            f"{row.agreed['mean']:.4f} ({row.agreed['least']:.3f})",
+            _ceiling(row, machine),
+            f"{_number(joules)} {first['quality']}",
+            f"{foreign.median:.2f} ({foreign.most:.2f})",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    rounds = min(row.speed.count for row in rows)
+    return "\n".join([*lines, "", f"Rounds: {rounds}.", ""])
+
+
+def _ceiling(row: _Row, machine: Record) -> str:
+    # Padding is no work, so the tokens of ragged sentences are those that the samples read.
+    tokens = row.samples[0]["input_tokens"]
+    rate = machine["rates"][row.variant.arithmetic]
+    least = least_s(row.workload, tokens, row.variant.bits, rate, machine["rates"], machine["cache_bytes"])
+    return f"{least / spread([sample['seconds'] for sample in row.samples]).median:.0%}"
+
+
+def _machine(machine: Record) -> str:
+    rates = machine["rates"]
+    flags, cache_mib = ", ".join(machine["flags"]), machine["cache_bytes"] / 2**20
+    return f"""## The machine
+
+{machine["date"]}: {machine["processor"]}, {machine["cores"]} cores ({flags}), last-level cache {cache_mib:.0f} MiB,
+Python {machine["python"]}, {machine["system"]}. Measured before the rounds, on all cores: int8 products
+{rates["int8"] / 1e9:.0f} GOP/s, bf16 {rates["bf16"] / 1e9:.0f}, fp32 {rates["fp32"] / 1e9:.0f}; reads from memory
+{rates["memory"] / 1e9:.0f} GB/s, from the cache {rates["cache"] / 1e9:.0f}.
+"""
+
+
+def _http(records: Sequence[Record]) -> Iterator[str]:
+    samples = [record for record in records if record["record"] == "http sample"]
+    for endpoint in dict.fromkeys(sample["endpoint"] for sample in samples):
+        lines = [
+            f"### {endpoint} through HTTP",
+            "",
+            *_header(
+                "clients", "server", "requests/s", "least to most", "p50 ms", "p95 ms", "setting", "ratio", *_ENDS
+            ),
+        ]
+        for clients in dict.fromkeys(sample["clients"] for sample in samples):
+            lines += _http_rows(
+                [each for each in samples if (each["endpoint"], each["clients"]) == (endpoint, clients)]
+            )
+        yield "\n".join(
+            [
+                *lines,
+                "",
+                "Clients in a closed loop, on the same cores as the server. LitServe runs the starter's own graphs on "
+                "ONNX Runtime; Wattle runs as `make serve` starts it, bills and all. Translation is greedy.",
+                "",
+            ]
+        )
+
+
+def _http_rows(samples: Sequence[Record]) -> Iterator[str]:
+    sides = {side: [each for each in samples if each["side"] == side] for side in ("wattle", "litserve")}
+    if not all(sides.values()):
+        return
+    speeds = {side: spread([each["per_s"] for each in found]) for side, found in sides.items()}
+    answers = {side: {k: v for each in found for k, v in each["answers"].items()} for side, found in sides.items()}
+    same = same_share(answers["wattle"], answers["litserve"])
+    for side, title in (("wattle", "Wattle"), ("litserve", "LitServe")):
+        found, speed = sides[side], speeds[side]
+        ours = side == "wattle"
+        foreign = spread([each["foreign_cores"] for each in found])
+        cells = [
+            str(found[0]["clients"]),
+            title,
+            _number(speed.median),
+            f"{_number(speed.least)} to {_number(speed.most)}",
+            _number(spread([each["p50_s"] for each in found]).median * 1e3),
+            _number(spread([each["p95_s"] for each in found]).median * 1e3),
+            found[0]["setting"],
+            f"**{_number(speed.median / speeds['litserve'].median)}**" if ours else "",
+            f"{same:.0%}" if ours and same is not None else "",
+            f"{_number(spread([each['joules'] for each in found]).median)} {found[0]['quality']}",
+            f"{foreign.median:.2f} ({foreign.most:.2f})",
+        ]
+        yield f"| {' | '.join(cells)} |"
+
+
+def _versions(records: Sequence[Record]) -> str:
+    found: dict[str, dict[str, str]] = {}
+    for record in records:
+        if record["record"] == "try":
+            found[PEERS[record["peer"]].title] = record["versions"]
+    lines = [
+        f"- {title}: {', '.join(f'{name} {number}' for name, number in versions.items())}"
+        for title, versions in found.items()
+    ]
+    return "\n".join(["## Versions", "", *lines, ""]) if lines else ""
+
+
+def _absent(records: Sequence[Record]) -> str:
+    # What failed in one run may have gone well in a later one.
+    measured = {
+        (record["peer"], record["variant"], record["workload"].split()[0])
+        for record in records
+        if record["record"] == "sample"
+    }
+    lines = dict.fromkeys(
+        f"- {' '.join(filter(None, (record['peer'], record['variant'], record['shape'])))}: {record['reason']}"
+        for record in records
+        if record["record"] == "absent" and (record["peer"], record["variant"], record["shape"]) not in measured
+    )
+    return "\n".join(["## Not measured", "", *lines, ""]) if lines else ""
+
+
+def _header(*titles: str) -> tuple[str, str]:
+    return f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"
+
+
+def _number(value: float | None) -> str:
+    """Three digits that count."""
+    if value is None:
+        return "-"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

@@ -1,0 +1,97 @@
+"""The same weights in every peer's form: made once, by each peer's own converter, in its own environment."""
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+from loadtests.peers.environments import python_of
+from loadtests.peers.processes import ROOT
+from loadtests.peers.table import Peer, Variant, folder
+from loadtests.peers.workloads import Shape
+
+_OPTIMUM_TASKS = {
+    "encode": "feature-extraction",
+    "translate": "text2text-generation-with-past",
+    "generate": "text-generation-with-past",
+}
+
+
+def make_sources(root: Path) -> str | None:
+    """The models in Hugging Face's format; returns why they could not be made."""
+    models = root / "models"
+    if (models / "sentences.json").exists():
+        return None
+    python = python_of(root, "huggingface")
+    return _run([[str(python), "-m", "loadtests.peers.make_models", str(models)]], models, root)
+
+
+def convert(root: Path, peer: Peer, variant: Variant, shape: Shape) -> str | None:
+    """The model of ``shape`` as ``variant`` reads it; returns why it could not be made. Takes up to minutes."""
+    out = folder(root, shape, variant.artefact)
+    stamp = out.with_name(out.name + ".done")
+    if variant.artefact == "source" or stamp.exists():
+        return None
+    print(f"converting {shape.name} for {peer.title}", flush=True)
+    shutil.rmtree(out, ignore_errors=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    failure = _run(list(_commands(root, variant.artefact, shape, out)), out, root)
+    if failure is None:
+        stamp.touch()
+    return failure
+
+
+def _commands(root: Path, artefact: str, shape: Shape, out: Path) -> Iterator[list[str]]:
+    source, target = str(root / "models" / shape.name), str(out)
+    sentences = str(root / "models" / "sentences.json")
+
+    def script(environment: str, name: str) -> str:
+        return str(python_of(root, environment).parent / name)
+
+    def module(environment: str, name: str) -> list[str]:
+        return [str(python_of(root, environment)), "-m", name]
+
+    match artefact:
+        case "wattle8" | "wattle4":
+            bits = artefact.removeprefix("wattle")
+            flags = ["--out", str(out.parent), "--name", out.name, "--bits", bits]
+            languages = ["--source-language", "en", "--target-language", "de"] if shape.kind == "translate" else []
+            yield [*module("wattle", "wattle"), "import", source, *flags, *languages]
+        case "onnx":
+            task = _OPTIMUM_TASKS[shape.kind]
+            yield [script("optimum", "optimum-cli"), "export", "onnx", "--model", source, "--task", task, target]
+        case "ctranslate2":
+            converter = script("ctranslate2", "ct2-transformers-converter")
+            yield [converter, "--model", source, "--output_dir", target, "--quantization", "int8"]
+        case "openvino":
+            task, numbers = _OPTIMUM_TASKS[shape.kind], "fp32" if shape.kind == "encode" else "int8"
+            export = [script("openvino", "optimum-cli"), "export", "openvino", "--model", source, "--task", task]
+            yield [*export, "--library", "transformers", "--weight-format", numbers, target]
+            if shape.kind == "encode":
+                yield [*module("openvino", "loadtests.peers.make_openvino"), target, sentences]
+        case "gguf":
+            yield [*module("llamacpp", "loadtests.peers.make_gguf"), source, target]
+        case "genai8" | "genai4":
+            numbers = artefact.replace("genai", "int")
+            builder = module("genai", "onnxruntime_genai.models.builder")
+            yield [*builder, "-i", source, "-o", target, "-p", numbers, "-e", "cpu", "-c", str(root / "cache")]
+
+
+def _run(commands: list[list[str]], out: Path, root: Path) -> str | None:
+    log = root / "logs" / f"{out.parent.name}-{out.name}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    for command in commands:
+        with log.open("wb") as file:
+            done = subprocess.run(
+                command,
+                cwd=ROOT,
+                env={**os.environ, "HF_HUB_OFFLINE": "1"},
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                check=False,
+            )
+        if done.returncode:
+            lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+            return f"{lines[-1][:200] if lines else 'failed without a word'} ({log})"
+    return None
