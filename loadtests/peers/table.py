@@ -55,7 +55,11 @@ PEERS = {
         Peer(
             "wattle",
             "Wattle",
-            (Variant("8 bits", _ALL, 8, "int8", "wattle8"), Variant("4 bits", ("generate",), 4, "int8", "wattle4")),
+            (
+                Variant("rowwise", _ALL, 8, "int8", "wattle-rowwise"),
+                Variant("blockwise", ("encode", "generate"), 8, "int8", "wattle-blockwise8"),
+                Variant("blockwise 4 bits", ("generate",), 4, "int8", "wattle-blockwise4"),
+            ),
             native_replicas=True,
         ),
         Peer(

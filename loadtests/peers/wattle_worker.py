@@ -23,7 +23,12 @@ def load(order: Load) -> Runner:
     """A runner of the artefact in ``order.folder``."""
     folder = Path(order.folder)
     model = _Model(load_manifest(folder), folder)
-    settings = EngineSettings(executors=order.replicas, threads=order.threads, max_batch_tokens=order.batch_tokens)
+    settings = EngineSettings(
+        executors=order.replicas,
+        threads=order.threads,
+        max_batch_tokens=order.batch_tokens,
+        prefix_bytes=0,  # the same prompts come again in every round, and are to be read again
+    )
     engine = Engine({"it": model}, lambda step: None, settings)
     return lambda run: compute(engine, run)
 

@@ -7,7 +7,9 @@ _MULTIPLE = 4
 # A step on a CPU costs its tokens, padded or not, and as much as a few more for being a step. So joining is worth
 # about that many padding tokens for each sequence that needs no step of its own, and a little for its wider products.
 _STEP_IN_TOKENS = 4
-_PADDING_SHARE = 0.15
+PADDING_SHARE = 0.15
+PACKED_PADDING_SHARE = 1.0
+"""Where only attention sees the padding, a sixth of the work of short sequences."""
 
 
 def padded_width(length: int) -> int:
@@ -19,11 +21,12 @@ def padded_width(length: int) -> int:
     return -(-length // _MULTIPLE) * _MULTIPLE
 
 
-def form_batch(lengths: Sequence[int], most: int, max_tokens: int) -> list[int]:
+def form_batch(lengths: Sequence[int], most: int, max_tokens: int, padding_share: float = PADDING_SHARE) -> list[int]:
     """Choose up to ``most`` of the waiting sequences: the first, which has waited longest, and others of its length.
 
-    Neighbours in order of length join, the nearest first, as long as the batch has little padding and, padding
-    included, no more than ``max_tokens``; a sequence over that goes alone. Returns their places, in rising order.
+    Neighbours in order of length join, the nearest first, as long as padding is no more than about ``padding_share``
+    of the real tokens and both together no more than ``max_tokens``; a sequence over that goes alone. Returns their
+    places, in rising order.
     """
     order = sorted(range(len(lengths)), key=lambda place: (lengths[place], place))
     low = order.index(0)
@@ -37,7 +40,7 @@ def form_batch(lengths: Sequence[int], most: int, max_tokens: int) -> list[int]:
         joining = lengths[order[high if longer <= shorter else low - 1]]
         longest, total = max(longest, joining), total + joining
         padding = longest * (count + 1) - total
-        if padding > _PADDING_SHARE * total + _STEP_IN_TOKENS * count:
+        if padding > padding_share * total + _STEP_IN_TOKENS * count:
             break
         if padded_width(longest) * (count + 1) > max_tokens:
             break

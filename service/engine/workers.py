@@ -7,7 +7,7 @@ from typing import Protocol
 
 from energy.types import Phase, Work
 from models.manifest import Manifest
-from service.engine.batching import form_batch, padded_width
+from service.engine.batching import PACKED_PADDING_SHARE, PADDING_SHARE, form_batch, padded_width
 from service.engine.buffers import Floats
 from service.engine.graphs import EncoderGraph, WriteGraphs
 from service.engine.lanes import BeamLane, Lane, New, PlainLane
@@ -99,7 +99,8 @@ class EncodeWorker:
 
     def take(self, waiting: Sequence[Job], most: int) -> list[Job]:
         """See ``Worker``."""
-        places = form_batch([job.tokens for job in waiting], most, self._max_batch_tokens)
+        lengths = [job.tokens for job in waiting]
+        places = form_batch(lengths, most, self._max_batch_tokens, PACKED_PADDING_SHARE)
         self._jobs = [waiting[place] for place in places]
         return self._jobs
 
@@ -187,7 +188,8 @@ class WriteWorker:
             return [first]
         # Those who begin together go into one lane.
         alike = [job for job in candidates if job.rows == first.rows and job not in slow][: free // first.rows]
-        chosen = form_batch([job.tokens for job in alike], most, self._limits.batch_tokens)
+        share = PADDING_SHARE if self._graphs.source is None else PACKED_PADDING_SHARE
+        chosen = form_batch([job.tokens for job in alike], most, self._limits.batch_tokens, share)
         self._new = [alike[place] for place in chosen]
         return self._new
 

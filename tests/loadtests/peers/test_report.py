@@ -43,11 +43,11 @@ def contender(peer: str, variant: str, seconds: list[float], agreement: float) -
 
 RECORDS = [
     MACHINE,
-    *contender("wattle", "8 bits", [0.1, 0.2, 0.4], 0.95),
+    *contender("wattle", "rowwise", [0.1, 0.2, 0.4], 0.95),
     *contender("ctranslate2", "int8", [0.1, 0.1, 0.1], 0.5),
     *contender("huggingface", "fp32", [0.8, 0.8, 0.8], 1.0),
     {"record": "absent", "peer": "openvino", "variant": "int8", "shape": "minilm", "reason": "no wheel"},
-    {"record": "absent", "peer": "wattle", "variant": "8 bits", "shape": "translate-6x2-256", "reason": "too early"},
+    {"record": "absent", "peer": "wattle", "variant": "rowwise", "shape": "translate-6x2-256", "reason": "too early"},
 ]
 
 
@@ -59,8 +59,8 @@ def row(page: str, start: str) -> list[str]:
 def test_a_row_holds_what_was_measured() -> None:
     page = render(RECORDS)
     # 160 tokens in 0.2 s; 1,600 of CTranslate2, 200 of Hugging Face; 1 J for each of the eight texts.
-    assert row(page, "Wattle 8 bits")[1:6] == ["800", "400 to 1,600", "2 x 1", "**0.5 / 4**", "0.9500 (0.950)"]
-    assert row(page, "Wattle 8 bits")[7:] == ["1 estimated", "0.10 (0.20)"]
+    assert row(page, "Wattle rowwise")[1:6] == ["800", "400 to 1,600", "2 x 1", "**0.5 / 4**", "0.9500 (0.950)"]
+    assert row(page, "Wattle rowwise")[7:] == ["1 estimated", "0.10 (0.20)"]
     assert row(page, "CTranslate2")[4] == ""
     assert "Rounds: 3." in page
 
