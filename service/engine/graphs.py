@@ -67,11 +67,6 @@ class EncoderGraph:
             feeds["token_types"] = types
         return dict(zip(self._outputs, self._session.run(self._outputs, feeds), strict=True))
 
-    def run_each(self, rows: Sequence[Sequence[int]]) -> list[dict[str, Floats]]:
-        """The graph's outputs for each of ``rows``."""
-        outputs = self.run(rows)
-        return [{name: values[row] for name, values in outputs.items()} for row in range(len(rows))]
-
 
 class DecoderGraph:
     """``decoder.onnx`` and the texts that it writes: for each row the keys and values of what it has read.
@@ -155,19 +150,23 @@ class DecoderGraph:
         self.positions[:n] += 1
         return self._logits[:n]
 
-    def know_source(self, text: int, length: int, cross: Mapping[str, Floats]) -> None:
-        """Let ``text`` start over a source of ``length`` tokens; ``cross`` holds its ``cross_*``."""
+    def know_sources(self, first: int, lengths: Sequence[int], crosses: Mapping[str, Floats]) -> None:
+        """Let texts from ``first`` on start over sources of ``lengths`` tokens; ``crosses`` holds their ``cross_*``,
+        ``(texts, heads, width, head size)``."""
         assert self._cross is not None
-        self._reserve(self._cross, length, text)
-        self.positions[text * self.beams : (text + 1) * self.beams] = 0
-        self._lengths["source_lengths"][text] = length
-        self._cross.put(text, [cross[name][:, :length] for name in self._cross.arrays])
+        end, width = first + len(lengths), max(lengths)
+        self._reserve(self._cross, width, first)
+        self.positions[first * self.beams : end * self.beams] = 0
+        self._lengths["source_lengths"][first:end] = lengths
+        for name, buffer in self._cross.arrays.items():
+            buffer[first:end, :, :width] = crosses[name][:, :, :width]
 
-    def context(self, text: int) -> int:
-        """How many tokens the rows of ``text`` attend to together, besides those that they read."""
-        source = self._lengths.get("source_lengths")
-        row = int(self.positions[text * self.beams])
-        return self.beams * (row + (0 if source is None else int(source[text])))
+    def contexts(self, n_texts: int) -> list[int]:
+        """How many tokens the rows of each of the first texts attend to together, besides those that they read."""
+        read = self.positions[: n_texts * self.beams : self.beams]
+        if self._cross is not None:
+            read = read + self._lengths["source_lengths"][:n_texts]
+        return (self.beams * read).tolist()  # type: ignore[no-any-return]
 
     def copy(self, source: int, target: int, start: int = 0) -> None:
         """Let row ``target`` go on where ``source`` stands; up to ``start`` it already holds the same."""

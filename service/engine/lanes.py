@@ -93,10 +93,12 @@ class PlainLane(_Places[KeyT]):
     def _advance(self, first: int, logits: Floats) -> list[tuple[KeyT, Outcome]]:
         ended: list[tuple[KeyT, Outcome]] = []
         for row, likeliest in enumerate(logits.argmax(-1).tolist()):
-            text = self._texts[first + row]
+            text, token = self._texts[first + row], likeliest
+            outcome: Outcome | None
             try:
-                token = text.choose(logits[row], likeliest)
-                outcome: Outcome | None = text.take(token)
+                if not text.is_plain:
+                    token = text.choose(logits[row], likeliest)
+                outcome = text.take(token)
             except Exception as error:  # a callback's, perhaps: it is this text's alone
                 outcome = error
             if outcome is None:

@@ -28,6 +28,14 @@ class Text:
         self._repeats = Repeats(sampling.no_repeat_ngram) if sampling.no_repeat_ngram else None
         # A generator of its own, so that neighbours in a batch draw nothing from it.
         self._random = np.random.default_rng(sampling.seed) if sampling.temperature else None
+        self.is_plain = (
+            not sampling.temperature
+            and not sampling.no_repeat_ngram
+            and sampling.logprobs is None
+            and item.should_stop is None
+            and item.on_tokens is None
+        )
+        """Whether it always takes the likeliest token, and nobody follows it."""
         self._ids: list[int] = []
         self._logprobs: list[TokenLogprobs] = []
 
@@ -49,6 +57,8 @@ class Text:
         if token == self._eos:
             return self._end("stop")
         ids.append(token)
+        if self.is_plain:
+            return self._end("length") if len(ids) == self._max_tokens else None
         if self._item.on_tokens is not None:
             self._item.on_tokens(ids)
         if self._item.should_stop is not None and self._item.should_stop(ids):

@@ -108,11 +108,24 @@ class WriteOutput:
 Output = EncodeOutput | WriteOutput
 
 
+class Answer(Future["Output"]):
+    """A future whose cancellation is seen without taking its lock: every step looks at every row's."""
+
+    is_cancelled = False
+
+    def cancel(self) -> bool:
+        """See ``Future.cancel``."""
+        cancelled = super().cancel()
+        if cancelled:
+            self.is_cancelled = True
+        return cancelled
+
+
 @dataclass(frozen=True, slots=True)
 class Ticket:
     """A submitted item: wait for ``future``; ``future.cancel()`` frees its place before the next step."""
 
-    future: "Future[Output]" = field(default_factory=Future)
+    future: Answer = field(default_factory=Answer)
 
 
 class Overloaded(Exception):

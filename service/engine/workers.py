@@ -42,7 +42,7 @@ class Job:
     @property
     def cancelled(self) -> bool:
         """Whether nobody waits for it any longer."""
-        return self.ticket.future.cancelled()
+        return self.ticket.future.is_cancelled
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,7 +220,7 @@ class WriteWorker:
         if self._graphs.source is None:
             lane.decoder.prefill(0, [[0]])
         else:
-            lane.decoder.know_source(0, 1, self._graphs.source.run_each([[0]])[0])
+            lane.decoder.know_sources(0, [1], self._graphs.source.run([[0]]))
         lane.decoder.step([0])
 
     def _reading(self, jobs: tuple[Job, ...]) -> Turn:
@@ -240,19 +240,21 @@ class WriteWorker:
     def _writing(self, lane: Lane[Job]) -> Turn:
         jobs, decoder = tuple(lane.keys), lane.decoder
         work = tuple(
-            Work(job.item.request_id, Phase.DECODE, decoder.beams, decoder.context(place))
-            for place, job in enumerate(jobs)
+            Work(job.item.request_id, Phase.DECODE, decoder.beams, context)
+            for job, context in zip(jobs, decoder.contexts(len(jobs)), strict=True)
         )
         return Turn(jobs, work, 0, lambda: list(lane.write()), lambda: self._drop(jobs))
 
     def _read_sources(self, jobs: Sequence[Job]) -> list[tuple[Job, Result]]:
         assert self._graphs.source is not None
         # The same source in several jobs is read once.
-        sources = list(dict.fromkeys(job.item.input_ids for job in jobs))
-        crosses = dict(zip(sources, self._graphs.source.run_each(sources), strict=True))
+        places = {ids: place for place, ids in enumerate(dict.fromkeys(job.item.input_ids for job in jobs))}
+        crosses = self._graphs.source.run(list(places))
+        if len(places) < len(jobs):
+            each = [places[job.item.input_ids] for job in jobs]
+            crosses = {name: values[each] for name, values in crosses.items()}
         lane = self._lane(jobs[0].rows)
-        for text, job in enumerate(jobs, len(lane.keys)):
-            lane.decoder.know_source(text, job.tokens, crosses[job.item.input_ids])
+        lane.decoder.know_sources(len(lane.keys), [job.tokens for job in jobs], crosses)
         return self._begin(lane, jobs, None)
 
     def _read_prompts(self, jobs: Sequence[Job]) -> list[tuple[Job, Result]]:

@@ -73,12 +73,13 @@ class ListDecoder:
             self.rows[row] = [*self.rows[row], int(token)]
         return np.stack([logits_after(row) for row in self.rows[: len(next_ids)]])
 
-    def know_source(self, text: int, length: int, cross: Mapping[str, NDArray[np.float32]]) -> None:
-        for row in range(text * self.beams, (text + 1) * self.beams):
-            self.rows[row] = cross["source"][:length].astype(int).tolist()
+    def know_sources(self, first: int, lengths: Sequence[int], crosses: Mapping[str, NDArray[np.float32]]) -> None:
+        for text, length in enumerate(lengths, first):
+            source = crosses["source"][text - first, :length].astype(int).tolist()
+            self.rows[text * self.beams : (text + 1) * self.beams] = [list(source) for _ in range(self.beams)]
 
-    def context(self, text: int) -> int:
-        return self.beams * len(self.rows[text * self.beams])
+    def contexts(self, n_texts: int) -> list[int]:
+        return [self.beams * len(self.rows[text * self.beams]) for text in range(n_texts)]
 
     def copy(self, source: int, target: int, start: int = 0) -> None:
         self.rows[target] = self.rows[target][:start] + self.rows[source][start:]
@@ -116,9 +117,10 @@ class ListGraphs:
     def decoder(self, n_texts: int, beams: int) -> ListDecoder:
         return ListDecoder(self, n_texts, beams)
 
-    def run_each(self, rows: Sequence[Sequence[int]]) -> list[dict[str, NDArray[np.float32]]]:
+    def run(self, rows: Sequence[Sequence[int]]) -> dict[str, NDArray[np.float32]]:
         self.maybe_fail()
-        return [{"source": np.array(row, dtype=np.float32)} for row in rows]
+        width = max(map(len, rows))
+        return {"source": np.array([[*row, *[0] * (width - len(row))] for row in rows], dtype=np.float32)}
 
     def likeliest(self, logits: NDArray[np.float32], count: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         words = np.argsort(-logits, axis=1, kind="stable")[:, :count]
