@@ -307,7 +307,7 @@ class Account:
     def _settle(self, request_id: str) -> SettledRecord:
         """Move a request that is over to the totals."""
         settled = self._over_record(request_id, settled=True)
-        cost = self._requests.costs.pop(request_id, Cost())
+        cost = self._requests.costs.pop(request_id, None) or Cost()
         del self._over[request_id]
         for (device, model, phase, quality), energy_uj in self._requests.charges(cost):
             self._attributed[device, model, settled.request.task, phase, quality] += energy_uj

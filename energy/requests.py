@@ -62,7 +62,7 @@ class Noted:
 class Cost:
     """One request's."""
 
-    charges: Counter[int] = field(default_factory=Counter)
+    charges: dict[int, int] = field(default_factory=dict)
     """Allocated energy by the number of a ``Charged``."""
     active_uj: int = 0
     allocated_uj: int = 0
@@ -124,12 +124,12 @@ class Requests:
                 cost = self.costs[name]
                 cost.active_uj += energy_uj
                 cost.allocated_uj += energy_uj
-                cost.charges[number] += energy_uj
+                cost.charges[number] = cost.charges.get(number, 0) + energy_uj
                 cost.weaken(charged.quality)
             for name, energy_uj in charge(idle).items():
                 cost = self.costs[name]
                 cost.allocated_uj += energy_uj
-                cost.charges[number] += energy_uj
+                cost.charges[number] = cost.charges.get(number, 0) + energy_uj
                 cost.weaken(charged.quality)
 
     def occupy(self, steps: Sequence[Noted]) -> None:
@@ -167,9 +167,10 @@ class Requests:
 
     def parts(self, cost: Cost) -> tuple[Part, ...]:
         """What has been charged, by device and phase."""
-        parts: Counter[tuple[str, Phase]] = Counter()
-        for charged, energy_uj in self.charges(cost):
-            parts[charged.device, charged.phase] += energy_uj
+        parts: dict[tuple[str, Phase], int] = {}
+        for number, energy_uj in cost.charges.items():
+            device, _, phase, _ = self._charged[number]
+            parts[device, phase] = parts.get((device, phase), 0) + energy_uj
         return tuple(Part(device, phase, energy_uj) for (device, phase), energy_uj in sorted(parts.items()))
 
     def open_uj(self) -> Counter[str]:

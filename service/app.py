@@ -85,6 +85,8 @@ def build_service(settings: Settings) -> Iterator[Service]:
     try:
         with Sampler(account, settings.sample_interval_ms / 1000):
             engine = Engine(models.served, record, engine_settings(settings))
+            # From what warming up took, the first request's bill can be foretold.
+            account.sample()
             metrics.watch(engine.queue_depth, engine.running, account.totals)
             try:
                 yield Service(

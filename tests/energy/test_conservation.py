@@ -177,7 +177,8 @@ class SnapshotRequests(Requests):
                 cost = self.costs[name]
                 energy_uj = claim.active_uj + claim.idle_uj
                 cost.allocated_uj += energy_uj
-                cost.charges[self._number_of(device, noted, claim)] += energy_uj
+                number = self._number_of(device, noted, claim)
+                cost.charges[number] = cost.charges.get(number, 0) + energy_uj
                 cost.weaken(claim.quality)
 
     def _number_of(self, device: str, noted: Noted, claim: Claim) -> int:
