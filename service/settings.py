@@ -46,7 +46,7 @@ class Settings(BaseSettings):
     max_concurrent_requests: int = Field(
         512, ge=1, description="Texts accepted at once, waiting or running, before the answer is 429."
     )
-    max_batch_tokens: int = Field(2048, ge=1, description="Tokens of one forward pass, counted with padding.")
+    max_batch_tokens: int = Field(512, ge=1, description="Tokens of one forward pass, counted with padding.")
     max_model_mb: int = Field(
         8000,
         ge=1,

@@ -106,7 +106,7 @@ def settings(kind: Kind, peer: Peer, cores: int) -> list[Setting]:
     """Every division of ``cores`` into equal groups; for an encoder, with several sizes of a batch."""
     divisions = [(cores // threads, threads) for threads in range(1, cores + 1) if cores % threads == 0]
     # Two threads are one division of many on a large machine: those between the ends are tried as well.
-    budgets: Sequence[int] = (512, 2048) if kind == "encode" else (2048 if peer.name == "wattle" else _UNLIMITED,)
+    budgets: Sequence[int] = (512, 2048) if kind == "encode" else (512 if peer.name == "wattle" else _UNLIMITED,)
     return [Setting(replicas, threads, budget) for replicas, threads in divisions for budget in budgets]
 
 

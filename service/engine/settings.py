@@ -12,7 +12,7 @@ class EngineSettings:
     """Of each executor."""
     max_rows: int = 128
     """Texts, or beams of texts, that an executor writes at once with one model."""
-    max_batch_tokens: int = 2048
+    max_batch_tokens: int = 512
     """Of one forward pass over new sequences, counted with padding."""
     max_model_bytes: int = 8_000_000_000
     """Of one model, its weights and its buffers; one that is large gets fewer rows, one that is larger is refused."""
