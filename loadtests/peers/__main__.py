@@ -2,10 +2,12 @@
 
 import argparse
 import platform
+import signal
+import sys
 import time
 from pathlib import Path
 
-from loadtests.peers import ceilings, http_rounds, report, rounds
+from loadtests.peers import ceilings, http_rounds, report, rounds, weights
 from loadtests.peers.environments import python_of
 from loadtests.peers.processes import ROOT, cores
 from loadtests.peers.records import Records
@@ -16,6 +18,8 @@ from loadtests.peers.workloads import WORKLOADS
 def main() -> None:
     """Measure what was not measured yet, and write the page."""
     arguments = _parser().parse_args()
+    # Ended like this, the servers end too.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     root: Path = arguments.root.resolve()
     root.mkdir(parents=True, exist_ok=True)
     results = root / ("quick.jsonl" if arguments.quick else "results.jsonl")
@@ -30,10 +34,13 @@ def main() -> None:
 
 
 def _measure(arguments: argparse.Namespace, root: Path, records: Records) -> None:
+    digest = weights.digest()
+    if records.find("machine") and not records.find("machine", models=digest):
+        raise SystemExit("the workloads have changed since the last run: begin again with --fresh")
     if not records.find("machine"):
         print("measuring the machine's ceilings", flush=True)
         rates = ceilings.measure(python_of(root, "wattle"), ROOT)
-        records.add("machine", rates=rates, cache_bytes=ceilings.cache_bytes(), **_machine())
+        records.add("machine", models=digest, rates=rates, cache_bytes=ceilings.cache_bytes(), **_machine())
     wanted = arguments.only or [""]
     workloads = [workload for workload in WORKLOADS if any(each in workload.name for each in wanted)]
     peers = [PEERS[name] for name in arguments.peers or PEERS]

@@ -141,7 +141,7 @@ def measure(root: Path, rounds: int, records: Records, *, quick: bool) -> None:
         records.add("absent", peer="http", variant="", shape="", reason=failure)
         print(f"no comparison through HTTP: {failure}", flush=True)
         return
-    seconds = 1.0 if quick else 4.0
+    seconds = 1.0 if quick else 3.0
     for endpoint in ENDPOINTS:
         try:
             best = {

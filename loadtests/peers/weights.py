@@ -1,5 +1,6 @@
 """The same weights in every peer's form: made once, by each peer's own converter, in its own environment."""
 
+import hashlib
 import os
 import shutil
 import subprocess
@@ -20,11 +21,25 @@ _OPTIMUM_TASKS = {
 
 def make_sources(root: Path) -> str | None:
     """The models in Hugging Face's format; returns why they could not be made."""
-    models = root / "models"
-    if (models / "sentences.json").exists():
+    models, stamp = root / "models", root / "models.txt"
+    if stamp.exists() and stamp.read_text() == digest():
         return None
+    print("making the models", flush=True)
+    for name in ("models", "converted", "references"):
+        shutil.rmtree(root / name, ignore_errors=True)
     python = python_of(root, "huggingface")
-    return _run([[str(python), "-m", "loadtests.peers.make_models", str(models)]], models, root)
+    failure = _run([[str(python), "-m", "loadtests.peers.make_models", str(models)]], models, root)
+    if failure is None:
+        stamp.write_text(digest())
+    return failure
+
+
+def digest() -> str:
+    """Of all that decides what models and inputs are: figures of another one are not to be mixed with these."""
+    hashed = hashlib.sha256()
+    for name in ("make_models.py", "workloads.py", "sentences.txt"):
+        hashed.update((Path(__file__).parent / name).read_bytes())
+    return hashed.hexdigest()
 
 
 def convert(root: Path, peer: Peer, variant: Variant, shape: Shape) -> str | None:

@@ -5,8 +5,10 @@ then ``{"run": {...}}`` any number of times (the fields of ``Run``); each is ans
 libraries print goes to the standard error.
 """
 
+import ctypes
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -15,6 +17,8 @@ from importlib.metadata import version
 from typing import Protocol
 
 Ids = list[list[int]]
+_PR_SET_PDEATHSIG = 1
+"""Of ``linux/prctl.h``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +72,8 @@ class Runner(Protocol):
 
 def serve(packages: Sequence[str], load: Callable[[Load], Runner]) -> None:
     """Answer the parent until it closes the input. ``packages`` are those whose versions matter."""
+    # A stopped process never reads that its input has ended, so it goes down with its parent.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     # Answers get a stream of their own: libraries print to the standard output.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)

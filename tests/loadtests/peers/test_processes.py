@@ -1,11 +1,12 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from loadtests.peers.processes import Team, WorkerFailed, busy_cpu_s, group_cpu_s, share_out, split_order
+from loadtests.peers.processes import ROOT, Team, WorkerFailed, busy_cpu_s, group_cpu_s, share_out, split_order
 from loadtests.peers.worker import Load, Run
 
 ORDER = Load("", "translate", "int8", threads=2, replicas=2, batch_tokens=8, cores=(0, 1, 2, 3))
@@ -81,3 +82,24 @@ def test_processes_share_a_batch_and_outputs_come_back_in_order(python: Path, tm
 def test_a_worker_that_cannot_load_says_why(python: Path, tmp_path: Path) -> None:
     with pytest.raises(WorkerFailed, match="no such numbers"):
         Team(python, "fake", order("broken"), tmp_path / "log", native_replicas=True)
+
+
+def test_a_stopped_worker_ends_with_its_parent(python: Path, tmp_path: Path) -> None:
+    script = f"""
+import os
+from pathlib import Path
+from loadtests.peers.processes import Team
+from loadtests.peers.worker import Load
+core = min(os.sched_getaffinity(0))
+order = Load("", "translate", "int8", 1, 1, 8, (core,))
+team = Team(Path({str(python)!r}), "fake", order, Path({str(tmp_path / "log")!r}), native_replicas=True)
+print(team._workers[0]._process.pid, flush=True)
+os._exit(0)
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    worker = Path("/proc") / done.stdout.strip()
+    for _ in range(500):
+        if not worker.exists() or "\nState:\tZ" in (worker / "status").read_text():
+            return
+        time.sleep(0.01)
+    pytest.fail("the worker has outlived its parent")
