@@ -532,15 +532,14 @@ class _Encoder(_Network):
         positions = self.op("Expand", self.range(self.size(self.ids, 1)), self.op("Shape", self.ids))
         positions = self.real(self.flat(positions))
         rotary = self.rotary(self.unsqueeze(positions, 1))
-        # To be rotated, each token is a row: a row of all would be longer than any that the model knows.
-        alone = self.op("Concat", self.op("Shape", positions), self.constant([1, -1]), axis=0)
-
         def attend(x: ir.Value, name: str) -> ir.Value:
             if rotary is None:
                 x = self.padded(self.linear(x, name + ".qkv"))
                 parts = self.ops("Split", x, n_outputs=3, axis=-1, num_outputs=3)
             else:
                 flat = self.constant([-1, config.d_model])
+                # To be rotated, each token is a row: a row of all would be longer than any that the model knows.
+                alone = self.constant([-1, 1, config.d_model])
                 every = self.queries_keys_values(x, name, alone, rotary)
                 parts = [self.padded(self.op("Reshape", part, flat)) for part in every]
             n_heads = config.n_heads
