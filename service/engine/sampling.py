@@ -43,18 +43,27 @@ def choose(logits: NDArray[np.float32], sampling: Sampling, random: np.random.Ge
     """
     if sampling.temperature == 0:
         return int(logits.argmax())
-    scaled = (logits.astype(np.float64) - logits.max()) / sampling.temperature
-    tokens = np.arange(len(scaled))
-    if 0 < sampling.top_k < len(scaled):
-        tokens = np.argpartition(-scaled, sampling.top_k - 1)[: sampling.top_k]
+    # As float32 a smaller temperature would be zero.
+    weights = np.exp((logits - logits.max()) / np.float32(max(sampling.temperature, 1e-30)))
+    tokens = None
+    if 0 < sampling.top_k < len(weights):
+        tokens = np.argpartition(-weights, sampling.top_k - 1)[: sampling.top_k]
+        weights = weights[tokens]
     if sampling.top_p < 1:
-        tokens = tokens[np.argsort(-scaled[tokens], kind="stable")]
-    cumulated = np.cumsum(np.exp(scaled[tokens]))
-    if sampling.top_p < 1:
+        # However many tokens are lighter than this, together they weigh less than what top_p leaves out: they need
+        # not be sorted.
+        least = (1 - sampling.top_p) * weights.sum(dtype=np.float64) / len(weights)
+        heavy = np.flatnonzero(weights >= least)
+        heavy = heavy[np.argsort(-weights[heavy], kind="stable")]
+        cumulated = np.cumsum(weights[heavy], dtype=np.float64)
         # The token that reaches top_p is the last one in.
-        cumulated = cumulated[: np.searchsorted(cumulated, sampling.top_p * cumulated[-1]) + 1]
-    place = np.searchsorted(cumulated, random.random() * cumulated[-1], side="right")
-    return int(tokens[min(place, len(cumulated) - 1)])
+        last = np.searchsorted(cumulated, sampling.top_p * weights.sum(dtype=np.float64))
+        cumulated = cumulated[: last + 1]
+        tokens = heavy if tokens is None else tokens[heavy]
+    else:
+        cumulated = np.cumsum(weights, dtype=np.float64)
+    place = min(np.searchsorted(cumulated, random.random() * cumulated[-1], side="right"), len(cumulated) - 1)
+    return int(place if tokens is None else tokens[place])
 
 
 def token_logprobs(logits: NDArray[np.float32], token: int, count: int) -> TokenLogprobs:
