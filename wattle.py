@@ -180,6 +180,24 @@ def _asking(folder: Path) -> Iterator[Callable[[str, dict[str, Any]], dict[str, 
             yield ask
 
 
+def energy(flags: dict[str, str]) -> int:
+    """Say what the requests of a time cost, from the service's ledger."""
+    from energy.commands import ReportFailed, run_report
+    from energy.settings import read_settings
+    from service.settings import read_settings as read_service_settings
+
+    if flags.pop(SUBJECT) != "report":
+        return _fail("there is one such command: wattle energy report", 2)
+    try:
+        settings = read_settings(**flags)
+        run_report(settings, settings.ledger or read_service_settings().ledger)
+    except ReportFailed as error:
+        return _fail(str(error), 1)
+    except ValueError as error:
+        return _fail(str(error), 2)
+    return 0
+
+
 def _stage(run: Callable[[str, Any], object], flags: dict[str, str]) -> int:
     """Run a stage of training; an error that the user can mend is one line on stderr."""
     from training.errors import TrainingError
@@ -240,6 +258,7 @@ COMMANDS = {
     "import": Command(import_, "training", IMPORTED, "Folder of a model that transformers saved, or a Hub name."),
     "evaluate": Command(evaluate, "training", SCORED, "Folder of an exported model."),
     "quantise": Command(quantise, "training", SCORED, "Folder of an exported model."),
+    "energy": Command(energy, "energy", argument="report: what the requests of a time cost."),
 }
 
 

@@ -215,7 +215,10 @@ class Account:
         return bill
 
     def find(self, request_id: str) -> SettledRecord | None:
-        """A request that is over, with its bill; None where it is unknown, still running, or forgotten."""
+        """A request that is over, with its bill; None where it is unknown, still running, or forgotten.
+
+        Raises ``LedgerUnreadable`` where only the ledger could tell, and cannot be read.
+        """
         with self._lock:
             if request_id in self._over:
                 return self._over_record(request_id)

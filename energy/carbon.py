@@ -1,8 +1,9 @@
 """Grams of CO2e from joules, as in the SCI specification (ISO/IEC 21031). Knows nothing of meters or requests.
 
-    operational = allocated kWh x PUE x grid intensity
-    embodied    = carbon of making the machine x (time reserved / its life) x (share of it reserved)
+    operational = allocated kWh x PUE x grid intensity                                      (O = E x I)
+    embodied    = carbon of making the machine x (time used / its life) x (share of it used)   (M = TE x TS x RS)
 
+A request uses the share of the machine that its executor is, for as long as its steps last.
 The zone of the grid is told by whoever runs the service, never guessed from the network.
 """
 
@@ -46,22 +47,24 @@ class Carbon:
         pue: float = 1.0,
         embodied_kg: float | None = None,
         life_years: float = LIFE_YEARS,
+        machine_share: float = 1.0,
     ) -> None:
         """``zone`` is an ISO 3166 code of two or three letters; None is the world average.
 
-        ``embodied_kg`` is the carbon of making the whole machine. Raises ``UnknownZone``.
+        ``embodied_kg`` is the carbon of making the whole machine, of which all executors together are
+        ``machine_share``. Raises ``UnknownZone``.
         """
         label, intensity, source = _grid(zone)
-        self.assumptions = CarbonAssumptions(label, intensity, source, pue, embodied_kg, life_years)
+        self.assumptions = CarbonAssumptions(label, intensity, source, pue, embodied_kg, life_years, machine_share)
 
     def gco2e(self, allocated_uj: int, machine_ns: float) -> float:
-        """Grams for this much energy and for this much time of the whole machine."""
+        """Grams for this much energy and for this much time of all executors."""
         known = self.assumptions
         operational_g = allocated_uj / _UJ_PER_KWH * known.pue * known.gco2e_per_kwh
         if known.embodied_kg is None:
             return operational_g
         life_ns = known.life_years * _S_PER_YEAR * NS_PER_S
-        return operational_g + known.embodied_kg * 1000 * machine_ns / life_ns
+        return operational_g + known.embodied_kg * 1000 * known.machine_share * machine_ns / life_ns
 
 
 def _grid(zone: str | None) -> tuple[str, float, str]:

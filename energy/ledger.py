@@ -5,63 +5,44 @@ A disk that is full or read-only never stops the service: records wait, the olde
 ``healthy`` and the log say so until writing succeeds again.
 """
 
-import json
 import logging
+import os
 import sqlite3
 import threading
-from contextlib import closing
-from dataclasses import asdict
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any
 
 from energy.clock import Clock
-from energy.types import Bill, CarbonAssumptions, Quality, RequestRecord, SettledRecord
+from energy.schema import SCHEMA_VERSION, SELECT, UnknownSchema, from_row, insert, schema_version, upgrade
+from energy.types import SettledRecord
 
-SCHEMA_VERSION = 1
 MAX_WAITING = 10_000
 _INTERVAL_S = 1.0
 _S_PER_DAY = 86_400.0
+_MB = 1_000_000
+_SHRUNK = 0.9
+"""Of the allowed size, what is kept when it is exceeded, so that forgetting is rare."""
 _log = logging.getLogger(__name__)
 
-_SCHEMA = f"""
-CREATE TABLE requests (
-    request_id TEXT PRIMARY KEY,
-    time_s REAL NOT NULL,
-    task TEXT NOT NULL,
-    model TEXT NOT NULL,
-    status TEXT NOT NULL,
-    input_tokens INTEGER NOT NULL,
-    output_tokens INTEGER NOT NULL,
-    queue_ms REAL NOT NULL,
-    compute_ms REAL NOT NULL,
-    active_uj INTEGER,
-    allocated_uj INTEGER,
-    gco2e REAL,
-    quality TEXT NOT NULL,
-    settled INTEGER NOT NULL,
-    carbon TEXT NOT NULL
-) WITHOUT ROWID;
-CREATE INDEX requests_by_time ON requests (time_s);
-PRAGMA user_version = {SCHEMA_VERSION};
-"""
-_COLUMNS = (
-    "request_id, time_s, task, model, status, input_tokens, output_tokens, queue_ms, compute_ms, "
-    "active_uj, allocated_uj, gco2e, quality, settled, carbon"
-)
-_INSERT = f"INSERT OR REPLACE INTO requests ({_COLUMNS}) VALUES ({', '.join('?' * 15)})"
+
+class LedgerUnreadable(Exception):
+    """A ledger's file is absent, damaged or of a version that is not read; the message names no path."""
 
 
 class Ledger:
-    """The records of ``path``, kept for ``retention_days``."""
+    """The records in the file ``path``, none older than ``max_days``, in a file no larger than about ``max_mb``."""
 
-    def __init__(self, path: Path, retention_days: float = 90.0, clock: Clock | None = None) -> None:
-        self._path = path
-        self._retention_s = retention_days * _S_PER_DAY
+    def __init__(self, path: Path, max_days: float = 90.0, max_mb: float = 1000.0, clock: Clock | None = None) -> None:
+        self.path = path
+        self._max_age_s = max_days * _S_PER_DAY
+        self._max_bytes = max_mb * _MB
         self._clock = clock or Clock()
         self._lock = threading.Lock()
         self._waiting: dict[str, SettledRecord] = {}
         self._failure: str | None = None
         self._dropped = 0
+        self._dropped_before = 0
         self._wake = threading.Event()
         self._stop = threading.Event()
         self._flush()
@@ -75,8 +56,13 @@ class Ledger:
 
     @property
     def failure(self) -> str | None:
-        """Why the ledger cannot be written; None where it can."""
+        """Why the ledger cannot be written, without a path; None where it can."""
         return self._failure
+
+    @property
+    def dropped(self) -> int:
+        """Records that were lost because too many waited for a disk that could not be written."""
+        return self._dropped
 
     def put(self, record: SettledRecord) -> None:
         """Write ``record`` within a second; a later record of the same request replaces an earlier one."""
@@ -88,18 +74,23 @@ class Ledger:
         self._wake.set()
 
     def find(self, request_id: str) -> SettledRecord | None:
-        """The latest record of a request, written or not; None where there is none, or none that can be read."""
+        """The latest record of a request, written or not; None where there is none. Raises ``LedgerUnreadable``."""
         with self._lock:
             waiting = self._waiting.get(request_id)
         if waiting is not None:
             return waiting
-        try:
-            with closing(sqlite3.connect(f"{self._path.resolve().as_uri()}?mode=ro", uri=True)) as database:
-                query = f"SELECT {_COLUMNS} FROM requests WHERE request_id = ?"
-                row = database.execute(query, (request_id,)).fetchone()
-        except sqlite3.Error:
-            return None
-        return None if row is None else _from_row(row)
+        with open_to_read(self.path) as database:
+            row = database.execute(f"{SELECT} WHERE request_id = ?", (request_id,)).fetchone()
+        return None if row is None else from_row(row)
+
+    def latest(self, count: int) -> list[SettledRecord]:
+        """The last ``count`` requests, newest first, written or not. Raises ``LedgerUnreadable``."""
+        with self._lock:
+            waiting = dict(self._waiting)
+        with open_to_read(self.path) as database:
+            written = [from_row(row) for row in database.execute(f"{SELECT} ORDER BY time_s DESC LIMIT ?", (count,))]
+        records = {record.request.request_id: record for record in written} | waiting
+        return sorted(records.values(), key=lambda record: record.time_s, reverse=True)[:count]
 
     def close(self) -> None:
         """Write what waits and end the writer."""
@@ -124,75 +115,66 @@ class Ledger:
             batch = dict(self._waiting)
         try:
             self._write(batch)
-        except (sqlite3.Error, OSError, _UnknownSchema) as error:
+        except (sqlite3.Error, OSError, UnknownSchema) as error:
             if self._failure is None:
-                _log.warning("the ledger %s cannot be written, the service goes on without it: %s", self._path, error)
-            self._failure = str(error)
+                _log.warning("the ledger %s cannot be written, the service goes on without it: %s", self.path, error)
+            self._failure = _reason(error)
             return
         with self._lock:
             for request_id, record in batch.items():
                 # Identity, not equality: a newer record of the same request may have come meanwhile.
                 if self._waiting.get(request_id) is record:
                     del self._waiting[request_id]
-            dropped, self._dropped = self._dropped, 0
+            dropped, self._dropped_before = self._dropped - self._dropped_before, self._dropped
         if self._failure is not None:
-            _log.warning("the ledger %s is written again; %d records were dropped", self._path, dropped)
+            _log.warning("the ledger %s is written again; %d records were dropped", self.path, dropped)
             self._failure = None
 
     def _write(self, batch: dict[str, SettledRecord]) -> None:
         # Opened for every batch: a file that was removed, remounted or repaired is found again by itself.
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with closing(sqlite3.connect(self._path)) as database:
-            version = database.execute("PRAGMA user_version").fetchone()[0]
-            if version not in (0, SCHEMA_VERSION):
-                raise _UnknownSchema(f"its schema has version {version}; this program writes {SCHEMA_VERSION}")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with closing(sqlite3.connect(self.path)) as database:
+            schema_version(database)
             database.execute("PRAGMA journal_mode = WAL")
             # Safe against losing the process; losing power may cost the last commits, never the file (SQLite on WAL).
             database.execute("PRAGMA synchronous = NORMAL")
-            if version == 0:
-                database.executescript(f"BEGIN; {_SCHEMA} COMMIT;")
+            upgrade(database)
             with database:
-                database.executemany(_INSERT, [_to_row(record) for record in batch.values()])
-                database.execute("DELETE FROM requests WHERE time_s < ?", (self._clock.unix_s() - self._retention_s,))
+                insert(database, batch.values())
+                database.execute("DELETE FROM requests WHERE time_s < ?", (self._clock.unix_s() - self._max_age_s,))
+            self._shrink(database)
+
+    def _shrink(self, database: sqlite3.Connection) -> None:
+        """Forget the oldest records of a file that has grown too large, and give free pages back to the disk."""
+        size, pages, free = (
+            database.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_size", "page_count", "freelist_count")
+        )
+        if size * pages <= self._max_bytes:
+            return
+        kept = self._max_bytes * _SHRUNK / (size * (pages - free))
+        if kept < 1:
+            share = f"SELECT CAST(count(*) * {1 - kept} AS INTEGER) + 1 FROM requests"
+            oldest = f"SELECT rowid FROM requests ORDER BY time_s LIMIT ({share})"
+            with database:
+                database.execute(f"DELETE FROM requests WHERE rowid IN ({oldest})")
+        # Not `execute`, which ends after the first page.
+        database.executescript("PRAGMA incremental_vacuum")
 
 
-class _UnknownSchema(Exception):
-    pass
+@contextmanager
+def open_to_read(path: Path) -> Iterator[sqlite3.Connection]:
+    """A connection that cannot write; what goes wrong on it raises ``LedgerUnreadable``."""
+    # SQLite wants to make files beside a WAL database, which a read-only disk forbids; nobody writes there either.
+    still = "" if os.access(path.parent, os.W_OK) or Path(f"{path}-wal").exists() else "&immutable=1"
+    try:
+        with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro{still}", uri=True)) as database:
+            version = schema_version(database)
+            if version != SCHEMA_VERSION:
+                raise UnknownSchema(f"its schema has version {version}: serving brings it to {SCHEMA_VERSION}")
+            yield database
+    except (sqlite3.Error, UnknownSchema) as error:
+        raise LedgerUnreadable(_reason(error)) from error
 
 
-def _to_row(record: SettledRecord) -> tuple[object, ...]:
-    request, bill = record.request, record.bill
-    return (
-        request.request_id,
-        record.time_s,
-        request.task,
-        request.model,
-        request.status,
-        request.input_tokens,
-        request.output_tokens,
-        request.queue_ms,
-        request.compute_ms,
-        bill.active_uj,
-        bill.allocated_uj,
-        bill.gco2e,
-        bill.quality.value,
-        bill.settled,
-        json.dumps(asdict(record.carbon)),
-    )
-
-
-def _from_row(row: tuple[Any, ...]) -> SettledRecord:
-    fields = dict(zip(_COLUMNS.split(", "), row, strict=True))
-    return SettledRecord(
-        request=RequestRecord(**{name: fields[name] for name in RequestRecord.__dataclass_fields__}),
-        bill=Bill(
-            request_id=fields["request_id"],
-            active_uj=fields["active_uj"],
-            allocated_uj=fields["allocated_uj"],
-            gco2e=fields["gco2e"],
-            quality=Quality(fields["quality"]),
-            settled=bool(fields["settled"]),
-        ),
-        time_s=fields["time_s"],
-        carbon=CarbonAssumptions(**json.loads(fields["carbon"])),
-    )
+def _reason(error: Exception) -> str:
+    return error.strerror or type(error).__name__ if isinstance(error, OSError) else str(error)

@@ -97,6 +97,8 @@ class RequestRecord:
     output_tokens: int = 0
     queue_ms: float = 0.0
     compute_ms: float = 0.0
+    key: str | None = None
+    """A label of the API key that asked, never the key itself; None where there are no keys."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +114,8 @@ class CarbonAssumptions:
     embodied_kg: float | None
     """Carbon of making the machine; None where nobody has said, and then no figure includes any."""
     life_years: float
+    machine_share: float = 1.0
+    """How much of the machine the service has reserved."""
 
 
 @dataclass(frozen=True, slots=True)

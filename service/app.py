@@ -3,6 +3,7 @@
 import logging
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from fastapi import FastAPI, Request
@@ -35,8 +36,9 @@ from service.routes.libretranslate import libretranslate_routes
 from service.routes.openai import openai_routes
 from service.routes.operations import operations_routes
 from service.routes.tasks import task_routes
-from service.settings import Settings
+from service.settings import Settings, wants_traces
 from service.tasks import TASKS
+from service.tracing import open_tracing
 
 DESCRIPTION = "Five NLP tasks over HTTP; every answer says what it cost in joules and grams of CO2e."
 
@@ -47,11 +49,15 @@ Build = Callable[[Settings], AbstractContextManager[Service]]
 def create_app(settings: Settings, build: Build | None = None) -> FastAPI:
     """The application. ``build`` makes the service at start-up and takes it down at shutdown."""
 
+    tracing = open_tracing() if wants_traces() else None
+
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         with (build or build_service)(settings) as service:
-            app.state.service = service
+            app.state.service = replace(service, tracing=tracing)
             yield
+        if tracing is not None:
+            tracing.close()
 
     kinds = (*(kind for kind in TABLE if kind is not Exception), WattleError, RequestValidationError, HTTPException)
     app = FastAPI(
@@ -64,6 +70,7 @@ def create_app(settings: Settings, build: Build | None = None) -> FastAPI:
         redirect_slashes=False,
         middleware=[Middleware(Edge, max_body_bytes=settings.max_body_bytes)],
         exception_handlers={kind: _answer for kind in kinds},
+        telemetry=None if tracing is None else tracing.fastapi_config,
     )
     dialects = (openai_routes(), huggingface_routes(), libretranslate_routes())
     for routes in (task_routes(), *dialects, energy_routes(), operations_routes()):
@@ -76,7 +83,8 @@ def build_service(settings: Settings) -> Iterator[Service]:
     """Everything that answers requests, ready to; what runs when it is left gets time to finish."""
     models = open_models(settings)
     metrics = Metrics()
-    account = open_account(settings, read_coefficients(models, settings.state))
+    ledger = Ledger(settings.ledger, settings.ledger_max_days, settings.ledger_max_mb)
+    account = open_account(settings, read_coefficients(models, settings.state), ledger)
 
     def record(step: Step) -> None:
         account.record(step)
@@ -87,12 +95,13 @@ def build_service(settings: Settings) -> Iterator[Service]:
             engine = Engine(models.served, record, engine_settings(settings))
             # From what warming up took, the first request's bill can be foretold.
             account.sample()
-            metrics.watch(engine.queue_depth, engine.running, account.totals)
+            metrics.watch(engine.queue_depth, engine.running, account.totals, ledger)
             try:
                 yield Service(
                     models=models,
                     engine=engine,
                     account=account,
+                    ledger=ledger,
                     metrics=metrics,
                     door=Door(settings.max_concurrent_requests),
                     max_client_batch_size=settings.max_client_batch_size,
@@ -142,17 +151,19 @@ def meter_settings(settings: Settings) -> MeterSettings:
     )
 
 
-def open_account(settings: Settings, coefficients: Mapping[str, Coefficients]) -> Account:
+def open_account(settings: Settings, coefficients: Mapping[str, Coefficients], ledger: Ledger) -> Account:
     """The energy account that ``settings`` describe; logs which meter it reads, or why there is none."""
     choice = choose_meter(meter_settings(settings))
     for finding in choice.findings:
         _log.info("meter %s %s: %s", finding.source, "used" if finding.used else "not used", finding.detail)
-    carbon = Carbon(settings.grid_zone, settings.pue, settings.embodied_kg)
+    carbon = Carbon(
+        settings.grid_zone, settings.pue, settings.embodied_kg, settings.life_years, settings.machine_share
+    )
     _log.info("carbon: %s, %g gCO2e/kWh", carbon.assumptions.zone, carbon.assumptions.gco2e_per_kwh)
     return Account(
         choice.meter,
         carbon,
-        Ledger(settings.ledger),
+        ledger,
         executors=settings.executors,
         coefficients=coefficients,
         owner=Owner(settings.state),

@@ -11,6 +11,7 @@ from typing import Any, Protocol, TypeVar
 from pydantic import BaseModel
 
 from energy.account import Account
+from energy.ledger import Ledger
 from energy.settlement import BESIDE
 from energy.types import Bill, Phase, Quality, RequestRecord, Step, Work
 from service.door import Door
@@ -20,6 +21,7 @@ from service.metrics import Metrics
 from service.models import Model, Models
 from service.streaming import Transcript, overhear
 from service.tasks.base import Encoded, Task, TaskRequest
+from service.tracing import Tracing
 
 NS_PER_MS = 1_000_000
 T = TypeVar("T")
@@ -49,6 +51,8 @@ class Receipt:
     input_tokens: int = 0
     outputs: Sequence[Output] = ()
     results: Sequence[BaseModel] = ()
+    computed_s: float | None = None
+    """When the engine was done (monotonic clock)."""
 
     @property
     def output_tokens(self) -> int:
@@ -84,10 +88,12 @@ class Service:
     models: Models
     engine: Engine
     account: Account
+    ledger: Ledger
     metrics: Metrics
     door: Door
     max_client_batch_size: int
     request_timeout_s: float
+    tracing: Tracing | None = None
 
     async def run(
         self, task: Task[Any, Any], request: TaskRequest, request_id: str, listener: Listener | None = None
@@ -109,6 +115,7 @@ class Service:
                     if listener is not None:
                         listener.accepted(receipt)
                     receipt.outputs = await _outputs(tickets)
+                receipt.computed_s = time.monotonic()
                 decode = partial(task.decode, encoded.plan, model, receipt.outputs)
                 receipt.results = await self._beside(receipt, Phase.POST, decode)
         return receipt
@@ -178,6 +185,8 @@ class Service:
                 )
             )
             self.metrics.request_over(receipt, status, time.monotonic() - started_s)
+            if self.tracing is not None:
+                self.tracing.request_over(receipt, status, started_s)
 
 
 async def _overheard(task: Task[Any, Any], encoded: Encoded[Any], model: Model, listener: Listener) -> Sequence[Item]:

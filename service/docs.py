@@ -66,7 +66,7 @@ def _operations(openapi: Schema, base_url: str) -> Iterator[Operation]:
                 path=path,
                 summary=operation["summary"],
                 curl=_curl(base_url + path, body.get("example")),
-                parameters=sorted(_fields(openapi, body.get("schema", {})), key=lambda field: not field.required),
+                parameters=sorted(_fields(openapi, _request(operation, body)), key=lambda field: not field.required),
                 answer=_fields(openapi, answer.get("schema", {})),
                 errors=[
                     (status, response["description"])
@@ -74,6 +74,19 @@ def _operations(openapi: Schema, base_url: str) -> Iterator[Operation]:
                     if status != "200"
                 ],
             )
+
+
+def _request(operation: Schema, body: Schema) -> Schema:
+    """What a caller may say: in the body, or in the path and the query."""
+    asked = operation.get("parameters", ())
+    return body.get("schema") or {
+        "properties": {each["name"]: {**each["schema"], **_described(each)} for each in asked},
+        "required": [each["name"] for each in asked if each["required"]],
+    }
+
+
+def _described(parameter: Schema) -> Schema:
+    return {"description": parameter["description"]} if "description" in parameter else {}
 
 
 def _curl(url: str, example: Any) -> str:

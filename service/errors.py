@@ -13,6 +13,7 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 
+from energy.ledger import LedgerUnreadable
 from service.engine.types import EngineClosed, Overloaded
 from service.responses import JsonResponse
 
@@ -134,6 +135,7 @@ TABLE: dict[type[Exception], Answer] = {
     Overloaded: Answer(429, "rate_limit_error", "overloaded"),
     NotReady: Answer(503, "server_error", "not_ready"),
     EngineClosed: Answer(503, "server_error", "draining"),
+    LedgerUnreadable: Answer(503, "server_error", "ledger_unreadable"),
     DeadlineExceeded: Answer(504, "server_error", "deadline_exceeded"),
     Exception: Answer(500, "server_error", "internal_error"),
 }

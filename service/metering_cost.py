@@ -18,6 +18,7 @@ from statistics import median, quantiles
 from tempfile import TemporaryDirectory
 
 from energy.account import Account
+from energy.ledger import Ledger
 from energy.sampler import Sampler
 from energy.types import RequestRecord, Step
 from service.app import open_account
@@ -70,7 +71,7 @@ class _Ear:
 
 def measure(model: Model, settings: Settings, rounds: int = ROUNDS, round_s: float = ROUND_S) -> Cost:
     """Compare ``rounds`` pairs of rounds of ``round_s`` seconds."""
-    account = open_account(settings, {})
+    account = open_account(settings, {}, Ledger(settings.ledger))
     ear = _Ear(account)
     engine = Engine({model.name: model}, ear, engine_settings(settings))
     closed_ns: list[int] = []

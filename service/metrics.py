@@ -11,6 +11,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from energy.account import Totals
+from energy.ledger import Ledger
 from energy.types import Step
 
 if TYPE_CHECKING:
@@ -46,6 +47,12 @@ class Metrics:
             buckets=_JOULES,
             registry=self._registry,
         )
+        self._carbon = Counter(
+            "wattle_carbon_grams",
+            "CO2-equivalent of the allocated energy of requests, as billed when they were over.",
+            by_model,
+            registry=self._registry,
+        )
         self._batch_size = Histogram(
             "wattle_batch_next_size", "Rows of a step.", ("model",), buckets=_SIZES, registry=self._registry
         )
@@ -57,9 +64,15 @@ class Metrics:
             registry=self._registry,
         )
 
-    def watch(self, waiting: Callable[[], int], running: Callable[[], int], totals: Callable[[], Totals]) -> None:
-        """Show, at every scrape, the engine's state and the energy account in one snapshot."""
-        self._registry.register(_Live(waiting, running, totals))
+    def watch(
+        self,
+        waiting: Callable[[], int],
+        running: Callable[[], int],
+        totals: Callable[[], Totals],
+        ledger: Ledger,
+    ) -> None:
+        """Show, at every scrape, the engine's state, the ledger's, and the energy account in one snapshot."""
+        self._registry.register(_Live(waiting, running, totals, ledger))
 
     def step(self, step: Step) -> None:
         """Count a step of the engine; one without work is a warm-up."""
@@ -81,6 +94,8 @@ class Metrics:
             self._inference.labels(*labels).observe(receipt.compute_ms / 1000)
         if receipt.bill.allocated_uj is not None:
             self._energy.labels(*labels, receipt.bill.quality).observe(receipt.bill.allocated_uj / UJ_PER_J)
+        if receipt.bill.gco2e is not None:
+            self._carbon.labels(*labels).inc(receipt.bill.gco2e)
 
     def exposition(self) -> bytes:
         """Everything, in Prometheus' text format."""
@@ -93,15 +108,30 @@ class Metrics:
 class _Live(Collector):
     """Figures that others keep and that are only read."""
 
-    def __init__(self, waiting: Callable[[], int], running: Callable[[], int], totals: Callable[[], Totals]) -> None:
+    def __init__(
+        self,
+        waiting: Callable[[], int],
+        running: Callable[[], int],
+        totals: Callable[[], Totals],
+        ledger: Ledger,
+    ) -> None:
         self._waiting = waiting
         self._running = running
         self._totals = totals
+        self._ledger = ledger
 
     def collect(self) -> Iterator[Metric]:
         """All of them; the energy from a single snapshot, so that every scrape balances."""
         yield GaugeMetricFamily("wattle_queue_size", "Items that wait for their first step.", self._waiting())
         yield GaugeMetricFamily("wattle_running_size", "Items that are being computed.", self._running())
+        yield GaugeMetricFamily(
+            "wattle_ledger_healthy", "1 where the ledger's latest write succeeded, else 0.", self._ledger.healthy
+        )
+        yield CounterMetricFamily(
+            "wattle_ledger_dropped_records",
+            "Records lost because too many waited for a ledger that could not be written.",
+            self._ledger.dropped,
+        )
         totals = self._totals()
         meter = CounterMetricFamily(
             "wattle_meter_energy_joules",

@@ -10,11 +10,11 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import DirectoryPath, Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from energy.carbon import Carbon
+from energy.carbon import LIFE_YEARS, Carbon
 
 ENV_PREFIX = "WATTLE_"
-_TRAINING_PREFIX = "WATTLE_TRAIN_"
-"""Settings of the training commands, which may stand in the same environment."""
+_OTHERS_PREFIXES = ("WATTLE_TRAIN_", "WATTLE_REPORT_")
+"""Settings of other commands, which may stand in the same environment."""
 STARTERS = Path(__file__).resolve().parent.parent / "models" / "starters"
 
 
@@ -91,6 +91,15 @@ class Settings(BaseSettings):
     embodied_kg: float | None = Field(
         None, ge=0, description="Kilograms of CO2e that making this machine cost; unset, no bill includes any."
     )
+    life_years: float = Field(
+        LIFE_YEARS, gt=0, description="Years that this machine lives; its embodied carbon is spread over them."
+    )
+    machine_share: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Share of this machine that the service has reserved; as much of its embodied carbon counts.",
+    )
     state: Path = Field(
         default_factory=_state_folder,
         description="Folder of what outlives the process: the ledger, who meters this machine, and calibrations of "
@@ -99,6 +108,10 @@ class Settings(BaseSettings):
     ledger: Path = Field(
         default_factory=lambda settings: settings["state"] / "ledger.sqlite",
         description="SQLite file with one record per request; where it cannot be written the service runs without.",
+    )
+    ledger_max_days: float = Field(90.0, gt=0, description="Days after which the ledger forgets a request.")
+    ledger_max_mb: float = Field(
+        1000.0, ge=1, description="Size of the ledger beyond which it forgets its oldest requests."
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severity to log.")
 
@@ -138,7 +151,7 @@ def read_settings(**flags: str) -> Settings:
     """
     known = {ENV_PREFIX + name.upper() for name in Settings.model_fields}
     ours = [name.upper() for name in os.environ if name.upper().startswith(ENV_PREFIX)]
-    unknown = sorted(name for name in ours if name not in known and not name.startswith(_TRAINING_PREFIX))
+    unknown = sorted(name for name in ours if name not in known and not name.startswith(_OTHERS_PREFIXES))
     if unknown:
         raise ValueError(f"unknown environment variable {', '.join(unknown)}; known are {', '.join(sorted(known))}")
     try:
@@ -148,3 +161,12 @@ def read_settings(**flags: str) -> Settings:
         raise ValueError(
             "; ".join(f"{name}: {message}" if name else message for name, message in complaints)
         ) from None
+
+
+def wants_traces() -> bool:
+    """Whether OpenTelemetry's own variables ask for traces over OTLP."""
+    if os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true":
+        return False
+    exporter = os.environ.get("OTEL_TRACES_EXPORTER", "")
+    endpoints = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
+    return exporter == "otlp" or (not exporter and any(os.environ.get(name) for name in endpoints))

@@ -107,11 +107,14 @@ def test_the_starters_stay_small() -> None:
 
 
 def test_every_setting_is_documented() -> None:
+    from energy.settings import ENV_PREFIX as REPORT_PREFIX
+    from energy.settings import Settings as ReportSettings
     from service.settings import ENV_PREFIX, Settings
     from training.settings import ENV_PREFIX as TRAINING_PREFIX
     from training.settings import Settings as TrainingSettings
 
     known = {ENV_PREFIX + name.upper() for name in Settings.model_fields}
     known |= {TRAINING_PREFIX + name.upper() for name in TrainingSettings.model_fields}
+    known |= {REPORT_PREFIX + name.upper() for name in ReportSettings.model_fields}
     documented = set(re.findall(r"`(WATTLE_\w+)`", (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")))
     assert documented == known

@@ -53,8 +53,8 @@ def timings_of(receipt: Receipt) -> Timings:
 def energy_of(bill: Bill) -> Energy:
     """The bill in joules."""
     return Energy(
-        active_j=_joules(bill.active_uj),
-        allocated_j=_joules(bill.allocated_uj),
+        active_j=joules(bill.active_uj),
+        allocated_j=joules(bill.allocated_uj),
         gco2e=bill.gco2e,
         quality=bill.quality,
         settled=bill.settled,
@@ -98,5 +98,6 @@ def service_of(request: Request) -> Service:
     return cast(Service, request.app.state.service)
 
 
-def _joules(energy_uj: int | None) -> float | None:
+def joules(energy_uj: float | None) -> float | None:
+    """Microjoules in joules; unknown stays unknown."""
     return None if energy_uj is None else energy_uj / UJ_PER_J

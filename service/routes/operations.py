@@ -43,6 +43,7 @@ class Readiness(BaseModel):
     tasks: dict[str, str | None] = Field(description="The default model of each task; null where there is none.")
     models: list[ReadyModel]
     refused: list[RefusedModel] = Field(description="Model folders that are damaged or that no task can use.")
+    ledger: str | None = Field(description="Why bills cannot be written to disk just now; null where they can.")
 
 
 def operations_routes() -> APIRouter:
@@ -79,6 +80,7 @@ def operations_routes() -> APIRouter:
                 for model in models.served.values()
             ],
             refused=[RefusedModel(folder=refusal.folder_name, reason=refusal.reason) for refusal in models.refused],
+            ledger=service_of(http).ledger.failure,
         )
         return JsonResponse(readiness.model_dump(), 200 if models.served else 503)
 

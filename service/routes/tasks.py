@@ -7,6 +7,7 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, Field
 from starlette.responses import Response
 
+from energy.ledger import LedgerUnreadable
 from service.core import Receipt
 from service.errors import TABLE, MethodNotAllowed, RecordNotFound, RouteNotFound, documented
 from service.routes.common import Energy, Timings, Usage, energy_of, timings_of, usage_of
@@ -34,7 +35,8 @@ class TaskResponse(BaseModel, Generic[ResultT]):
 def task_routes() -> APIRouter:
     """A route for every task of the tuple."""
     router = APIRouter(prefix="/v1", tags=["tasks"])
-    errors = documented(*(kind for kind in TABLE if kind not in (RouteNotFound, MethodNotAllowed, RecordNotFound)))
+    elsewhere = (RouteNotFound, MethodNotAllowed, RecordNotFound, LedgerUnreadable)
+    errors = documented(*(kind for kind in TABLE if kind not in elsewhere))
     for task in TASKS:
         router.add_api_route(
             f"/{task.name}",

@@ -409,6 +409,7 @@ def test_many_threads_conserve_every_microjoule(tmp_path: Path) -> None:
         found = ledger.find(name)
         assert found is not None and found.bill.settled
         assert found.bill.allocated_uj is not None and found.bill.allocated_uj > 0
+        assert sum(part.energy_uj for part in found.bill.parts) == found.bill.allocated_uj
         billed_uj += found.bill.allocated_uj
     assert sum(row.energy_uj for row in snapshots[-1].attributed) == billed_uj
 

@@ -33,6 +33,14 @@ def test_embodied_carbon_is_the_time_taken_of_the_machines_life() -> None:
     assert carbon.gco2e(0, machine_ns=365.25 * 86400 * 1e9) == pytest.approx(250_000)
 
 
+def test_embodied_carbon_counts_in_proportion_to_the_share_of_the_machine() -> None:
+    # The SCI specification's own words: M = TE x TS x RS, here 1,000 kg x 1/4 x 1/10, beside O = E x I.
+    carbon = Carbon("DEU", embodied_kg=1000, life_years=4, machine_share=0.1)
+    year_ns = 365.25 * 86400 * 1e9
+    assert carbon.gco2e(KWH_UJ, machine_ns=year_ns) == pytest.approx(380.95 + 25_000)
+    assert carbon.assumptions.machine_share == 0.1
+
+
 def test_embodied_carbon_that_nobody_stated_is_unknown_in_the_assumptions() -> None:
     assert Carbon().assumptions.embodied_kg is None
     assert Carbon().gco2e(0, machine_ns=1e9) == 0

@@ -1,28 +1,33 @@
 import os
+import signal
 import sqlite3
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
 from energy import ledger as ledger_module
 from energy.carbon import Carbon
-from energy.ledger import Ledger
-from energy.types import Bill, Quality, RequestRecord, SettledRecord
+from energy.ledger import Ledger, LedgerUnreadable
+from energy.types import Bill, Part, Phase, Quality, RequestRecord, SettledRecord
 from tests.energy.fakes import HeldClock
 
 DAY_S = 86_400
+PARTS = (Part("cpu", Phase.PREFILL, 18), Part("dram", Phase.DECODE, 12))
+ROOT = Path(__file__).parents[2]
 
 
 def record(request_id: str, time_s: float = 1_700_000_000.0, allocated_uj: int | None = 30) -> SettledRecord:
     return SettledRecord(
-        request=RequestRecord(request_id, "translate", "tiny", "ok", 5, 6, 1.5, 2.5),
-        bill=Bill(request_id, 20, allocated_uj, 0.25, Quality.MEASURED, True),
+        request=RequestRecord(request_id, "translate", "tiny", "ok", 5, 6, 1.5, 2.5, "team-a"),
+        bill=Bill(request_id, 20, allocated_uj, 0.25, Quality.MEASURED, True, PARTS),
         time_s=time_s,
         carbon=Carbon("DEU", embodied_kg=100).assumptions,
     )
@@ -52,16 +57,14 @@ def held() -> HeldClock:
 
 @pytest.fixture
 def ledger(path: Path, held: HeldClock) -> Iterator[Ledger]:
-    ledger = Ledger(path, retention_days=2, clock=held.clock)
+    ledger = Ledger(path, max_days=2, clock=held.clock)
     yield ledger
     ledger.close()
 
 
 def rows(path: Path) -> int:
-    with sqlite3.connect(path) as database:
-        count = database.execute("SELECT count(*) FROM requests").fetchone()[0]
-    database.close()
-    return int(count)
+    with closing(sqlite3.connect(path)) as database:
+        return int(database.execute("SELECT count(*) FROM requests").fetchone()[0])
 
 
 def test_a_record_comes_back_as_it_was_before_and_after_it_is_written(ledger: Ledger, path: Path) -> None:
@@ -93,28 +96,38 @@ def test_records_survive_closing_and_opening(path: Path, held: HeldClock) -> Non
     second.close()
 
 
-def test_what_was_committed_survives_a_killed_process(path: Path) -> None:
-    program = f"""
-import os, sys, time
+def run_killed(program: str, *arguments: str) -> None:
+    """Run a program that ends itself with SIGKILL."""
+    command = [sys.executable, "-c", program, *arguments]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == -signal.SIGKILL
+
+
+def test_what_was_written_survives_a_killed_process_without_a_gap(path: Path) -> None:
+    program = """
+import os, signal, sys, time
 from pathlib import Path
 from energy import ledger
 from tests.energy.test_ledger import record, rows
-ledger._INTERVAL_S = 0.02
-path = Path({str(path)!r})
+ledger._INTERVAL_S = 0.01
+path = Path(sys.argv[1])
 book = ledger.Ledger(path)
-book.put(record("a", time_s=time.time()))
-while rows(path) < 1:
-    time.sleep(0.005)
-os.kill(os.getpid(), 9)
+number = 0
+while number < 50 or rows(path) < 50:
+    book.put(record(f"{number:06}", time_s=time.time()))
+    number += 1
+os.kill(os.getpid(), signal.SIGKILL)
 """
-    root = Path(__file__).parents[2]
-    done = subprocess.run([sys.executable, "-c", program], cwd=root, env={**os.environ, "PYTHONPATH": str(root)})
-    assert done.returncode == -9
+    run_killed(program, str(path))
     ledger = Ledger(path)
-    found = ledger.find("a")
+    ledger.put(record("after", time_s=time.time()))
     ledger.close()
-    assert found is not None
-    assert found == record("a", time_s=found.time_s)
+    assert ledger.healthy
+    with closing(sqlite3.connect(path)) as database:
+        assert database.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+        found = [name for (name,) in database.execute("SELECT request_id FROM requests ORDER BY rowid")]
+    assert len(found) > 50
+    assert found == [*(f"{number:06}" for number in range(len(found) - 1)), "after"]
 
 
 def test_records_older_than_the_retention_go(ledger: Ledger, path: Path, held: HeldClock) -> None:
@@ -149,7 +162,8 @@ def test_a_place_that_cannot_be_written_is_said_and_found_again_when_mended(
     assert ledger.failure
     ledger.put(record("a"))
     assert ledger.find("a") == record("a")
-    assert ledger.find("b") is None
+    with pytest.raises(LedgerUnreadable, match="unable to open database file"):
+        ledger.find("b")
     assert "the service goes on without it" in caplog.text
     in_the_way.unlink()
     wait_until(lambda: ledger.healthy)
@@ -165,7 +179,8 @@ def test_a_full_disk_keeps_a_bounded_number_of_records(
     ledger = Ledger(tmp_path, clock=held.clock)  # a folder: SQLite cannot open it
     for i in range(5):
         ledger.put(record(f"r{i}"))
-    assert [ledger.find(f"r{i}") is not None for i in range(5)] == [False, False, True, True, True]
+    assert list(ledger._waiting) == ["r2", "r3", "r4"]
+    assert ledger.dropped == 2
     ledger.close()
     assert not ledger.healthy
 
@@ -178,7 +193,7 @@ def test_a_schema_of_the_future_is_left_alone(path: Path, held: HeldClock) -> No
     ledger = Ledger(path, clock=held.clock)
     ledger.put(record("a"))
     ledger.close()
-    assert ledger.failure == "its schema has version 9; this program writes 1"
+    assert ledger.failure == "its schema has version 9; this program knows up to 2"
 
 
 def test_a_record_put_while_another_is_written_is_not_lost(ledger: Ledger) -> None:
@@ -187,3 +202,163 @@ def test_a_record_put_while_another_is_written_is_not_lost(ledger: Ledger) -> No
     ledger.close()
     found = ledger.find("a")
     assert found is not None and found.bill.allocated_uj == 199
+
+
+def test_the_latest_come_first_written_or_not(ledger: Ledger, path: Path) -> None:
+    start_s = HeldClock().wall_s
+    for i in range(5):
+        ledger.put(record(f"r{i}", time_s=start_s + i))
+    wait_until(lambda: rows(path) == 5)
+    ledger.put(record("r6", time_s=start_s + 6))
+    assert [each.request.request_id for each in ledger.latest(3)] == ["r6", "r4", "r3"]
+
+
+def test_a_ledger_that_is_absent_is_unreadable_and_says_so_without_its_path(path: Path, ledger: Ledger) -> None:
+    ledger.close()
+    path.unlink()
+    with pytest.raises(LedgerUnreadable, match="unable to open database file"):
+        ledger.latest(1)
+
+
+class TestOfVersionOne:
+    """A file as the first version wrote it."""
+
+    SCHEMA = """
+        CREATE TABLE requests (
+            request_id TEXT PRIMARY KEY, time_s REAL NOT NULL, task TEXT NOT NULL, model TEXT NOT NULL,
+            status TEXT NOT NULL, input_tokens INTEGER NOT NULL, output_tokens INTEGER NOT NULL,
+            queue_ms REAL NOT NULL, compute_ms REAL NOT NULL, active_uj INTEGER, allocated_uj INTEGER, gco2e REAL,
+            quality TEXT NOT NULL, settled INTEGER NOT NULL, carbon TEXT NOT NULL
+        ) WITHOUT ROWID;
+        CREATE INDEX requests_by_time ON requests (time_s);
+        PRAGMA user_version = 1;
+    """
+    CARBON = (
+        '{"zone": "DEU", "gco2e_per_kwh": 380.95, "grid_source": "a table", "pue": 1.0, "embodied_kg": null,'
+        ' "life_years": 4.0}'
+    )
+
+    @pytest.fixture
+    def old(self, path: Path, held: HeldClock) -> Path:
+        path.parent.mkdir()
+        with closing(sqlite3.connect(path)) as database:
+            database.executescript(self.SCHEMA)
+            row = (held.wall_s, "translate", "tiny", "ok", 5, 6, 1.5, 2.5, 20, 30, 0.25, "measured", 1, self.CARBON)
+            with database:
+                database.executemany(
+                    f"INSERT INTO requests VALUES ({', '.join('?' * 15)})", [("a", *row), ("b", *row)]
+                )
+        return path
+
+    def test_its_records_stay_and_new_ones_join_them(self, old: Path, held: HeldClock) -> None:
+        ledger = Ledger(old, clock=held.clock)
+        ledger.put(record("c"))
+        ledger.close()
+        assert ledger.healthy
+        assert rows(old) == 3
+        found = ledger.find("a")
+        assert found is not None
+        assert found.request == replace(record("a").request, key=None)
+        assert found.bill == replace(record("a").bill, parts=())
+        assert (found.carbon.zone, found.carbon.machine_share) == ("DEU", 1.0)
+        assert ledger.find("c") == record("c")
+
+    def test_an_upgrade_that_is_interrupted_leaves_it_as_it_was(self, old: Path) -> None:
+        with closing(sqlite3.connect(old)) as database:
+            # The table that the upgrade makes is there already: it fails half-way.
+            database.execute("CREATE TABLE requests_1 (something)")
+        ledger = Ledger(old)
+        ledger.close()
+        assert "requests_1" in (ledger.failure or "")
+        with closing(sqlite3.connect(old)) as database:
+            assert database.execute("PRAGMA user_version").fetchone() == (1,)
+            assert database.execute("SELECT count(*) FROM requests").fetchone() == (2,)
+
+
+def test_the_oldest_go_when_the_file_grows_too_large(path: Path, held: HeldClock) -> None:
+    ledger = Ledger(path, max_mb=0.2, clock=held.clock)
+    start_s = held.wall_s
+    for i in range(1500):
+        ledger.put(record(f"{i:06}", time_s=start_s + i))
+    wait_until(lambda: not ledger._waiting)
+    ledger.close()
+    assert path.stat().st_size <= 200_000
+    kept = rows(path)
+    assert 500 < kept < 1200
+    assert ledger.find("001499") is not None
+    assert ledger.find(f"{1500 - kept:06}") is not None
+    assert ledger.find(f"{1499 - kept:06}") is None
+
+
+FULL_DISK = """
+import logging, resource, signal, sys, time
+from pathlib import Path
+from energy import ledger
+from tests.energy.test_ledger import record, rows, wait_until
+ledger._INTERVAL_S = 0.01
+logging.basicConfig(stream=sys.stdout, format="%(message)s")
+path = Path(sys.argv[1])
+book = ledger.Ledger(path)
+book.put(record("before", time_s=time.time()))
+wait_until(lambda: rows(path) == 1)
+# No file may grow any more, as on a disk that is full.
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1, resource.RLIM_INFINITY))
+book.put(record("meanwhile", time_s=time.time()))
+wait_until(lambda: not book.healthy)
+time.sleep(0.1)
+assert book.find("meanwhile")
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+wait_until(lambda: book.healthy)
+assert book.find("before") and rows(path) == 2
+book.close()
+"""
+READ_ONLY_DISK = """
+import logging, os, sys, time
+from pathlib import Path
+from energy import ledger
+from tests.energy.test_ledger import record, rows, wait_until
+ledger._INTERVAL_S = 0.01
+logging.basicConfig(stream=sys.stdout, format="%(message)s")
+path = Path(sys.argv[1])
+book = ledger.Ledger(path)
+book.put(record("before", time_s=time.time()))
+wait_until(lambda: rows(path) == 1)
+book.close()
+if os.geteuid() == 0:  # who may write everywhere
+    os.chown(path.parent, 65534, 65534)
+    os.chown(path, 65534, 65534)
+    os.setuid(65534)
+path.chmod(0o444)
+path.parent.chmod(0o555)
+book = ledger.Ledger(path)
+book.put(record("meanwhile", time_s=time.time()))
+time.sleep(0.1)
+assert book.failure == "attempt to write a readonly database", book.failure
+assert book.find("before") and book.find("meanwhile")
+assert len(book.latest(9)) == 2
+path.parent.chmod(0o755)
+path.chmod(0o644)
+wait_until(lambda: book.healthy)
+assert rows(path) == 2
+book.close()
+"""
+
+
+@pytest.mark.parametrize("program", [FULL_DISK, READ_ONLY_DISK], ids=["full", "read-only"])
+def test_a_disk_that_takes_nothing_is_said_once_and_loses_nothing(program: str) -> None:
+    # Not pytest's own folder: only its owner may enter that.
+    with TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        path = Path(folder) / "state" / "ledger.sqlite"
+        done = subprocess.run(
+            [sys.executable, "-c", program, str(path)],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+        )
+    assert done.returncode == 0, done.stderr
+    cannot, can = done.stdout.splitlines()
+    assert "the service goes on without it" in cannot
+    assert "is written again; 0 records were dropped" in can

@@ -75,7 +75,10 @@ def live(settings: Settings) -> Iterator[tuple[FastAPI, str]]:
 def service(live: tuple[FastAPI, str]) -> Service:
     """The parts of the service on the socket, but for its metrics as if it had just started."""
     service: Service = live[0].state.service
-    for part, fresh in ((service.engine, FakeEngine(service.engine.vocabularies)), (service.account, FakeAccount())):
+    for part, fresh in (
+        (service.engine, FakeEngine(service.engine.vocabularies)),
+        (service.account, FakeAccount(service.ledger)),
+    ):
         vars(part).clear()
         vars(part).update(vars(fresh))
     return service

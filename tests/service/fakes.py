@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,9 @@ from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, process
 from tokenizers import models as tokenizer_models
 
 from energy.account import Attributed, MeterTotal, Totals, Unattributed
+from energy.ledger import Ledger
 from energy.settlement import Reason
-from energy.types import Bill, CarbonAssumptions, Phase, Quality, RequestRecord, SettledRecord, Step
+from energy.types import Bill, CarbonAssumptions, Part, Phase, Quality, RequestRecord, SettledRecord, Step
 from models.config import TransformerConfig
 from models.manifest import GenerationDefaults, Manifest, Quantisation, SpecialIds, write_manifest
 from service.app import open_models
@@ -229,7 +231,8 @@ class FakeEngine:
 class FakeAccount:
     """Bills 1.5 J above idle and 2 J in all, settled at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, ledger: Ledger) -> None:
+        self.ledger = ledger
         self.records: dict[str, SettledRecord] = {}
         self.quality = Quality.MEASURED
         self.wakes = 0
@@ -250,9 +253,11 @@ class FakeAccount:
             gco2e=0.25 if known else None,
             quality=self.quality,
             settled=True,
+            parts=(Part("cpu", Phase.ENCODE, 2_000_000),) if known else (),
         )
         carbon = CarbonAssumptions("DEU", 350.0, "a table", 1.0, None, 4.0)
-        self.records[record.request_id] = SettledRecord(record, bill, 1_700_000_000.0, carbon)
+        self.records[record.request_id] = SettledRecord(record, bill, 1_700_000_000.0 + len(self.records), carbon)
+        self.ledger.put(self.records[record.request_id])
         return bill
 
     def find(self, request_id: str) -> SettledRecord | None:
@@ -272,18 +277,23 @@ def build(settings: Settings) -> Iterator[Service]:
     """The service as ``create_app`` builds it, with the fake engine and account."""
     models = open_models(settings)
     engine = FakeEngine({name: model.tokenizer.get_vocab() for name, model in models.served.items()})
-    account = FakeAccount()
     metrics = Metrics()
-    metrics.watch(engine.queue_depth, engine.running, account.totals)
-    yield Service(
-        models=models,
-        engine=engine,
-        account=account,
-        metrics=metrics,
-        door=Door(settings.max_concurrent_requests),
-        max_client_batch_size=settings.max_client_batch_size,
-        request_timeout_s=settings.request_timeout_s,
-    )
+    with TemporaryDirectory() as folder:
+        # Of another time than now: the records' times stand still.
+        ledger = Ledger(Path(folder) / "ledger.sqlite", max_days=100_000)
+        account = FakeAccount(ledger)
+        metrics.watch(engine.queue_depth, engine.running, account.totals, ledger)
+        yield Service(
+            models=models,
+            engine=engine,
+            account=account,
+            ledger=ledger,
+            metrics=metrics,
+            door=Door(settings.max_concurrent_requests),
+            max_client_batch_size=settings.max_client_batch_size,
+            request_timeout_s=settings.request_timeout_s,
+        )
+        ledger.close()
 
 
 def wait_until(condition: Any, within_s: float = 5.0) -> None:

@@ -6,6 +6,7 @@ import pytest
 from starlette.exceptions import HTTPException
 from starlette.testclient import TestClient
 
+from energy.ledger import LedgerUnreadable
 from service.engine.types import EngineClosed, Overloaded
 from service.errors import TABLE, InvalidValue, MethodNotAllowed, RecordNotFound, RouteNotFound, WattleError, render
 from service.tasks import TASKS
@@ -26,7 +27,7 @@ def subclasses(kind: type[Exception]) -> set[type[Exception]]:
 
 
 def test_the_table_knows_every_error() -> None:
-    assert {*subclasses(WattleError), Overloaded, EngineClosed, Exception} == {*TABLE, WattleError}
+    assert {*subclasses(WattleError), Overloaded, EngineClosed, LedgerUnreadable, Exception} == {*TABLE, WattleError}
 
 
 def test_every_code_is_of_one_error() -> None:
@@ -38,7 +39,7 @@ def test_every_code_is_of_one_error() -> None:
 def test_openapi_documents_every_error_that_a_task_can_answer(client: TestClient, task: Any) -> None:
     """All of the table, except what is no answer of a task's own route."""
     responses = client.get("/openapi.json").json()["paths"][f"/v1/{task.name}"]["post"]["responses"]
-    elsewhere = {RouteNotFound, MethodNotAllowed, RecordNotFound}
+    elsewhere = {RouteNotFound, MethodNotAllowed, RecordNotFound, LedgerUnreadable}
     expected = {(str(answer.status), answer.code) for kind, answer in TABLE.items() if kind not in elsewhere}
     documented = {
         (status, code.strip("`"))

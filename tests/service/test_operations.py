@@ -58,6 +58,7 @@ def test_requests_are_counted_by_task_model_and_end(client: TestClient, engine: 
     assert found["wattle_request_count_total"] == {(model, end, task): 1 for end in ("ok", "refused", "failed")}
     assert found["wattle_input_tokens_total"] == {ours: 6}
     assert found["wattle_request_energy_joules_sum"][model, "measured", task] == 6.0
+    assert found["wattle_carbon_grams_total"] == {ours: 0.75}
     assert found["wattle_queue_duration_seconds_sum"][ours] == 0.002
     assert found["wattle_inference_duration_seconds_sum"][ours] == 0.005
     assert found["wattle_request_duration_seconds_count"][ours] == 3

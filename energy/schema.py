@@ -1,0 +1,139 @@
+"""The ledger's table: its versions, and records as rows. Knows nothing of when they are written."""
+
+import json
+import logging
+import sqlite3
+from collections.abc import Iterable
+from dataclasses import asdict
+from typing import Any
+
+from energy.types import Bill, CarbonAssumptions, Part, Phase, Quality, RequestRecord, SettledRecord
+
+SCHEMA_VERSION = 2
+_log = logging.getLogger(__name__)
+
+# The rows lie in the order of their writing, so that forgetting the oldest frees whole pages. What they all assume
+# about carbon is longer than the rest of a row, and kept once.
+_TABLES = """
+CREATE TABLE carbon (
+    carbon_id INTEGER PRIMARY KEY,
+    assumptions TEXT NOT NULL UNIQUE
+);
+CREATE TABLE requests (
+    request_id TEXT NOT NULL UNIQUE,
+    time_s REAL NOT NULL,
+    task TEXT NOT NULL,
+    model TEXT NOT NULL,
+    "key" TEXT,
+    status TEXT NOT NULL,
+    input_tokens INTEGER NOT NULL,
+    output_tokens INTEGER NOT NULL,
+    queue_ms REAL NOT NULL,
+    compute_ms REAL NOT NULL,
+    active_uj INTEGER,
+    allocated_uj INTEGER,
+    gco2e REAL,
+    quality TEXT NOT NULL,
+    settled INTEGER NOT NULL,
+    parts TEXT NOT NULL DEFAULT '[]',
+    carbon_id INTEGER NOT NULL REFERENCES carbon
+);
+CREATE INDEX requests_by_time ON requests (time_s);
+"""
+_FIRST_COLUMNS = (
+    "request_id, time_s, task, model, status, input_tokens, output_tokens, queue_ms, compute_ms, "
+    "active_uj, allocated_uj, gco2e, quality, settled"
+)
+_COLUMNS = f'{_FIRST_COLUMNS}, "key", parts'
+SELECT = f"SELECT {_COLUMNS}, assumptions FROM requests NATURAL JOIN carbon"
+"""The rows that ``from_row`` reads; ``parts`` is ``[[device, phase, microjoules], ...]``."""
+_ID = "(SELECT carbon_id FROM carbon WHERE assumptions = {})"
+_INSERT_CARBON = "INSERT OR IGNORE INTO carbon (assumptions) VALUES (?)"
+_INSERT = f"INSERT OR REPLACE INTO requests ({_COLUMNS}, carbon_id) VALUES ({'?, ' * 16}{_ID.format('?')})"
+
+_UPGRADES = {
+    0: _TABLES,
+    1: f"""
+ALTER TABLE requests RENAME TO requests_1;
+DROP INDEX requests_by_time;
+{_TABLES}
+INSERT INTO carbon (assumptions) SELECT DISTINCT carbon FROM requests_1;
+INSERT INTO requests ({_FIRST_COLUMNS}, carbon_id)
+    SELECT {_FIRST_COLUMNS}, {_ID.format("requests_1.carbon")} FROM requests_1 ORDER BY time_s;
+DROP TABLE requests_1;
+""",
+}
+"""From each earlier version to the present one; 0 is an empty file."""
+
+
+class UnknownSchema(Exception):
+    """The file was written by a later version of this program."""
+
+
+def upgrade(database: sqlite3.Connection) -> None:
+    """Bring the file to ``SCHEMA_VERSION``, in one transaction. Raises ``UnknownSchema`` and ``sqlite3.Error``."""
+    version = schema_version(database)
+    if version == SCHEMA_VERSION:
+        return
+    if version:
+        _log.info("the ledger's schema goes from version %d to %d", version, SCHEMA_VERSION)
+    database.executescript(f"BEGIN IMMEDIATE; {_UPGRADES[version]} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
+    # Lets the file shrink when records go; takes effect with a VACUUM.
+    database.executescript("PRAGMA auto_vacuum = INCREMENTAL; VACUUM;")
+
+
+def schema_version(database: sqlite3.Connection) -> int:
+    """The version of the file; 0 where it is empty. Raises ``UnknownSchema``."""
+    version = int(database.execute("PRAGMA user_version").fetchone()[0])
+    if version not in (*_UPGRADES, SCHEMA_VERSION):
+        raise UnknownSchema(f"its schema has version {version}; this program knows up to {SCHEMA_VERSION}")
+    return version
+
+
+def insert(database: sqlite3.Connection, records: Iterable[SettledRecord]) -> None:
+    """Write records; one of a request that is there already replaces it."""
+    rows = [_to_row(record) for record in records]
+    database.executemany(_INSERT_CARBON, {row[-1:] for row in rows})
+    database.executemany(_INSERT, rows)
+
+
+def from_row(row: tuple[Any, ...]) -> SettledRecord:
+    """A record that ``SELECT`` has found."""
+    fields = dict(zip([*_COLUMNS.replace('"', "").split(", "), "carbon"], row, strict=True))
+    return SettledRecord(
+        request=RequestRecord(**{name: fields[name] for name in RequestRecord.__dataclass_fields__}),
+        bill=Bill(
+            request_id=fields["request_id"],
+            active_uj=fields["active_uj"],
+            allocated_uj=fields["allocated_uj"],
+            gco2e=fields["gco2e"],
+            quality=Quality(fields["quality"]),
+            settled=bool(fields["settled"]),
+            parts=tuple(Part(device, Phase(phase), uj) for device, phase, uj in json.loads(fields["parts"])),
+        ),
+        time_s=fields["time_s"],
+        carbon=CarbonAssumptions(**json.loads(fields["carbon"])),
+    )
+
+
+def _to_row(record: SettledRecord) -> tuple[object, ...]:
+    request, bill = record.request, record.bill
+    return (
+        request.request_id,
+        record.time_s,
+        request.task,
+        request.model,
+        request.status,
+        request.input_tokens,
+        request.output_tokens,
+        request.queue_ms,
+        request.compute_ms,
+        bill.active_uj,
+        bill.allocated_uj,
+        bill.gco2e,
+        bill.quality.value,
+        bill.settled,
+        request.key,
+        json.dumps([(part.device, part.phase, part.energy_uj) for part in bill.parts]),
+        json.dumps(asdict(record.carbon)),
+    )
