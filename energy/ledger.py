@@ -93,19 +93,34 @@ class Ledger:
             waiting = self._waiting.get(request_id)
         if waiting is not None:
             return waiting
-        try:
-            with closing(sqlite3.connect(f"{self._path.resolve().as_uri()}?mode=ro", uri=True)) as database:
-                query = f"SELECT {_COLUMNS} FROM requests WHERE request_id = ?"
-                row = database.execute(query, (request_id,)).fetchone()
-        except sqlite3.Error:
-            return None
-        return None if row is None else _from_row(row)
+        rows = self._read(f"SELECT {_COLUMNS} FROM requests WHERE request_id = ?", request_id)
+        return _from_row(rows[0]) if rows else None
+
+    def latest(self, count: int) -> list[SettledRecord]:
+        """The last ``count`` requests that are written, newest first; none where they cannot be read."""
+        return [
+            _from_row(row)
+            for row in self._read(f"SELECT {_COLUMNS} FROM requests ORDER BY time_s DESC LIMIT ?", count)
+        ]
+
+    def allocated_uj(self, since_s: float) -> int:
+        """Energy of all requests that are written and were over at ``since_s`` or later (seconds since 1970)."""
+        rows = self._read("SELECT sum(allocated_uj) FROM requests WHERE time_s >= ?", since_s)
+        return rows[0][0] or 0 if rows else 0
 
     def close(self) -> None:
         """Write what waits and end the writer."""
         self._stop.set()
         self._wake.set()
         self._writer.join()
+
+    def _read(self, query: str, value: object) -> list[tuple[Any, ...]]:
+        """The rows of a query; none where the file cannot be read."""
+        try:
+            with closing(sqlite3.connect(f"{self._path.resolve().as_uri()}?mode=ro", uri=True)) as database:
+                return database.execute(query, (value,)).fetchall()
+        except sqlite3.Error:
+            return []
 
     def _run(self) -> None:
         while not self._stop.is_set():

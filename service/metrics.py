@@ -11,7 +11,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from energy.account import Totals
-from energy.types import Step
+from energy.types import RequestRecord, Step
 
 if TYPE_CHECKING:
     from service.core import Receipt
@@ -20,6 +20,7 @@ UJ_PER_J = 1_000_000
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _JOULES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000)
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
+_RELATIVE = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1, 2, 5)
 _TOKENS = (8, 32, 128, 512, 1024, 2048, 4096, 8192, 16384)
 
 
@@ -44,6 +45,13 @@ class Metrics:
             "Allocated energy per request, as billed when it was over.",
             (*by_model, "quality"),
             buckets=_JOULES,
+            registry=self._registry,
+        )
+        self._prediction = Histogram(
+            "wattle_energy_prediction_relative_error",
+            "|predicted - billed| / billed allocated energy, of requests that were predicted before they ran.",
+            by_model,
+            buckets=_RELATIVE,
             registry=self._registry,
         )
         self._batch_size = Histogram(
@@ -81,6 +89,10 @@ class Metrics:
             self._inference.labels(*labels).observe(receipt.compute_ms / 1000)
         if receipt.bill.allocated_uj is not None:
             self._energy.labels(*labels, receipt.bill.quality).observe(receipt.bill.allocated_uj / UJ_PER_J)
+
+    def predicted(self, request: RequestRecord, relative_error: float) -> None:
+        """Count a prediction that has met its bill."""
+        self._prediction.labels(request.task, request.model).observe(relative_error)
 
     def exposition(self) -> bytes:
         """Everything, in Prometheus' text format."""

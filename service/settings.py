@@ -91,6 +91,13 @@ class Settings(BaseSettings):
     embodied_kg: float | None = Field(
         None, ge=0, description="Kilograms of CO2e that making this machine cost; unset, no bill includes any."
     )
+    daily_budget_j: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="Joules that all requests together may cost in a day (UTC) before the answer is 429; unset, no "
+        "limit.",
+    )
     state: Path = Field(
         default_factory=_state_folder,
         description="Folder of what outlives the process: the ledger, who meters this machine, and calibrations of "
