@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -115,15 +115,18 @@ class Account:
         owner: Owner | None = None,
         neighbours: Neighbours | None = None,
         clock: Clock | None = None,
+        on_settled: Callable[[SettledRecord], None] | None = None,
     ) -> None:
         """Start counting. ``idle_uw`` is the idle power by device in microwatts, for devices of which the meter
-        does not know it; where nobody does, half a second is spent watching. ``coefficients`` are by model."""
+        does not know it; where nobody does, half a second is spent watching. ``coefficients`` are by model.
+        ``on_settled`` is told every final bill, on whichever thread settles it."""
         self._meter = meter
         self._carbon = carbon
         self._ledger = ledger
         self._owner = owner
         self._neighbours = neighbours or Neighbours()
         self._clock = clock or Clock()
+        self._on_settled = on_settled
         known = {**meter.idle_uw, **(idle_uw or {})}
         if any(reading.device not in known for reading in meter.read()):
             known = {**observe_idle(meter), **known}
@@ -371,6 +374,9 @@ class Account:
         for record in (*unsettled, *finished):
             if self._ledger is not None:
                 self._ledger.put(record)
+        for settled in finished:
+            if self._on_settled is not None:
+                self._on_settled(settled)
         if _requests_log.isEnabledFor(logging.INFO):
             for settled in finished:
                 _requests_log.info("%s", _as_json(settled))

@@ -92,6 +92,15 @@ class Ledger:
         records = {record.request.request_id: record for record in written} | waiting
         return sorted(records.values(), key=lambda record: record.time_s, reverse=True)[:count]
 
+    def allocated_uj(self, since_s: float) -> int:
+        """Energy of all requests that are written and were over at ``since_s`` or later (seconds since 1970).
+
+        Raises ``LedgerUnreadable``.
+        """
+        with open_to_read(self.path) as database:
+            row = database.execute("SELECT sum(allocated_uj) FROM requests WHERE time_s >= ?", (since_s,)).fetchone()
+        return row[0] or 0
+
     def close(self) -> None:
         """Write what waits and end the writer."""
         self._stop.set()

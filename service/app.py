@@ -1,8 +1,9 @@
 """Wires the service, once: settings in, an ASGI application out. Importing this module does nothing."""
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,9 +21,10 @@ from energy.ledger import Ledger
 from energy.meters.choose import MeterSettings, choose_meter
 from energy.owner import Owner
 from energy.sampler import Sampler
-from energy.types import Step
+from energy.types import Quality, SettledRecord, Step
 from models.manifest import CALIBRATION_NAME, ArtefactError, Manifest
 from service import __version__
+from service.books import Books
 from service.core import Service
 from service.door import Door
 from service.edge import Edge
@@ -30,7 +32,9 @@ from service.engine.engine import Engine, engine_settings
 from service.errors import TABLE, WattleError, render
 from service.metrics import Metrics
 from service.models import Model, Models, load_models
+from service.routes.dashboard import dashboard_routes
 from service.routes.energy import energy_routes
+from service.routes.estimate import estimate_routes
 from service.routes.huggingface import huggingface_routes
 from service.routes.libretranslate import libretranslate_routes
 from service.routes.openai import openai_routes
@@ -40,6 +44,7 @@ from service.settings import Settings, wants_traces
 from service.tasks import TASKS
 from service.tracing import open_tracing
 
+WATCH_INTERVAL_S = 1.0
 DESCRIPTION = "Five NLP tasks over HTTP; every answer says what it cost in joules and grams of CO2e."
 
 _log = logging.getLogger(__name__)
@@ -54,8 +59,13 @@ def create_app(settings: Settings, build: Build | None = None) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         with (build or build_service)(settings) as service:
-            app.state.service = replace(service, tracing=tracing)
+            service = replace(service, tracing=tracing)
+            app.state.service = service
+            watcher = asyncio.create_task(_watch(service))
             yield
+            watcher.cancel()
+            with suppress(asyncio.CancelledError):
+                await watcher
         if tracing is not None:
             tracing.close()
 
@@ -73,7 +83,8 @@ def create_app(settings: Settings, build: Build | None = None) -> FastAPI:
         telemetry=None if tracing is None else tracing.fastapi_config,
     )
     dialects = (openai_routes(), huggingface_routes(), libretranslate_routes())
-    for routes in (task_routes(), *dialects, energy_routes(), operations_routes()):
+    energy = (estimate_routes(), energy_routes(), dashboard_routes())
+    for routes in (task_routes(), *dialects, *energy, operations_routes()):
         app.include_router(routes)
     return app
 
@@ -83,8 +94,11 @@ def build_service(settings: Settings) -> Iterator[Service]:
     """Everything that answers requests, ready to; what runs when it is left gets time to finish."""
     models = open_models(settings)
     metrics = Metrics()
+    coefficients = read_coefficients(models, settings.state)
     ledger = Ledger(settings.ledger, settings.ledger_max_days, settings.ledger_max_mb)
-    account = open_account(settings, read_coefficients(models, settings.state), ledger)
+    books = Books(metrics, settings.daily_budget_j, coefficients)
+    books.restore(ledger)
+    account = open_account(settings, coefficients, ledger, books.settled)
 
     def record(step: Step) -> None:
         account.record(step)
@@ -103,6 +117,7 @@ def build_service(settings: Settings) -> Iterator[Service]:
                     account=account,
                     ledger=ledger,
                     metrics=metrics,
+                    books=books,
                     door=Door(settings.max_concurrent_requests),
                     max_client_batch_size=settings.max_client_batch_size,
                     request_timeout_s=settings.request_timeout_s,
@@ -151,8 +166,16 @@ def meter_settings(settings: Settings) -> MeterSettings:
     )
 
 
-def open_account(settings: Settings, coefficients: Mapping[str, Coefficients], ledger: Ledger) -> Account:
-    """The energy account that ``settings`` describe; logs which meter it reads, or why there is none."""
+def open_account(
+    settings: Settings,
+    coefficients: Mapping[str, Coefficients],
+    ledger: Ledger,
+    on_settled: Callable[[SettledRecord], None] | None = None,
+) -> Account:
+    """The energy account that ``settings`` describe; logs which meter it reads, or why there is none.
+
+    ``on_settled`` is called with every final bill.
+    """
     choice = choose_meter(meter_settings(settings))
     for finding in choice.findings:
         _log.info("meter %s %s: %s", finding.source, "used" if finding.used else "not used", finding.detail)
@@ -160,14 +183,18 @@ def open_account(settings: Settings, coefficients: Mapping[str, Coefficients], l
         settings.grid_zone, settings.pue, settings.embodied_kg, settings.life_years, settings.machine_share
     )
     _log.info("carbon: %s, %g gCO2e/kWh", carbon.assumptions.zone, carbon.assumptions.gco2e_per_kwh)
-    return Account(
+    account = Account(
         choice.meter,
         carbon,
         ledger,
         executors=settings.executors,
         coefficients=coefficients,
         owner=Owner(settings.state),
+        on_settled=on_settled,
     )
+    if settings.daily_budget_j is not None and account.quality is Quality.UNAVAILABLE:
+        _log.warning("no energy meter is read, so the daily budget of %g J cannot be kept", settings.daily_budget_j)
+    return account
 
 
 def check_manifest(manifest: Manifest) -> None:
@@ -177,6 +204,13 @@ def check_manifest(manifest: Manifest) -> None:
     for task in TASKS:
         if task.name in manifest.tasks:
             task.check(manifest)
+
+
+async def _watch(service: Service) -> None:
+    """Keep the account's counters for the dashboard."""
+    while True:
+        service.books.live.tick(await asyncio.to_thread(service.account.totals))
+        await asyncio.sleep(WATCH_INTERVAL_S)
 
 
 async def _answer(request: Request, error: Exception) -> Response:

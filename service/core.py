@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
@@ -12,12 +12,15 @@ from pydantic import BaseModel
 
 from energy.account import Account
 from energy.ledger import Ledger
+from energy.prediction import Forecast
 from energy.settlement import BESIDE
 from energy.types import Bill, Phase, Quality, RequestRecord, Step, Work
+from service.books import Books
+from service.budgets import keep_within, to_learn, to_predict
 from service.door import Door
 from service.engine.types import EngineClosed, Item, Output, Overloaded, Ticket, WriteOutput
-from service.errors import DeadlineExceeded, InvalidValue, NotReady
-from service.metrics import Metrics
+from service.errors import DailyBudgetSpent, DeadlineExceeded, EnergyBudgetExceeded, InvalidValue, NotReady
+from service.metrics import UJ_PER_J, Metrics
 from service.models import Model, Models
 from service.streaming import Transcript, overhear
 from service.tasks.base import Encoded, Task, TaskRequest
@@ -82,6 +85,15 @@ class Listener(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Estimate:
+    """What a request would cost; ``forecast`` is None as long as nothing like it was billed."""
+
+    model: Model
+    input_tokens: int
+    forecast: Forecast | None
+
+
+@dataclass(frozen=True, slots=True)
 class Service:
     """Everything that answers a request, wired once by ``create_app``."""
 
@@ -90,6 +102,7 @@ class Service:
     account: Account
     ledger: Ledger
     metrics: Metrics
+    books: Books
     door: Door
     max_client_batch_size: int
     request_timeout_s: float
@@ -103,6 +116,7 @@ class Service:
         Cancelling it takes the request's items out of the engine; the work done until then is billed all the same.
         """
         model, texts = self._choose(task, request)
+        self._require_budget(request)
         # A reading close to the start of the request's steps makes its figure sharp.
         self.account.wake()
         with self.door.admit(texts), self._billed(request_id, task.name, model) as receipt:
@@ -110,15 +124,50 @@ class Service:
                 encode = partial(task.encode, request, model, request_id)
                 encoded = await self._beside(receipt, Phase.PREPROCESS, encode)
                 receipt.input_tokens = sum(len(item.input_ids) for item in encoded.items)
+                encoded = replace(encoded, items=self._foresee(task, request, model, encoded.items, request_id))
                 items = encoded.items if listener is None else await _overheard(task, encoded, model, listener)
                 with self._submitted(model, items) as tickets:
                     if listener is not None:
                         listener.accepted(receipt)
                     receipt.outputs = await _outputs(tickets)
                 receipt.computed_s = time.monotonic()
+                self.books.predictor.wrote(request_id, to_learn(receipt.outputs))
                 decode = partial(task.decode, encoded.plan, model, receipt.outputs)
                 receipt.results = await self._beside(receipt, Phase.POST, decode)
         return receipt
+
+    async def estimate(self, task: Task[Any, Any], request: TaskRequest, request_id: str) -> Estimate:
+        """What ``request`` would cost; nothing runs on a model. Raises what ``run`` raises before anything runs."""
+        model, texts = self._choose(task, request)
+        with self.door.admit(texts):
+            async with _deadline(self.request_timeout_s):
+                encoded = await asyncio.to_thread(task.encode, request, model, request_id)
+        forecast = self.books.predictor.predict(task.name, model.name, to_predict(encoded.items))
+        return Estimate(model, sum(len(item.input_ids) for item in encoded.items), forecast)
+
+    def _require_budget(self, request: TaskRequest) -> None:
+        """Raise ``DailyBudgetSpent`` where the day has no joules left, ``InvalidValue`` for a budget without meter."""
+        standing = self.books.today()
+        if standing is not None and standing.is_spent:
+            raise DailyBudgetSpent(standing.limit_uj / UJ_PER_J, standing.resets_in_s)
+        if request.energy_budget_j is not None and self.account.quality is Quality.UNAVAILABLE:
+            raise InvalidValue("energy_budget_j", "no energy meter is read here, so no budget can be kept")
+
+    def _foresee(
+        self, task: Task[Any, Any], request: TaskRequest, model: Model, items: tuple[Item, ...], request_id: str
+    ) -> tuple[Item, ...]:
+        """Predict the bill, and hold ``items`` to the request's budget. Raises ``EnergyBudgetExceeded``."""
+        forecast = self.books.predictor.begin(request_id, task.name, model.name, to_predict(items))
+        if request.energy_budget_j is None:
+            return items
+        budget_uj = round(request.energy_budget_j * UJ_PER_J)
+        if forecast is not None and forecast.allocated_uj > budget_uj:
+            interval_j = forecast.interval_uj and (
+                forecast.interval_uj[0] / UJ_PER_J,
+                forecast.interval_uj[1] / UJ_PER_J,
+            )
+            raise EnergyBudgetExceeded(request.energy_budget_j, forecast.allocated_uj / UJ_PER_J, interval_j)
+        return keep_within(items, budget_uj, lambda: self.account.bill(request_id).allocated_uj)
 
     def _choose(self, task: Task[Any, Any], request: TaskRequest) -> tuple[Model, int]:
         if not self.models.served:

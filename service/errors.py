@@ -100,6 +100,26 @@ class TooManyTokens(InvalidValue):
         super().__init__(param, f"the text has {tokens} tokens; at most {allowed} are allowed ({hint})")
 
 
+class EnergyBudgetExceeded(InvalidValue):
+    """A request would cost more than it may; nothing of it has run."""
+
+    def __init__(self, budget_j: float, expected_j: float, interval_j: tuple[float, float] | None) -> None:
+        usual = f", usually {interval_j[0]:.3g} to {interval_j[1]:.3g} J" if interval_j else ""
+        super().__init__(
+            "energy_budget_j",
+            f"the request is expected to cost {expected_j:.3g} J{usual}; {budget_j:.3g} J are allowed. Shorten its "
+            "texts or its max_tokens, or allow more",
+        )
+
+
+class DailyBudgetSpent(WattleError):
+    """Today's joules are spent; ``retry_after_s`` is until tomorrow."""
+
+    def __init__(self, limit_j: float, retry_after_s: float) -> None:
+        super().__init__(f"the {limit_j:g} J allowed for today are spent; the next day begins at midnight UTC")
+        self.retry_after_s = retry_after_s
+
+
 class NotReady(WattleError):
     """The service is starting or shutting down."""
 
@@ -132,6 +152,8 @@ TABLE: dict[type[Exception], Answer] = {
     UnknownParameter: Answer(422, "invalid_request_error", "unknown_parameter"),
     UnsupportedLanguages: Answer(422, "invalid_request_error", "unsupported_languages"),
     TooManyTokens: Answer(422, "invalid_request_error", "too_many_tokens"),
+    EnergyBudgetExceeded: Answer(422, "invalid_request_error", "energy_budget_exceeded"),
+    DailyBudgetSpent: Answer(429, "rate_limit_error", "daily_budget_spent"),
     Overloaded: Answer(429, "rate_limit_error", "overloaded"),
     NotReady: Answer(503, "server_error", "not_ready"),
     EngineClosed: Answer(503, "server_error", "draining"),
@@ -162,7 +184,7 @@ def render(error: Exception) -> JsonResponse:
     headers: dict[str, str] = {}
     if isinstance(error, HTTPException):
         headers.update(error.headers or {})
-    elif isinstance(error, Overloaded):
+    elif isinstance(error, Overloaded | DailyBudgetSpent):
         headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))
         headers["retry-after-ms"] = str(max(1, math.ceil(error.retry_after_s * 1000)))
     error = _as_ours(error)

@@ -12,7 +12,7 @@ from prometheus_client.registry import Collector
 
 from energy.account import Totals
 from energy.ledger import Ledger
-from energy.types import Step
+from energy.types import RequestRecord, Step
 
 if TYPE_CHECKING:
     from service.core import Receipt
@@ -21,6 +21,7 @@ UJ_PER_J = 1_000_000
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _JOULES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000)
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
+_RELATIVE = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1, 2, 5)
 _TOKENS = (8, 32, 128, 512, 1024, 2048, 4096, 8192, 16384)
 
 
@@ -51,6 +52,13 @@ class Metrics:
             "wattle_carbon_grams",
             "CO2-equivalent of the allocated energy of requests, as billed when they were over.",
             by_model,
+            registry=self._registry,
+        )
+        self._prediction = Histogram(
+            "wattle_energy_prediction_relative_error",
+            "|predicted - billed| / billed allocated energy, of requests that were predicted before they ran.",
+            by_model,
+            buckets=_RELATIVE,
             registry=self._registry,
         )
         self._batch_size = Histogram(
@@ -96,6 +104,10 @@ class Metrics:
             self._energy.labels(*labels, receipt.bill.quality).observe(receipt.bill.allocated_uj / UJ_PER_J)
         if receipt.bill.gco2e is not None:
             self._carbon.labels(*labels).inc(receipt.bill.gco2e)
+
+    def predicted(self, request: RequestRecord, relative_error: float) -> None:
+        """Count a prediction that has met its bill."""
+        self._prediction.labels(request.task, request.model).observe(relative_error)
 
     def exposition(self) -> bytes:
         """Everything, in Prometheus' text format."""

@@ -51,7 +51,7 @@ def banner(app: FastAPI, listener: socket.socket) -> str:
     shown = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     address = f"http://{f'[{shown}]' if ':' in shown else shown}:{port}"
     models: Models = app.state.service.models
-    lines = [f"Wattle serves on {address}", f"docs: {address}/docs", "models:"]
+    lines = [f"Wattle serves on {address}", f"docs: {address}/docs", f"dashboard: {address}/dashboard", "models:"]
     lines += [
         f"  {model.name:<24} {', '.join(model.manifest.tasks) or '-':<12} {model.manifest.size_bytes / 1e6:6.1f} MB"
         for model in models.served.values()

@@ -100,6 +100,13 @@ class Settings(BaseSettings):
         le=1,
         description="Share of this machine that the service has reserved; as much of its embodied carbon counts.",
     )
+    daily_budget_j: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="Joules that all requests together may cost in a day (UTC) before the answer is 429; unset, no "
+        "limit.",
+    )
     state: Path = Field(
         default_factory=_state_folder,
         description="Folder of what outlives the process: the ledger, who meters this machine, and calibrations of "

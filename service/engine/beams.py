@@ -136,13 +136,21 @@ class Beams:
             finished = self._finished[text]
             length = int(self._lengths[text])
             if length == self._limits[text]:
-                for row in np.argsort(-self._scores[text], kind="stable").tolist():
-                    self._finish(text, self._scores[text, row], self._ids[text, row, :length], stopped=False)
-            elif len(finished) < self.width or finished[-1].score < score / length ** self._penalties[text]:
-                continue
-            # The best, the earlier one of equals.
-            over[text] = max(finished, key=lambda hypothesis: hypothesis.score)
+                over[text] = self.cut(text)
+            elif len(finished) == self.width and finished[-1].score >= score / length ** self._penalties[text]:
+                over[text] = self._best(text)
         return over
+
+    def cut(self, text: int) -> Hypothesis:
+        """The best text of a search that ends here: its unfinished ones count as they stand."""
+        for row in np.argsort(-self._scores[text], kind="stable").tolist():
+            ids = self._ids[text, row, : self._lengths[text]]
+            self._finish(text, self._scores[text, row], ids, stopped=False)
+        return self._best(text)
+
+    def _best(self, text: int) -> Hypothesis:
+        """The earlier one of equals."""
+        return max(self._finished[text], key=lambda hypothesis: hypothesis.score)
 
     def _finish(self, text: int, score: float, ids: Ids, *, stopped: bool) -> None:
         finished = self._finished[text]

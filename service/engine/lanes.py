@@ -1,7 +1,7 @@
 """The texts of one model that are written side by side: they come and go between steps, and the rows in use are always
 the first ones. Knows nothing of queues or clocks."""
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Generic, Protocol, TypeVar
 
 import numpy as np
@@ -11,7 +11,7 @@ from service.engine.buffers import Floats
 from service.engine.graphs import BeamGraph, DecoderGraph
 from service.engine.sampling import repeating_tokens
 from service.engine.texts import Text, Written
-from service.engine.types import Sampling
+from service.engine.types import FinishReason, Sampling
 
 KeyT = TypeVar("KeyT")
 Outcome = Written | Exception
@@ -155,17 +155,32 @@ class BeamLane(_Places[KeyT]):
         scores, words = self._likeliest.likeliest(logits, 2 * width)
         read = self.decoder.positions[first * width : len(self.keys) * width : width]
         copies, over = self._beams.advance(first, scores, words, read)
-        self._copy(copies, over)
-        ended = [(self.keys[place], _written(best)) for place, best in over.items()]
+        outcomes: dict[int, Outcome] = {place: _written(best, "length") for place, best in over.items()}
+        for place in range(first, len(self.keys)):
+            if place not in over and (outcome := self._stop(place)) is not None:
+                outcomes[place] = outcome
+        self._copy(copies, outcomes)
+        ended = [(self.keys[place], outcome) for place, outcome in outcomes.items()]
         for key, _ in ended:
             self.leave(key)
-        return list(ended)
+        return ended
 
-    def _copy(self, copies: Sequence[Copy], over: dict[int, Hypothesis]) -> None:
+    def _stop(self, place: int) -> Outcome | None:
+        """The text of a search that its callback ends for a reason, or what the callback raised."""
+        should_stop = self._texts[place].text.should_stop
+        if should_stop is None:
+            return None
+        try:
+            reason = should_stop(self._beams.written(place)[0])
+        except Exception as error:  # it is this text's alone
+            return error
+        return _written(self._beams.cut(place), reason) if isinstance(reason, str) else None
+
+    def _copy(self, copies: Sequence[Copy], over: Container[int]) -> None:
         for copy in copies:
             if copy.target // self._beams.width not in over:
                 self.decoder.copy(copy.source, copy.target, copy.start)
 
 
-def _written(best: Hypothesis) -> Written:
-    return Written(best.ids, "stop" if best.stopped else "length")
+def _written(best: Hypothesis, cut: FinishReason) -> Written:
+    return Written(best.ids, "stop" if best.stopped else cut)

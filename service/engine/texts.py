@@ -25,6 +25,7 @@ class Text:
         """``max_tokens`` is the limit that holds."""
         self._item, self._max_tokens, self._eos = item, max_tokens, eos
         self._sampling = sampling = item.sampling
+        self.should_stop = item.should_stop
         self._repeats = Repeats(sampling.no_repeat_ngram) if sampling.no_repeat_ngram else None
         # A generator of its own, so that neighbours in a batch draw nothing from it.
         self._random = np.random.default_rng(sampling.seed) if sampling.temperature else None
@@ -61,8 +62,8 @@ class Text:
             return self._end("length") if len(ids) == self._max_tokens else None
         if self._item.on_tokens is not None:
             self._item.on_tokens(ids)
-        if self._item.should_stop is not None and self._item.should_stop(ids):
-            return self._end("stop")
+        if self.should_stop is not None and (reason := self.should_stop(ids)):
+            return self._end("stop" if reason is True else reason)
         if len(ids) == self._max_tokens:
             return self._end("length")
         return None

@@ -8,7 +8,10 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "energy_budget"]
+ShouldStop = Callable[[Sequence[int]], bool | FinishReason]
+"""Called on the executor with the ids written so far; True (stop strings) or a reason ends the text. A beam search
+calls it with one of its beams, and only a reason ends it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +50,7 @@ class WriteItem:
     request_id: str
     input_ids: tuple[int, ...]
     sampling: Sampling
-    should_stop: Callable[[Sequence[int]], bool] | None = None
-    """Called on the executor with the ids written so far; True ends the text (stop strings)."""
+    should_stop: ShouldStop | None = None
     on_tokens: Callable[[Sequence[int]], None] | None = None
     """Called on the executor with the ids written so far, at every new one; they grow, so what is kept is copied.
     A beam search knows its text only at the end, and never calls it."""

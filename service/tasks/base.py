@@ -56,6 +56,13 @@ class TaskRequest(BaseModel):
 
     model: str | None = Field(None, description="Name of a loaded model; the task's default otherwise.")
     truncate: bool = Field(False, description="Cut a text that is too long instead of refusing it.")
+    energy_budget_j: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="Most joules (`allocated_j`) that the whole request may cost: refused where more is expected, "
+        "ended with the `finish_reason` `energy_budget` where writing comes to cost more.",
+    )
 
 
 class TextRequest(TaskRequest):
@@ -77,7 +84,10 @@ class WrittenText(BaseModel):
     """A text that a model wrote."""
 
     text: str
-    finish_reason: FinishReason = Field(description="`stop`: the text ended; `length`: it was cut at its limit.")
+    finish_reason: FinishReason = Field(
+        description="`stop`: the text ended; `length`: it was cut at its limit; `energy_budget`: it was cut where the "
+        "request's budget was spent."
+    )
 
 
 RequestT = TypeVar("RequestT", bound=TaskRequest)

@@ -175,7 +175,7 @@ class Generate(Task[GenerateRequest, GeneratePlan]):
             whole = model.tokenizer.decode(output.output_ids)
             text = cut_at_stop(whole, plan.stop)
             stopped = len(text) < len(whole)
-            if output.finish_reason == "length" and not stopped:
+            if output.finish_reason != "stop" and not stopped:
                 # The limit may fall inside a character of several bytes.
                 text = text.rstrip("\ufffd")
             results.append(

@@ -4,7 +4,7 @@ They compute exactly: the engine writes what it reads, and every request costs 1
 """
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,6 +21,7 @@ from energy.types import Bill, CarbonAssumptions, Part, Phase, Quality, RequestR
 from models.config import TransformerConfig
 from models.manifest import GenerationDefaults, Manifest, Quantisation, SpecialIds, write_manifest
 from service.app import open_models
+from service.books import Books
 from service.core import Service
 from service.door import Door
 from service.engine.types import (
@@ -223,8 +224,8 @@ class FakeEngine:
                 told.append(TokenLogprobs(-0.5, likeliest))
             if item.on_tokens:
                 item.on_tokens(written)
-            if item.should_stop and item.should_stop(written):
-                break
+            if item.should_stop and (reason := item.should_stop(written)):
+                return WriteOutput(tuple(written), "stop" if reason is True else reason, TIMING, tuple(told))
         return WriteOutput(tuple(written), "stop", TIMING, tuple(told))
 
 
@@ -237,6 +238,14 @@ class FakeAccount:
         self.quality = Quality.MEASURED
         self.wakes = 0
         self.steps: list[Step] = []
+        self.time_s = 1_700_000_000.0
+        self.on_settled: Callable[[SettledRecord], None] = lambda record: None
+        self.spent_uj = 0
+        """By a request that runs, more at every look."""
+
+    def bill(self, request_id: str) -> Bill:
+        self.spent_uj += 100_000
+        return Bill(request_id, self.spent_uj, self.spent_uj, 0.0, self.quality, settled=False)
 
     def wake(self) -> None:
         self.wakes += 1
@@ -256,8 +265,10 @@ class FakeAccount:
             parts=(Part("cpu", Phase.ENCODE, 2_000_000),) if known else (),
         )
         carbon = CarbonAssumptions("DEU", 350.0, "a table", 1.0, None, 4.0)
-        self.records[record.request_id] = SettledRecord(record, bill, 1_700_000_000.0 + len(self.records), carbon)
-        self.ledger.put(self.records[record.request_id])
+        settled = SettledRecord(record, bill, self.time_s + len(self.records), carbon)
+        self.records[record.request_id] = settled
+        self.ledger.put(settled)
+        self.on_settled(settled)
         return bill
 
     def find(self, request_id: str) -> SettledRecord | None:
@@ -283,12 +294,15 @@ def build(settings: Settings) -> Iterator[Service]:
         ledger = Ledger(Path(folder) / "ledger.sqlite", max_days=100_000)
         account = FakeAccount(ledger)
         metrics.watch(engine.queue_depth, engine.running, account.totals, ledger)
+        books = Books(metrics, settings.daily_budget_j)
+        account.on_settled = books.settled
         yield Service(
             models=models,
             engine=engine,
             account=account,
             ledger=ledger,
             metrics=metrics,
+            books=books,
             door=Door(settings.max_concurrent_requests),
             max_client_batch_size=settings.max_client_batch_size,
             request_timeout_s=settings.request_timeout_s,

@@ -52,9 +52,10 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_server_answers_and_finishes_what_runs_when_it_is_told_to_stop(tiny: Path, tmp_path: Path) -> None:
     ledger = tmp_path / "ledger.sqlite"
-    with serve(3 + 5, "--models", str(tiny), "--state", str(tmp_path), "--meter", "estimate") as running:
+    with serve(4 + 5, "--models", str(tiny), "--state", str(tmp_path), "--meter", "estimate") as running:
         process, address, printed = running
         assert f"docs: {address}/docs\n" in printed
+        assert f"dashboard: {address}/dashboard\n" in printed
         assert sum(" MB" in line for line in printed) == 5
         with httpx.Client(base_url=address, timeout=30) as client:
             answers = {

@@ -325,12 +325,30 @@ def test_a_stop_callback_ends_a_text(models: dict[str, Loaded]) -> None:
         assert seen == [whole[:length] for length in range(1, 5)]
 
 
-def test_a_callback_that_raises_ends_its_own_text_only(models: dict[str, Loaded]) -> None:
+@pytest.mark.parametrize("beams", [1, 3])
+def test_a_stop_callback_may_say_why(models: dict[str, Loaded], beams: int) -> None:
+    with engine(models, ["decoder"]) as running:
+        item = replace(write(0, 9, beams=beams), should_stop=lambda ids: "energy_budget" if len(ids) == 4 else False)
+        [(ids, reason)] = texts(running.submit("decoder", [item]))
+        assert (len(ids), reason) == (4, "energy_budget")
+        # The rows are free again.
+        assert len(texts(running.submit("decoder", [write(seed, 9) for seed in range(4)]))) == 4
+
+
+def test_stop_texts_do_not_end_a_beam_search(models: dict[str, Loaded]) -> None:
+    with engine(models, ["decoder"]) as running:
+        whole = texts(running.submit("decoder", [write(0, 9, beams=3)]))
+        assert texts(running.submit("decoder", [replace(write(0, 9, beams=3), should_stop=lambda ids: True)])) == whole
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_a_callback_that_raises_ends_its_own_text_only(models: dict[str, Loaded], beams: int) -> None:
     def should_stop(written: Sequence[int]) -> bool:
         raise RuntimeError("a stop text that cannot be decoded")
 
     with engine(models, ["decoder"]) as running:
-        good, bad = running.submit("decoder", [write(0, 9), replace(write(1, 9), should_stop=should_stop)])
+        wrong = replace(write(1, 9, beams=beams), should_stop=should_stop)
+        good, bad = running.submit("decoder", [write(0, 9, beams=beams), wrong])
         with pytest.raises(RuntimeError, match="cannot be decoded"):
             bad.future.result(WAIT_S)
         assert len(texts([good])[0][0]) > 0

@@ -1,0 +1,80 @@
+"""What each key has spent of its joules for the day. Knows nothing of HTTP, nor of how a bill comes about.
+
+Days are those of UTC. A bill counts when it is settled, so requests that run at the same time may together pass a
+limit; none begins after it.
+"""
+
+import threading
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from energy.clock import Clock
+from energy.types import SettledRecord
+
+EVERYONE = ""
+"""The key of a limit on all requests together."""
+_S_PER_DAY = 86_400
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """Where a key stands today."""
+
+    limit_uj: int
+    spent_uj: int
+    resets_in_s: float
+    """Until the day ends."""
+
+    @property
+    def is_spent(self) -> bool:
+        """Whether nothing is left."""
+        return self.spent_uj >= self.limit_uj
+
+
+class DailyBudgets:
+    """Limits by key, in microjoules of allocated energy; its methods may be called from any thread."""
+
+    def __init__(self, limits_uj: Mapping[str, int], clock: Clock | None = None) -> None:
+        self._limits_uj = dict(limits_uj)
+        self._clock = clock or Clock()
+        self._lock = threading.Lock()
+        self._day = self.day
+        self._spent_uj: Counter[str] = Counter()
+
+    @property
+    def day(self) -> int:
+        """Today, counted from 1970."""
+        return int(self._clock.unix_s() // _S_PER_DAY)
+
+    @property
+    def day_began_s(self) -> float:
+        """Seconds from 1970 to the beginning of today."""
+        return float(self.day * _S_PER_DAY)
+
+    def spend(self, key: str, energy_uj: int, time_s: float) -> None:
+        """Count what was spent at ``time_s`` (seconds since 1970), unless that was on another day."""
+        with self._lock:
+            self._turn()
+            if int(time_s // _S_PER_DAY) == self._day:
+                self._spent_uj[key] += energy_uj
+
+    def settled(self, key: str, record: SettledRecord) -> None:
+        """Count a bill; one that is not known counts nothing."""
+        if record.bill.allocated_uj is not None:
+            self.spend(key, record.bill.allocated_uj, record.time_s)
+
+    def standing(self, key: str) -> Standing | None:
+        """None for a key without a limit."""
+        if key not in self._limits_uj:
+            return None
+        with self._lock:
+            self._turn()
+            resets_in_s = (self._day + 1) * _S_PER_DAY - self._clock.unix_s()
+            return Standing(self._limits_uj[key], self._spent_uj[key], resets_in_s)
+
+    def _turn(self) -> None:
+        """Begin a new day, if it has come."""
+        if self.day != self._day:
+            self._day = self.day
+            self._spent_uj.clear()

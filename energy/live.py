@@ -1,0 +1,110 @@
+"""The last minutes of an energy account, for whoever watches it. Knows nothing of models or HTTP."""
+
+import threading
+from bisect import bisect_left
+from collections import Counter, deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from energy.account import MeterTotal, Totals
+from energy.clock import Clock
+from energy.types import SettledRecord
+
+INTERVAL_S = 5.0
+"""Between two moments that are kept."""
+MOMENTS = 121
+"""Ten minutes."""
+RECENT = 50
+BOUNDS_UJ = (*(step * 10**power for power in range(3, 9) for step in (1, 2, 5)), 10**9)
+"""Upper ends of the classes of the distribution, 1 mJ to 1 kJ; one class more holds what is above."""
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """The account's counters at one time, in microjoules since it was opened."""
+
+    time_s: float
+    """Since 1970."""
+    metered_uj: int
+    by_task_uj: Mapping[str, int]
+    unattributed_uj: Mapping[str, int]
+    """By reason."""
+
+
+@dataclass(slots=True)
+class TaskSums:
+    """What the requests of one task have cost."""
+
+    requests: int = 0
+    unknown: int = 0
+    """Those among them whose bill is unavailable; the sums leave them out."""
+    allocated_uj: int = 0
+    gco2e: float = 0.0
+    counts: list[int] = field(default_factory=lambda: [0] * (len(BOUNDS_UJ) + 1))
+    """Requests by class of allocated energy, see ``BOUNDS_UJ``."""
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """One consistent look."""
+
+    began_s: float
+    meters: tuple[MeterTotal, ...]
+    moments: tuple[Moment, ...]
+    """Oldest first."""
+    tasks: Mapping[str, TaskSums]
+    recent: tuple[SettledRecord, ...]
+    """Newest first."""
+
+
+class Live:
+    """Keeps what a dashboard shows; its methods may be called from any thread. Requests that were refused before a
+    model ran are left out."""
+
+    def __init__(self, clock: Clock | None = None) -> None:
+        self._clock = clock or Clock()
+        self._lock = threading.Lock()
+        self._began_s = self._clock.unix_s()
+        self._meters: tuple[MeterTotal, ...] = ()
+        self._moments: deque[Moment] = deque(maxlen=MOMENTS)
+        self._tasks: dict[str, TaskSums] = {}
+        self._recent: deque[SettledRecord] = deque(maxlen=RECENT)
+
+    def settled(self, record: SettledRecord) -> None:
+        """Count a bill."""
+        if record.request.status == "refused":
+            return
+        with self._lock:
+            self._recent.appendleft(record)
+            sums = self._tasks.setdefault(record.request.task, TaskSums())
+            sums.requests += 1
+            if record.bill.allocated_uj is None or record.bill.gco2e is None:
+                sums.unknown += 1
+                return
+            sums.allocated_uj += record.bill.allocated_uj
+            sums.gco2e += record.bill.gco2e
+            sums.counts[bisect_left(BOUNDS_UJ, record.bill.allocated_uj)] += 1
+
+    def tick(self, totals: Totals) -> None:
+        """Keep the account's counters, unless the last ones are younger than the interval."""
+        now_s = self._clock.unix_s()
+        by_task: Counter[str] = Counter()
+        for share in totals.attributed:
+            by_task[share.task] += share.energy_uj
+        unattributed: Counter[str] = Counter()
+        for rest in totals.unattributed:
+            unattributed[rest.reason.value] += rest.energy_uj
+        metered_uj = sum(meter.settled_uj + meter.open_uj + meter.residual_uj for meter in totals.meters)
+        with self._lock:
+            self._meters = totals.meters
+            if not self._moments or abs(now_s - self._moments[-1].time_s) >= INTERVAL_S:
+                self._moments.append(Moment(now_s, metered_uj, by_task, unattributed))
+
+    def view(self) -> View:
+        """What is kept now."""
+        with self._lock:
+            tasks = {
+                task: TaskSums(sums.requests, sums.unknown, sums.allocated_uj, sums.gco2e, list(sums.counts))
+                for task, sums in self._tasks.items()
+            }
+            return View(self._began_s, self._meters, tuple(self._moments), tasks, tuple(self._recent))

@@ -1,0 +1,56 @@
+"""What is kept of every bill beside the ledger: predictions, the day's budget, the dashboard's figures."""
+
+import logging
+from collections.abc import Mapping
+
+from energy.attribution import Coefficients
+from energy.budget import EVERYONE, DailyBudgets, Standing
+from energy.ledger import Ledger, LedgerUnreadable
+from energy.live import Live
+from energy.prediction import Predictor
+from energy.types import SettledRecord
+from service.metrics import UJ_PER_J, Metrics
+
+_log = logging.getLogger(__name__)
+LEARNED_FROM = 1000
+"""Latest bills of the ledger that the predictor starts from."""
+
+
+class Books:
+    """The books of one service; methods may be called from any thread."""
+
+    def __init__(
+        self,
+        metrics: Metrics,
+        daily_budget_j: float | None = None,
+        coefficients: Mapping[str, Coefficients] | None = None,
+    ) -> None:
+        """``daily_budget_j`` is for all requests together; None is no limit. ``coefficients`` are by model."""
+        limits_uj = {} if daily_budget_j is None else {EVERYONE: round(daily_budget_j * UJ_PER_J)}
+        self._metrics = metrics
+        self.predictor = Predictor(coefficients)
+        self.live = Live()
+        self._daily_budgets = DailyBudgets(limits_uj)
+
+    def restore(self, ledger: Ledger) -> None:
+        """Take over what earlier processes have written; where that cannot be read, begin anew and say so."""
+        began_s = self._daily_budgets.day_began_s
+        try:
+            past, spent_uj = ledger.latest(LEARNED_FROM), ledger.allocated_uj(began_s)
+        except LedgerUnreadable as error:
+            _log.warning("predictions and the day's budget begin anew: %s", error)
+            return
+        self.predictor.learn_past(reversed(past))
+        self._daily_budgets.spend(EVERYONE, spent_uj, began_s)
+
+    def settled(self, record: SettledRecord) -> None:
+        """Enter a final bill."""
+        self._daily_budgets.settled(EVERYONE, record)
+        self.live.settled(record)
+        relative_error = self.predictor.settled(record)
+        if relative_error is not None:
+            self._metrics.predicted(record.request, relative_error)
+
+    def today(self) -> Standing | None:
+        """Where the service stands in its daily budget; None where it has none."""
+        return self._daily_budgets.standing(EVERYONE)
