@@ -1,0 +1,43 @@
+// The chart below the Joules tab of Locust's web interface: J/query over time, drawn anew every two seconds.
+const INK = { active_j: ["#00ca5a", "active"], allocated_j: ["#ff9f00", "allocated"] };
+const WIDTH = 1000, HEIGHT = 260, LEFT = 60, BOTTOM = 30, TOP = 30;
+
+const panel = document.createElement("section");
+panel.id = "wattle-chart";
+panel.style.cssText = "max-width:1200px;margin:1rem auto 3rem;padding:0 1rem;font-family:sans-serif;display:none";
+document.body.append(panel);
+
+function draw(points) {
+  if (points.length < 2) return "<p>The chart begins with the second point.</p>";
+  const first = points[0].at_s, last = points.at(-1).at_s;
+  const top = 1.1 * Math.max(...points.flatMap((p) => [p.active_j || 0, p.allocated_j || 0])) || 1;
+  const x = (s) => LEFT + ((s - first) / (last - first)) * (WIDTH - LEFT - 10);
+  const y = (j) => HEIGHT - BOTTOM - (j / top) * (HEIGHT - BOTTOM - TOP);
+  const parts = [];
+  for (let i = 0; i <= 4; i++) {
+    const j = (top * i) / 4;
+    parts.push(`<line x1="${LEFT}" x2="${WIDTH - 10}" y1="${y(j)}" y2="${y(j)}" stroke="#8884"/>`);
+    parts.push(`<text x="${LEFT - 6}" y="${y(j) + 4}" text-anchor="end">${j.toPrecision(2)}</text>`);
+    const s = first + ((last - first) * i) / 4;
+    parts.push(`<text x="${x(s)}" y="${HEIGHT - 8}" text-anchor="${i == 4 ? "end" : "middle"}">${s.toFixed(0)} s</text>`);
+  }
+  Object.entries(INK).forEach(([key, [colour, name]], i) => {
+    const known = points.filter((p) => p[key] !== null);
+    const path = known.map((p) => `${x(p.at_s)},${y(p[key])}`).join(" ");
+    parts.push(`<polyline points="${path}" fill="none" stroke="${colour}" stroke-width="2"/>`);
+    parts.push(`<text x="${LEFT + 10 + 110 * i}" y="18" style="fill:${colour}">■ ${name}</text>`);
+  });
+  return `<svg viewBox="0 0 ${WIDTH} ${HEIGHT}" style="width:100%;font-size:12px;fill:#888">${parts.join("")}</svg>`;
+}
+
+async function refresh() {
+  const shown = new URLSearchParams(location.search).get("tab") === "joules";
+  panel.style.display = shown ? "" : "none";
+  if (!shown) return;
+  const answer = await fetch("./wattle/history");
+  panel.innerHTML = `<h3 style="color:#888">Joules per query, last 5 s</h3>${draw(await answer.json())}`;
+}
+
+setInterval(refresh, 2000);
+setInterval(() => { if ((panel.style.display === "") !== location.search.includes("tab=joules")) refresh(); }, 250);
+refresh();
