@@ -1,6 +1,6 @@
 """Conservation seen from outside: bills, idle and named rest held against the meter. Pure arithmetic on scrapes."""
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -33,18 +33,23 @@ class Scrape:
 
 @dataclass(frozen=True, slots=True)
 class Balance:
-    """Between two scrapes, in joules: ``meter_j`` = ``bills_j`` + the sum of ``rest_j`` + ``residual_j``."""
+    """What the server has assigned between two scrapes, in joules.
+
+    ``meter_j`` = ``bills_j`` + the sum of ``rest_j`` + ``residual_j``.
+    """
 
     meter_j: float
     bills_j: float
     """Of the requests of this run."""
     rest_j: dict[str, float]
-    """Energy on no bill, by the server's reasons; ``not_settled`` is what it has yet to assign."""
+    """Energy on no bill, by the server's reasons."""
     residual_j: float
     """What neither a bill of this run nor a named rest accounts for."""
     residual_share: float | None
     """Of the meter; None where the meter has not moved."""
     sources: tuple[str, ...]
+    open_j: float
+    """Of the energy until the load ended, what the server had still to assign: it is not in ``meter_j``."""
 
     @property
     def holds(self) -> bool:
@@ -57,8 +62,8 @@ def read_scrape(exposition: str) -> Scrape | None:
 
     Raises ``ValueError`` for a text that is not in that format.
     """
-    sums: Counter[str] = Counter()
-    reasons: Counter[str] = Counter()
+    sums: defaultdict[str, float] = defaultdict(float)
+    reasons: defaultdict[str, float] = defaultdict(float)
     sources = set()
     for family in text_string_to_metric_families(exposition):
         for sample in family.samples:
@@ -78,15 +83,17 @@ def read_scrape(exposition: str) -> Scrape | None:
     )
 
 
-def balance(before: Scrape, after: Scrape, samples: Sequence[Sample]) -> Balance:
-    """Hold the bills of a run against the meter. Failed requests are billed too, where their bill was found."""
-    meter_j = after.meter_j - before.meter_j
+def balance(before: Scrape, ended: Scrape, after: Scrape, samples: Sequence[Sample]) -> Balance:
+    """Hold the bills of a run against the meter, between the scrapes before it and after it was settled.
+
+    ``ended`` is the scrape when the load ended. Failed requests are billed too, where their bill was found.
+    """
+    meter_j = after.settled_j - before.settled_j
     bills_j = sum(sample.allocated_j for sample in samples if sample.allocated_j is not None)
     rest_j = {
         reason: after.unattributed_j[reason] - before.unattributed_j.get(reason, 0.0)
         for reason in sorted(after.unattributed_j)
     }
-    rest_j["not_settled"] = after.open_j - before.open_j
     residual_j = meter_j - bills_j - sum(rest_j.values())
     return Balance(
         meter_j=meter_j,
@@ -95,4 +102,5 @@ def balance(before: Scrape, after: Scrape, samples: Sequence[Sample]) -> Balance
         residual_j=residual_j,
         residual_share=residual_j / meter_j if meter_j > 0 else None,
         sources=after.sources,
+        open_j=max(0.0, ended.meter_j - after.settled_j),
     )

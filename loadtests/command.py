@@ -73,6 +73,7 @@ class Asked:
                 api_key_env=options.api_key_env,
                 seed=options.seed,
                 timeout_s=options.timeout_s,
+                settle_s=options.settle_s,
             )
             target = plan.open_target()
             if not target.is_alive():
@@ -244,6 +245,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/loadtest"), help="folder of the report [runs/loadtest]")
     parser.add_argument("--seed", type=int, default=0, help="the same seed asks for the same texts [0]")
     parser.add_argument("--timeout-s", type=float, default=120.0, help="when a request counts as failed [120]")
+    parser.add_argument("--settle-s", type=float, default=20.0, help="how long to wait for final bills [20]")
     parser.add_argument("--api-key-env", metavar="NAME", help="environment variable that holds the server's API key")
     parser.add_argument("--allow-remote", action="store_true", help="allow a target that is not this machine")
 

@@ -183,11 +183,8 @@ class StreamReader:
 
 def _has_text(event: Mapping[str, Any]) -> bool:
     """Whether an event carries written text, in any of the dialects."""
-    parts = [
-        event,
-        *(part for key in ("choices", "results") for part in event.get(key) or () if isinstance(part, dict)),
-    ]
-    for part in parts:
+    inner = (part for key in ("choices", "results") for part in event.get(key) or () if isinstance(part, dict))
+    for part in (event, *inner):
         delta = part.get("delta")
         written = delta.get("content") if isinstance(delta, dict) else delta
         if written or part.get("text"):

@@ -4,9 +4,9 @@ A *query* is one text answered; a request holds one or several. Figures of energ
 known; what is not known is None, never zero.
 """
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -118,20 +118,20 @@ def windows(samples: Sequence[Sample], start_s: float, end_s: float, count: int 
     """The run between two times in pieces of equal length, each with the requests that ended in it."""
     edges = np.linspace(start_s, end_s, count + 1)
     found = []
-    for left, right in zip(edges, edges[1:], strict=False):
+    for left, right in pairwise(map(float, edges)):
         ended = [sample for sample in samples if left <= _end_s(sample) < right]
-        piece = figures(ended, float(right - left))
+        piece = figures(ended, right - left)
         busy_s = sum(max(0.0, min(_end_s(each), right) - max(each.at_s, left)) for each in samples)
         found.append(
             Window(
-                at_s=float(left + right) / 2,
+                at_s=(left + right) / 2,
                 queries_per_s=piece.queries_per_s,
-                in_flight=float(busy_s / (right - left)),
+                in_flight=busy_s / (right - left),
                 failed=piece.failed,
-                p50_ms=piece.latency_ms and piece.latency_ms.p50,
-                p95_ms=piece.latency_ms and piece.latency_ms.p95,
-                active_j=piece.active_j and piece.active_j.mean,
-                allocated_j=piece.allocated_j and piece.allocated_j.mean,
+                p50_ms=part(piece.latency_ms, "p50"),
+                p95_ms=part(piece.latency_ms, "p95"),
+                active_j=part(piece.active_j, "mean"),
+                allocated_j=part(piece.allocated_j, "mean"),
             )
         )
     return found
@@ -156,6 +156,11 @@ def spread(values: Sequence[float]) -> Spread | None:
         return None
     p50, p95, p99 = np.percentile(values, (50, 95, 99))
     return Spread(float(np.mean(values)), float(p50), float(p95), float(p99))
+
+
+def part(found: Spread | None, name: str) -> float | None:
+    """``mean``, ``p50``, ``p95`` or ``p99`` of what may be unknown."""
+    return None if found is None else float(getattr(found, name))
 
 
 def per_query(samples: Iterable[Sample], read: Callable[[Sample], float | None]) -> list[float]:
@@ -193,8 +198,8 @@ def _idle_share(samples: Sequence[Sample]) -> float | None:
 
 
 def _weakest(qualities: Iterable[str | None]) -> str | None:
-    found = Counter(quality for quality in qualities if quality)
-    return next((quality for quality in reversed(QUALITIES) if found[quality]), None)
+    found = set(qualities)
+    return next((quality for quality in reversed(QUALITIES) if quality in found), None)
 
 
 def _end_s(sample: Sample) -> float:

@@ -100,7 +100,7 @@ class Inputs:
         self._lists = lists
         self._streams = streams
         self._chance = random.Random(seed)
-        self._lengths = {task: Lengths(task) for task in scenario.tasks}
+        self._lengths: dict[str, Lengths] = {task: Lengths(task) for task in scenario.tasks}
         shelves = {"translate": "sentences", "generate": "prompts", "sentiment": "reviews"}
         self._shelves = {
             task: Shelf([row["text"] for row in _rows(name)], self._chance) for task, name in shelves.items()

@@ -44,6 +44,7 @@ class Caller(FastHttpUser):
         dialect = DIALECTS[plan.dialect](plan.model)
         sample = Sample(due_s - recorder.began_s, query.task, len(query.texts), query.stream, 0.0)
         sample.error = "unfinished when the run ended"
+        kind = "stream" if query.stream else "list" if sample.texts > 1 else "single"
         try:
             with self.client.post(
                 dialect.path(query),
@@ -57,9 +58,7 @@ class Caller(FastHttpUser):
                 sample.error = _read(response, query, sample, due_s)
                 sample.latency_ms = (time.monotonic() - due_s) * 1000
                 response.request_meta["response_time"] = sample.latency_ms
-                response.request_meta["request_type"] = (
-                    "stream" if query.stream else "list" if sample.texts > 1 else ""
-                )
+                response.request_meta["request_type"] = kind
                 if sample.error:
                     response.failure(sample.error)
                 else:

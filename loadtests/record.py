@@ -35,6 +35,7 @@ class Observed:
     samples: list[Sample]
     models: list[dict[str, Any]] = field(default_factory=list)
     before: Scrape | None = None
+    ended: Scrape | None = None
     after: Scrape | None = None
     metered: Metered | None = None
     """By this machine's meter, where the server has none."""
@@ -53,7 +54,9 @@ def document(run: Observed) -> dict[str, Any]:
     # What an overloaded server answers after the last arrival it has not done within the time of the arrivals.
     duration_s = max(ended_s - warm_up_s, 1e-9)
     total = figures(counted, duration_s)
-    held = balance(run.before, run.after, run.samples) if run.before and run.after else None
+    held: Balance | None = None
+    if run.before and run.ended and run.after:
+        held = balance(run.before, run.ended, run.after, run.samples)
     notes = [*run.plan.notes, *run.notes, *_complaints(run, total, held)]
     return {
         "format": FORMAT,

@@ -6,9 +6,11 @@ import time
 from collections import deque
 from collections.abc import Callable
 from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from loadtests.balance import Scrape
 from loadtests.figures import Figures, by_task, figures
 from loadtests.meter import IDLE_S, INTERVAL_S, MachineMeter, metered
 from loadtests.plan import Plan
@@ -95,10 +97,11 @@ class Recorder:
         self.running = False
         ended_s = time.monotonic()
         target, readings = self._target, self._readings
+        ended = target.scrape() if self._before else None
         target.settle(
             self.samples, self.plan.settle_s, lambda done, total: progress(f"{done} of {total} bills are settled")
         )
-        after = target.scrape() if self._before else None
+        after = self._await_assigned(ended, progress) if ended else None
         found, notes = None, []
         if self._meter is not None:
             self._meter.close()
@@ -116,6 +119,7 @@ class Recorder:
                 samples=self.samples,
                 models=self._models,
                 before=self._before,
+                ended=ended,
                 after=after,
                 metered=found,
                 power=_power(readings),
@@ -125,6 +129,15 @@ class Recorder:
         )
         write_report(made, Path(self.plan.out))
         return made
+
+    def _await_assigned(self, ended: Scrape, progress: Callable[[str], None]) -> Scrape | None:
+        """A scrape in which the server has assigned all that was metered until ``ended``, if it comes in time."""
+        assert self._target is not None
+        deadline_s = time.monotonic() + self.plan.settle_s
+        while (after := self._target.scrape()) and after.settled_j < ended.meter_j and time.monotonic() < deadline_s:
+            progress("waiting for the server to assign the energy of the run")
+            self._sleep(0.5)
+        return after
 
     def so_far(self) -> tuple[Figures, dict[str, Figures]]:
         """Figures of all requests until now, with the bills that came with the answers."""
@@ -189,6 +202,6 @@ def _power(readings: list[tuple[float, float]]) -> list[tuple[float, float]]:
     """Mean watts between every two readings, at the middle of them."""
     return [
         ((after_s + before_s) / 2, (after_j - before_j) / (after_s - before_s))
-        for (before_s, before_j), (after_s, after_j) in zip(readings, readings[1:], strict=False)
+        for (before_s, before_j), (after_s, after_j) in pairwise(readings)
         if after_s > before_s
     ]

@@ -23,7 +23,7 @@ TIME = {
     "latency_ms.p95": "p95 ms",
     "latency_ms.p99": "p99 ms",
     "ttft_ms.p50": "first token p50 ms",
-    "ttft_ms.p95": "p95 ms",
+    "ttft_ms.p95": "first token p95 ms",
     "queue_ms.p95": "queue p95 ms",
 }
 ENERGY = {
@@ -212,7 +212,10 @@ def _balance(found: Mapping[str, Any]) -> Table:
         if found["holds"]
         else Line("Residual above 1% of the meter: these bills do not account for the energy.", bad=True)
     )
-    return Table("Conservation, from outside", ["part", "J", "of the meter"], rows, [verdict], has_total=True)
+    below = [verdict]
+    if found["open_j"] > 0:
+        below.append(Line(f"{found['open_j']:.2f} J more were metered, and not assigned yet when the run was closed."))
+    return Table("Conservation, from outside", ["part", "J", "of the meter"], rows, below, has_total=True)
 
 
 def _plots(found: Mapping[str, Any]) -> list[tuple[str, str]]:

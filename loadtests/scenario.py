@@ -110,7 +110,6 @@ def read_tasks(text: str) -> dict[str, float]:
         try:
             weights[task] = float(weight or 1)
         except ValueError:
-            raise BadScenario(
-                f"--tasks: {weight!r} is no weight; write, for example, translate=3,sentiment=1"
-            ) from None
+            hint = "write, for example, translate=3,sentiment=1"
+            raise BadScenario(f"--tasks: {weight!r} is no weight; {hint}") from None
     return weights

@@ -1,4 +1,4 @@
-"""The server under test beside its load: where it is, is it alive, its metrics, its bills. Plain HTTP, no redirects."""
+"""The server under test, beside its load: is it alive, its metrics, its bills. Plain HTTP, follows no redirect."""
 
 import ipaddress
 import json
@@ -104,7 +104,7 @@ class Target:
     ) -> None:
         """Replace bills that are not final by those that the server has settled since, as long as ``patience_s``.
 
-        A server that keeps no bills, or has died, is not asked for all of them: what it has not settled stays as it was.
+        A server that keeps no bills, or has died, is not asked for all of them; what is not settled stays as it was.
         """
         waiting = [sample for sample in samples if sample.request_id and not sample.settled]
         total = len(waiting)

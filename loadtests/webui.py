@@ -7,7 +7,7 @@ from typing import Any
 from flask import Blueprint, Response, request, send_from_directory
 from locust.web import WebUI
 
-from loadtests.figures import Figures
+from loadtests.figures import Figures, part
 from loadtests.recorder import Recorder
 
 KEY = "joules"
@@ -85,8 +85,8 @@ def _remember(history: list[dict[str, Any]], recorder: Recorder) -> None:
     history.append(
         {
             "at_s": at_s,
-            "active_j": now.active_j and now.active_j.mean,
-            "allocated_j": now.allocated_j and now.allocated_j.mean,
+            "active_j": part(now.active_j, "mean"),
+            "allocated_j": part(now.allocated_j, "mean"),
         }
     )
 
@@ -97,15 +97,15 @@ def _row(name: str, figures: Figures) -> dict[str, Any]:
         "name": name,
         "queries": figures.queries,
         "queries_per_s": _short(figures.queries_per_s),
-        "active_j": _short(figures.active_j and figures.active_j.mean),
-        "allocated_j": _short(allocated and allocated.mean),
-        "p50_j": _short(allocated and allocated.p50),
-        "p95_j": _short(allocated and allocated.p95),
-        "p99_j": _short(allocated and allocated.p99),
+        "active_j": _short(part(figures.active_j, "mean")),
+        "allocated_j": _short(part(allocated, "mean")),
+        "p50_j": _short(part(allocated, "p50")),
+        "p95_j": _short(part(allocated, "p95")),
+        "p99_j": _short(part(allocated, "p99")),
         "token_j": _short(figures.allocated_j_per_output_token),
         "gco2e": _short(figures.gco2e_per_1000),
         "idle": _short(None if figures.idle_share is None else 100 * figures.idle_share),
-        "ttft_ms": _short(figures.ttft_ms and figures.ttft_ms.p50),
+        "ttft_ms": _short(part(figures.ttft_ms, "p50")),
         "quality": figures.quality or "-",
         "without_bill": figures.without_bill,
     }
