@@ -153,7 +153,7 @@ def _run_locust(plan: Plan, out: Path, web_port: int | None) -> dict[str, Any]:
     log = out / "locust.log"
     command = [sys.executable, "-m", "locust", "-f", str(LOCUSTFILE), "--plan", str(out / "plan.json")]
     command += ["--host", plan.target, "--stop-timeout", str(DRAIN_S), "--loglevel", "WARNING"]
-    command += ["--logfile", str(log), "--only-summary", "--json-file", str(out / "locust.json")]
+    command += ["--logfile", str(log), "--only-summary", "--json-file", str(out / "locust")]
     if web_port is None:
         command += ["--headless"]
     else:

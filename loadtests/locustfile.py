@@ -25,6 +25,8 @@ from loadtests.webui import extend_web_ui
 
 MANY = 100_000
 """Connections that one user of the open loop may hold: a slow server must not slow its own load."""
+IDLE_S = 0.1
+"""How often a user who has nothing more to do looks up."""
 THINK_SIGMA = 0.8
 """Spread of the logarithm of thinking times."""
 
@@ -74,7 +76,11 @@ class Visitor(Caller):
     @task
     def visit(self) -> None:
         """One request."""
-        self.ask(self.inputs.next(), time.monotonic())
+        if self.recorder.loading:
+            self.ask(self.inputs.next(), time.monotonic())
+        else:
+            # Locust is about to stop this user, and would cut short what it begins now.
+            gevent.sleep(IDLE_S)
 
     def wait_time(self) -> float:
         """Thinking: log-normal with the scenario's mean."""
@@ -95,14 +101,15 @@ class Crowd(Caller):
     @task
     def arrive(self) -> None:
         """Wait for the next arrival and send it. Poisson, thinned where the rate is below its peak."""
-        scenario = self.recorder.scenario
-        while True:
-            self._due_s += random.expovariate(scenario.peak)
-            level = scenario.level(self._due_s - self.recorder.began_s)
-            if random.random() * scenario.peak < level:
-                break
-        gevent.sleep(max(0.0, self._due_s - time.monotonic()))
-        if self.recorder.running and self._due_s - self.recorder.began_s < scenario.duration_s:
+        recorder, scenario = self.recorder, self.recorder.scenario
+        if not recorder.loading:
+            gevent.sleep(IDLE_S)
+            return
+        self._due_s += random.expovariate(scenario.peak)
+        ends_s = recorder.began_s + scenario.duration_s
+        gevent.sleep(max(0.0, min(self._due_s, ends_s) - time.monotonic()))
+        thinned = random.random() * scenario.peak >= scenario.level(self._due_s - recorder.began_s)
+        if self._due_s < ends_s and not thinned:
             self._under_way.spawn(self.ask, self.inputs.next(), self._due_s)
 
     def on_stop(self) -> None:
@@ -159,6 +166,8 @@ def _wire(environment: Environment, runner: Runner, **_: Any) -> None:
             print(f"wattle: {error}", flush=True)
             gevent.spawn(runner.quit)
             raise
+        # The shape ends the run within a second; the load ends when it is due.
+        gevent.spawn_later(recorder.scenario.duration_s, recorder.stop_load)
         gevent.spawn(watch)
 
     def watch() -> None:

@@ -94,6 +94,9 @@ class MachineMeter:
         self._process.terminate()
         self._process.wait()
         self._thread.join()
+        for pipe in (self._process.stdout, self._process.stderr):
+            if pipe is not None:
+                pipe.close()
 
     def _listen(self) -> None:
         assert self._process.stdout is not None and self._process.stderr is not None

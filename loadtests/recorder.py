@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from loadtests.balance import Scrape
-from loadtests.figures import Figures, by_task, figures
+from loadtests.figures import Figures, by_task, figures, part
 from loadtests.meter import IDLE_S, INTERVAL_S, MachineMeter, metered
 from loadtests.plan import Plan
 from loadtests.record import Observed, document
@@ -32,6 +32,8 @@ class Recorder:
         self.plan = plan
         self.scenario = plan.read_scenario()
         self.samples: list[Sample] = []
+        self.history: list[dict[str, float | None]] = []
+        """Mean joules per query over the last seconds, for the chart of the web interface."""
         self.running = False
         self.died_at_s: float | None = None
         self._sleep = sleep
@@ -50,10 +52,16 @@ class Recorder:
         """Monotonic clock."""
         return self._began_s
 
+    @property
+    def loading(self) -> bool:
+        """Whether requests are to be made."""
+        return self.running and self._load_s is None
+
     def begin(self, address: str | None = None) -> None:
         """Open the account, just before the first request. Raises ``BadTarget``."""
         self._target = self.plan.open_target(address)
         self.samples = []
+        self.history = []
         self.died_at_s = self._load_s = None
         self._strikes = 0
         self._power: list[tuple[float, float]] = []
@@ -80,6 +88,9 @@ class Recorder:
         scrape = self._target.scrape() if self._before else None
         if scrape is not None:
             self._readings.append((self.elapsed_s, scrape.meter_j))
+        now = self.recently()
+        joules = {name: part(getattr(now, name), "mean") for name in ("active_j", "allocated_j")}
+        self.history.append({"at_s": self.elapsed_s, **joules})
         alive = scrape is not None or self._target.is_alive()
         self._strikes = 0 if alive else self._strikes + 1
         if self._strikes == STRIKES and self.died_at_s is None:
@@ -87,7 +98,7 @@ class Recorder:
 
     def stop_load(self) -> None:
         """No further requests are made; those under way may end."""
-        if self._load_s is None and self.running:
+        if self.loading:
             self._load_s = self.elapsed_s
 
     def finish(self, progress: Callable[[str], None] = lambda _: None) -> dict[str, Any]:

@@ -176,6 +176,8 @@ def _tables(found: Mapping[str, Any]) -> list[Table]:
 
 
 def _drift(found: Mapping[str, Any]) -> list[Line]:
+    if found["scenario"]["shape"] != "constant":
+        return []  # the load itself has changed
     names = {"latency": "latency", "allocated_j": "allocated J/query"}
     said = [f"{names[key]} x {value:.2f}" for key, value in found["drift"].items() if value is not None]
     return [Line(f"Last fifth of the run against the first: {', '.join(said)}.")] if said else []
@@ -204,7 +206,7 @@ def _balance(found: Mapping[str, Any]) -> Table:
     parts = {"bills of this run": found["bills_j"], **found["rest_j"], "residual": found["residual_j"]}
     meter_j = found["meter_j"]
     rows = [
-        [name.replace("_", " "), f"{value:.2f}", f"{100 * value / meter_j:.2f}%" if meter_j else "-"]
+        [name.replace("_", " "), f"{value:z.2f}", f"{100 * value / meter_j:z.2f}%" if meter_j else "-"]
         for name, value in {**parts, f"meter ({', '.join(found['sources'])})": meter_j}.items()
     ]
     verdict = (

@@ -35,11 +35,10 @@ def extend_web_ui(web_ui: WebUI, recorder: Recorder) -> None:
     """Add the tab, its chart and the report's files to the interface."""
     assert web_ui.app is not None
     pages = Blueprint("wattle", __name__)
-    history: list[dict[str, Any]] = []
 
     @pages.route("/wattle/history")
     def show_history() -> Response:
-        return Response(json.dumps(history), mimetype="application/json")
+        return Response(json.dumps(recorder.history), mimetype="application/json")
 
     @pages.route("/wattle/chart.js")
     def show_chart() -> Response:
@@ -56,8 +55,6 @@ def extend_web_ui(web_ui: WebUI, recorder: Recorder) -> None:
         if request.path.endswith("/stats/requests") and response.is_json:
             total, tasks = recorder.so_far()
             rows = [_row(name, each) for name, each in tasks.items()]
-            if recorder.running:
-                _remember(history, recorder)
             table = {"key": KEY, "data": [*rows, _row("Aggregated", total)]}
             response.set_data(json.dumps({**response.get_json(), "extended_stats": [table]}))
         elif request.path == (request.script_root or "") + "/" and response.mimetype == "text/html":
@@ -72,23 +69,6 @@ def extend_web_ui(web_ui: WebUI, recorder: Recorder) -> None:
         "extended_tables": [{"key": KEY, "structure": [{"key": k, "title": t} for k, t in COLUMNS.items()]}],
         "extended_csv_files": [{"href": f"./wattle/{name}", "title": f"Wattle: {name}"} for name in FILES],
     }
-
-
-def _remember(history: list[dict[str, Any]], recorder: Recorder) -> None:
-    """One point of the chart per second of the run; a new run begins anew."""
-    at_s = recorder.elapsed_s
-    if history and at_s < history[-1]["at_s"]:
-        history.clear()
-    if history and at_s < history[-1]["at_s"] + 1:
-        return
-    now = recorder.recently()
-    history.append(
-        {
-            "at_s": at_s,
-            "active_j": part(now.active_j, "mean"),
-            "allocated_j": part(now.allocated_j, "mean"),
-        }
-    )
 
 
 def _row(name: str, figures: Figures) -> dict[str, Any]:

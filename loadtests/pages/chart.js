@@ -1,10 +1,11 @@
 // The chart below the Joules tab of Locust's web interface: J/query over time, drawn anew every two seconds.
 const INK = { active_j: ["#00ca5a", "active"], allocated_j: ["#ff9f00", "allocated"] };
-const WIDTH = 1000, HEIGHT = 260, LEFT = 60, BOTTOM = 30, TOP = 30;
+const WIDTH = 1000, HEIGHT = 200, LEFT = 60, BOTTOM = 30, TOP = 30;
 
 const panel = document.createElement("section");
 panel.id = "wattle-chart";
-panel.style.cssText = "max-width:1200px;margin:1rem auto 3rem;padding:0 1rem;font-family:sans-serif;display:none";
+// Fixed: the interface fills the window by itself, and what comes after it would be out of sight.
+panel.style.cssText = "position:fixed;left:0;right:0;bottom:0;padding:0 2rem .5rem;font-family:sans-serif;display:none";
 document.body.append(panel);
 
 function draw(points) {
@@ -34,6 +35,7 @@ async function refresh() {
   const shown = new URLSearchParams(location.search).get("tab") === "joules";
   panel.style.display = shown ? "" : "none";
   if (!shown) return;
+  panel.style.background = getComputedStyle(document.body).backgroundColor;
   const answer = await fetch("./wattle/history");
   panel.innerHTML = `<h3 style="color:#888">Joules per query, last 5 s</h3>${draw(await answer.json())}`;
 }
