@@ -69,6 +69,7 @@ class Asked:
                 dialect=options.dialect,
                 out=str(out.resolve()),
                 model=options.model,
+                path=options.path,
                 allow_remote=options.allow_remote,
                 api_key_env=options.api_key_env,
                 seed=options.seed,
@@ -235,6 +236,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", help="address of the server; without it one is started on the starters")
     parser.add_argument("--dialect", choices=DIALECTS, default="wattle", help="how the server is asked [wattle]")
     parser.add_argument("--model", help="name of the model to ask for; the server's default otherwise")
+    parser.add_argument("--path", help="where requests go instead of the dialect's own path, such as /predict")
     parser.add_argument(
         "--set",
         action="append",

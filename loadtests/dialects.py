@@ -105,11 +105,11 @@ class HuggingFace:
     streams = False
 
     def __init__(self, model: str | None = None) -> None:
-        self._path = f"/models/{model}" if model else "/"
+        pass
 
     def path(self, query: Query) -> str:
-        """One URL per model; where none is named, the server has only one."""
-        return self._path
+        """A model has a URL; where the server has several, the plan says which."""
+        return "/"
 
     def body(self, query: Query) -> dict[str, Any]:
         """The texts as ``inputs``; question answering has a pair of its own."""
@@ -130,7 +130,8 @@ DIALECTS: dict[str, type[Wattle] | type[OpenAI] | type[HuggingFace]] = {
 def read_reply(document: Any, headers: Mapping[str, str]) -> Reply:
     """What an answer says of tokens, times and energy, in its body or in its headers."""
     body: dict[str, Any] = document if isinstance(document, dict) else {}
-    usage, timings, energy = (_part(body, name) for name in ("usage", "timings", "energy"))
+    usage, timings = _part(body, "usage"), _part(body, "timings")
+    energy = _part(body, "energy") or _part(usage, "energy")
     return Reply(
         model=body.get("model") if isinstance(body.get("model"), str) else None,
         input_tokens=_first(usage, "input_tokens", "prompt_tokens"),

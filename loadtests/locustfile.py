@@ -49,7 +49,7 @@ class Caller(FastHttpUser):
         kind = "stream" if query.stream else "list" if sample.texts > 1 else "single"
         try:
             with self.client.post(
-                dialect.path(query),
+                plan.path or dialect.path(query),
                 name=query.task,
                 json=dialect.body(query),
                 headers={"authorization": f"Bearer {plan.api_key}"} if plan.api_key else {},

@@ -1,7 +1,8 @@
 """This machine's meter, for a server that bills nothing: a process of its own that streams readings as JSON lines.
 
-``python -m loadtests.meter --port 8080`` reads the processor's counters (Linux powercap) where it may, and else
-estimates from the CPU time of the process that listens on the port. Knows nothing of requests.
+``wattle meters --stream`` is asked first; a checkout without it is read by ``python -m loadtests.meter``, which prints
+the same lines: the processor's counters (Linux powercap) where it may, else an estimate from the server's CPU time.
+Knows nothing of requests.
 """
 
 import argparse
@@ -12,35 +13,41 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import psutil
 
+ROOT = Path(__file__).parent.parent
 POWERCAP = Path("/sys/class/powercap")
 WATTS_PER_CORE = 3.5
 IDLE_WATTS_PER_CORE = 0.74
 """Of a cloud core at full load and idle: Cloud Carbon Footprint, methodology, Appendix I, means for AWS."""
 IDLE_S = 2.0
 """How long the machine is watched before the load begins, to know what it takes when idle."""
-INTERVAL_S = 0.5
+PATIENCE_S = 15.0
+"""How long the first reading may take."""
+INTERVAL_S = 0.1
+WEAKEST_FIRST = ("estimated", "apportioned", "measured")
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """Energy of the whole machine, and whose CPU time it went with, since some time in the past."""
+    """Energy of this machine since some time in the past, and whose CPU time it went with."""
 
     at_s: float
-    """Monotonic clock, the same in every process of the machine."""
-    energy_j: float
+    """Seconds since 1970."""
+    cpu_j: float
+    """Of processors and memory."""
+    gpu_j: float
     source: str
     quality: str
     server_cpu_s: float
-    """Of the server under test and the processes that it has started."""
+    """CPU time of the server under test and the processes that it has started."""
     busy_cpu_s: float
-    """Of all processes; for the estimate the server's alone, for nobody else's is counted."""
+    """CPU time of all that ``cpu_j`` counts: of the whole machine, or for an estimate of the server alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +55,10 @@ class Metered:
     """What the server took over a run, in joules."""
 
     energy_j: float
-    """Of the whole machine."""
+    """Of the whole machine, or of the server where it is an estimate."""
     idle_j: float
     active_j: float
-    """Above idle, the server's share: by its part of the CPU time."""
+    """Above idle, the server's share: all of the GPUs', and of the processors' its part of the CPU time."""
     source: str
     quality: str
 
@@ -67,63 +74,106 @@ def metered(readings: Sequence[Reading], start_s: float, end_s: float) -> Metere
     until = [reading for reading in readings if reading.at_s <= end_s]
     if len(before) < 2 or len(until) <= len(before):
         return None
-    idle_w = (before[-1].energy_j - before[0].energy_j) / (before[-1].at_s - before[0].at_s)
-    first, last = before[-1], until[-1]
-    energy_j = last.energy_j - first.energy_j
-    idle_j = min(energy_j, idle_w * (last.at_s - first.at_s))
+    rest, first, last = before[0], before[-1], until[-1]
+    factor = (last.at_s - first.at_s) / (first.at_s - rest.at_s)
+    cpu_j, gpu_j = last.cpu_j - first.cpu_j, last.gpu_j - first.gpu_j
+    cpu_idle_j = min(cpu_j, (first.cpu_j - rest.cpu_j) * factor)
+    gpu_idle_j = min(gpu_j, (first.gpu_j - rest.gpu_j) * factor)
     busy_s = last.busy_cpu_s - first.busy_cpu_s
     share = min(1.0, (last.server_cpu_s - first.server_cpu_s) / busy_s) if busy_s else 0.0
-    return Metered(energy_j, idle_j, (energy_j - idle_j) * share, last.source, last.quality)
+    return Metered(
+        energy_j=cpu_j + gpu_j,
+        idle_j=cpu_idle_j + gpu_idle_j,
+        active_j=(cpu_j - cpu_idle_j) * share + gpu_j - gpu_idle_j,
+        source=last.source,
+        quality=last.quality,
+    )
 
 
 class MachineMeter:
-    """The meter as a subprocess; ``readings`` grows until it is closed."""
+    """The meter as a subprocess, for the server that listens on a port; ``readings`` grows until it is closed."""
 
     def __init__(self, port: int, interval_s: float = INTERVAL_S) -> None:
-        command = [sys.executable, "-m", "loadtests.meter", "--port", str(port), "--interval", str(interval_s)]
-        self._process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parent.parent
-        )
         self.readings: list[Reading] = []
         self.failure = ""
-        self._thread = threading.Thread(target=self._listen, name="meter", daemon=True)
+        """Why there are no readings any more; empty as long as there are."""
+        self._closed = False
+        self._process: subprocess.Popen[str] | None = None
+        self._thread = threading.Thread(target=self._listen, args=(port, interval_s), name="meter", daemon=True)
         self._thread.start()
+
+    def watch_idle(self, sleep: Callable[[float], None] = time.sleep) -> None:
+        """Wait until enough is known of the machine at rest, or there is no meter."""
+        deadline_s = time.monotonic() + PATIENCE_S
+        while not self.readings and not self.failure and time.monotonic() < deadline_s:
+            sleep(0.1)
+        if not self.failure:
+            sleep(IDLE_S + INTERVAL_S)
 
     def close(self) -> None:
         """End the subprocess."""
-        self._process.terminate()
-        self._process.wait()
+        self._closed = True
+        if self._process is not None:
+            self._process.terminate()
         self._thread.join()
-        for pipe in (self._process.stdout, self._process.stderr):
-            if pipe is not None:
-                pipe.close()
 
-    def _listen(self) -> None:
-        assert self._process.stdout is not None and self._process.stderr is not None
-        for line in self._process.stdout:
-            self.readings.append(Reading(**json.loads(line)))
-        # On purpose after the readings: what it complains about is one line, its last.
-        self.failure = (self._process.stderr.read().strip().splitlines() or [""])[-1]
+    def _listen(self, port: int, interval_s: float) -> None:
+        try:
+            server = find_listener(port)
+        except LookupError as error:
+            self.failure = str(error)
+            return
+        processes = Processes(server)
+        interval_ms = str(round(1000 * interval_s))
+        watched = ["--pid", str(server.pid), "--sample-interval-ms", interval_ms]
+        said = ""
+        for command in (["wattle", "meters", "--stream", *watched], ["loadtests.meter", *watched]):
+            if self._closed or self.readings:
+                break
+            with subprocess.Popen(
+                [sys.executable, "-m", *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+            ) as self._process:
+                assert self._process.stdout is not None and self._process.stderr is not None
+                for line in self._process.stdout:
+                    self.readings.append(read_line(line, processes))
+                said = (self._process.stderr.read().strip().splitlines() or ["it ended"])[-1]
+        self.failure = said if not self._closed else ""
 
 
-def read_forever(port: int, root: Path, interval_s: float) -> Iterator[Reading]:
-    """A reading every ``interval_s``. Raises ``LookupError`` where no process listens on ``port``."""
-    server = find_listener(port)
+def read_line(line: str, processes: "Processes") -> Reading:
+    """A line of the meter, and the CPU times at this moment."""
+    found = json.loads(line)
+    devices: list[dict[str, Any]] = found["devices"]
+    quality = next((each for each in WEAKEST_FIRST if any(d["quality"] == each for d in devices)), "unavailable")
+    # An estimate counts nobody's CPU time but the server's.
+    estimated = any(device["source"] == "estimate" for device in devices)
+    server_cpu_s = processes.cpu_s()
+    return Reading(
+        at_s=found["time_s"],
+        cpu_j=sum(device["energy_j"] for device in devices if not device["device"].startswith("gpu")),
+        gpu_j=sum(device["energy_j"] for device in devices if device["device"].startswith("gpu")),
+        source="+".join(sorted({device["source"] for device in devices})),
+        quality=quality,
+        server_cpu_s=server_cpu_s,
+        busy_cpu_s=server_cpu_s if estimated else sum(_busy_times()),
+    )
+
+
+def lines(pid: int, root: Path, interval_s: float) -> Iterator[dict[str, Any]]:
+    """What is streamed, every ``interval_s`` until the process has gone."""
     counters = Counters(root)
-    source, quality = ("powercap", "measured") if counters.found else ("estimate", "estimated")
+    processes = Processes(psutil.Process(pid))
     cores = len(os.sched_getaffinity(0))
     started_s = time.monotonic()
-    seen = Processes(server)
-    while True:
+    while psutil.pid_exists(pid):
         now_s = time.monotonic()
-        server_cpu_s = seen.cpu_s()
         if counters.found:
-            energy_j, busy_cpu_s = counters.read_j(), sum(_busy_times())
+            device = {"source": "powercap", "quality": "measured", "energy_j": counters.read_j()}
         else:
             idle_j = IDLE_WATTS_PER_CORE * cores * (now_s - started_s)
-            energy_j = idle_j + (WATTS_PER_CORE - IDLE_WATTS_PER_CORE) * server_cpu_s
-            busy_cpu_s = server_cpu_s
-        yield Reading(now_s, energy_j, source, quality, server_cpu_s, busy_cpu_s)
+            active_j = (WATTS_PER_CORE - IDLE_WATTS_PER_CORE) * processes.cpu_s()
+            device = {"source": "estimate", "quality": "estimated", "energy_j": idle_j + active_j}
+        yield {"time_s": time.time(), "devices": [{"device": "cpu", **device}]}
         time.sleep(max(0.0, now_s + interval_s - time.monotonic()))
 
 
@@ -203,19 +253,20 @@ def _busy_times() -> tuple[float, ...]:
 
 
 def main(arguments: Sequence[str] | None = None, out: IO[str] = sys.stdout) -> int:
-    """Stream readings until nobody listens."""
+    """Stream lines until the process has gone."""
     parser = argparse.ArgumentParser("python -m loadtests.meter", description=__doc__)
-    parser.add_argument("--port", type=int, required=True, help="TCP port of the server under test")
-    parser.add_argument("--interval", type=float, default=INTERVAL_S, help="seconds between two readings")
+    parser.add_argument("--pid", type=int, required=True, help="the server under test")
+    parser.add_argument("--sample-interval-ms", type=int, default=100, help="milliseconds between two lines")
     parser.add_argument("--powercap-root", type=Path, default=POWERCAP, help="Linux powercap tree")
     options = parser.parse_args(arguments)
     try:
-        for reading in read_forever(options.port, options.powercap_root, options.interval):
-            print(json.dumps(asdict(reading)), file=out, flush=True)
-    except (LookupError, OSError) as error:
-        print(f"meter: {error}", file=sys.stderr)
-        return 1
-    return 0
+        for line in lines(options.pid, options.powercap_root, options.sample_interval_ms / 1000):
+            print(json.dumps(line), file=out, flush=True)
+    except (psutil.Error, OSError) as error:
+        print(f"the meter has stopped: {error}", file=sys.stderr)
+    else:
+        print("the process that was watched is gone", file=sys.stderr)
+    return 1
 
 
 if __name__ == "__main__":

@@ -21,6 +21,8 @@ class Plan:
     dialect: str
     out: str
     model: str | None = None
+    path: str | None = None
+    """Where all requests go, in place of the dialect's own paths."""
     streams: bool = True
     """Whether the server streams; else a scenario's streams are asked for in one piece."""
     allow_remote: bool = False

@@ -12,7 +12,7 @@ from typing import Any
 
 from loadtests.balance import Scrape
 from loadtests.figures import Figures, by_task, figures, part
-from loadtests.meter import IDLE_S, INTERVAL_S, MachineMeter, metered
+from loadtests.meter import MachineMeter, metered
 from loadtests.plan import Plan
 from loadtests.record import Observed, document
 from loadtests.report import write_report
@@ -72,8 +72,8 @@ class Recorder:
         self._started_at = datetime.now(UTC).isoformat(timespec="seconds")
         if self._before is None:
             self._meter = MachineMeter(self._target.port)
-            # Idle power is what the machine takes before the load.
-            self._sleep(IDLE_S + 2 * INTERVAL_S)
+            self._meter.watch_idle(self._sleep)
+        self._began_unix_s = time.time()
         self._began_s = time.monotonic()
         self.running = True
 
@@ -106,7 +106,7 @@ class Recorder:
         assert self._target is not None
         self.stop_load()
         self.running = False
-        ended_s = time.monotonic()
+        ended_unix_s = time.time()
         target, readings = self._target, self._readings
         ended = target.scrape() if self._before else None
         target.settle(
@@ -116,10 +116,10 @@ class Recorder:
         found, notes = None, []
         if self._meter is not None:
             self._meter.close()
-            found = metered(self._meter.readings, self._began_s, ended_s)
-            readings = [(each.at_s - self._began_s, each.energy_j) for each in self._meter.readings]
+            found = metered(self._meter.readings, self._began_unix_s, ended_unix_s)
+            readings = [(each.at_s - self._began_unix_s, each.cpu_j + each.gpu_j) for each in self._meter.readings]
             if self._meter.failure:
-                notes.append(f"This machine's meter stopped: {self._meter.failure}.")
+                notes.append(f"This machine's meter: {self._meter.failure}.")
             self._meter = None
         made = document(
             Observed(

@@ -28,7 +28,7 @@ def test_openai() -> None:
 
 
 def test_huggingface() -> None:
-    assert (HuggingFace().path(ONE), HuggingFace("a/b").path(ONE)) == ("/", "/models/a/b")
+    assert HuggingFace().path(ONE) == "/"
     assert HuggingFace().body(TWO) == {"inputs": ["Good.", "Bad."]}
     assert HuggingFace().body(ASKED) == {"inputs": {"question": "Who?", "context": "Tom ran."}}
     assert HuggingFace().body(Query("generate", ("Hi",), max_tokens=8))["parameters"] == {"max_new_tokens": 8}
@@ -53,6 +53,7 @@ def test_the_body_of_an_answer_and_its_headers() -> None:
     reply = read_reply(body, {"x-energy-joules": "9", "x-queue-time": "1.5"})
     assert (reply.input_tokens, reply.output_tokens, reply.allocated_j, reply.queue_ms) == (3, 2, 1.5, 1.5)
     assert reply.settled
+    assert read_reply({"usage": {"energy": energy}}, {}).allocated_j == 1.5, "OpenAI's answers keep it with the tokens"
     headers = {"x-energy-joules": "0.25", "x-energy-quality": "estimated", "x-energy-gco2e": "?"}
     only_headers = read_reply({}, headers)
     assert (only_headers.allocated_j, only_headers.quality, only_headers.gco2e) == (0.25, "estimated", None)

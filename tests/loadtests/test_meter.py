@@ -1,18 +1,21 @@
 """This machine's meter: counters unwrapped, CPU time told apart, a run cut out of its readings."""
 
+import json
 import os
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import psutil
 import pytest
 
-from loadtests.meter import Counters, MachineMeter, Processes, Reading, find_listener, main, metered
+from loadtests.meter import Counters, MachineMeter, Processes, Reading, find_listener, main, metered, read_line
 
 
-def reading(at_s: float, energy_j: float, server_cpu_s: float, busy_cpu_s: float) -> Reading:
-    return Reading(at_s, energy_j, "powercap", "measured", server_cpu_s, busy_cpu_s)
+def reading(at_s: float, cpu_j: float, server_cpu_s: float, busy_cpu_s: float, gpu_j: float = 0.0) -> Reading:
+    return Reading(at_s, cpu_j, gpu_j, "powercap", "measured", server_cpu_s, busy_cpu_s)
 
 
 def test_a_run_is_cut_out_of_the_readings() -> None:
@@ -24,6 +27,23 @@ def test_a_run_is_cut_out_of_the_readings() -> None:
     ]
     found = metered(readings, start_s=2.0, end_s=12.0)
     assert found and (found.energy_j, found.idle_j, found.active_j, found.allocated_j) == (200, 100, 75, 175)
+
+
+def test_a_gpu_is_the_servers_alone() -> None:
+    readings = [reading(0, 0, 0, 0), reading(2, 20, 0, 0, gpu_j=100), reading(4, 60, 1, 4, gpu_j=900)]
+    found = metered(readings, start_s=2.0, end_s=4.0)
+    assert found and (found.energy_j, found.idle_j, found.active_j) == (840, 120, 20 / 4 + 700)
+
+
+def test_lines_of_the_meter_are_read() -> None:
+    devices = [
+        {"device": "cpu", "source": "powercap", "quality": "measured", "energy_j": 3.0},
+        {"device": "gpu:0", "source": "nvml", "quality": "apportioned", "energy_j": 9.0},
+    ]
+    found = read_line(json.dumps({"time_s": 5.0, "devices": devices}), Processes(psutil.Process()))
+    assert (found.at_s, found.cpu_j, found.gpu_j) == (5.0, 3.0, 9.0)
+    assert (found.source, found.quality) == ("nvml+powercap", "apportioned")
+    assert found.busy_cpu_s > found.server_cpu_s > 0
 
 
 def test_too_few_readings_are_no_figure() -> None:
@@ -59,11 +79,22 @@ def test_the_listener_is_found_and_its_time_never_falls() -> None:
     assert processes.cpu_s() >= first > 0
 
 
-def test_without_a_listener_it_says_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_listener_it_says_what_to_do() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-    assert main(["--port", str(port)]) == 1
-    assert "the server's user" in capsys.readouterr().err
+    with pytest.raises(LookupError, match="the server's user"):
+        find_listener(port)
+    meter = MachineMeter(port)
+    meter.watch_idle()
+    meter.close()
+    assert "the server's user" in meter.failure and not meter.readings
+
+
+def test_it_ends_with_the_process_that_it_watches(capsys: pytest.CaptureFixture[str]) -> None:
+    with subprocess.Popen([sys.executable, "-c", "pass"]) as process:
+        process.wait()
+    assert main(["--pid", str(process.pid)]) == 1
+    assert "process" in capsys.readouterr().err
 
 
 def test_it_streams_from_a_process_of_its_own() -> None:
@@ -76,4 +107,4 @@ def test_it_streams_from_a_process_of_its_own() -> None:
         meter.close()
     assert len(meter.readings) >= 3, meter.failure
     first, last = meter.readings[0], meter.readings[-1]
-    assert last.at_s > first.at_s and last.energy_j >= first.energy_j and last.server_cpu_s >= first.server_cpu_s
+    assert last.at_s > first.at_s and last.cpu_j > first.cpu_j and last.server_cpu_s >= first.server_cpu_s
