@@ -165,7 +165,9 @@ def test_other_dialects_are_measured_by_the_same_scenario_and_meter(
     report = run.report
     assert report["total"]["allocated_j"] is None and report["balance"] is None
     assert report["total"]["without_bill"] == report["total"]["requests"]
-    assert report["metered"]["active_j_per_query"] > 0
+    # All fakes of this file share a process, so what one of them takes above idle is anybody's.
+    assert report["metered"]["energy_j"] >= report["metered"]["idle_j"] > 0
+    assert report["metered"]["allocated_j_per_query"] > 0
     assert "No answer came with a bill" in run.out and "Energy by this machine's meter" in run.out
     if name == "openai":
         assert any(body.get("stream") for _, body in run.server.bodies)
