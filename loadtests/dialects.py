@@ -174,6 +174,8 @@ class StreamReader:
         if event.get("error"):
             error = event["error"]
             self.error = str(error.get("message", error) if isinstance(error, dict) else error)
+        # Wattle's native streams end with the whole answer, others with [DONE].
+        self.ended = self.ended or bool(event.get("results"))
         self._merged |= {key: value for key, value in event.items() if value is not None}
         self.wrote = self.wrote or _has_text(event)
 

@@ -219,4 +219,4 @@ def _read_stream(response: Any, sample: Sample, headers: dict[str, str], due_s: 
     sample.take(reader.reply(headers))
     if reader.error:
         return f"in the stream: {reader.error[:80]}"
-    return None if reader.ended else "the stream ended without [DONE]"
+    return None if reader.ended else "the stream ended before its end was told"

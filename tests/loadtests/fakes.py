@@ -111,7 +111,11 @@ class _Handler(BaseHTTPRequestHandler):
         if not body.get("stream"):
             self._json(200, answer, identity)
             return
-        events = [{"index": 0, "delta": "A"}, {"index": 0, "delta": " dog"}, answer]
+        events = [
+            {"index": 0, "delta": "A"},
+            {"index": 0, "delta": " dog"},
+            {"results": [{"text": "A dog"}], **answer},
+        ]
         content = "".join(f"data: {json.dumps(event)}\n\n" for event in events) + "data: [DONE]\n\n"
         self._send(200, content.encode(), {**identity, "content-type": "text/event-stream"})
 

@@ -71,9 +71,13 @@ def test_a_native_stream() -> None:
     final = {"model": "m", "results": [{"text": "Ein Hund"}], "usage": {"output_tokens": 2}}
     begun = read('data: {"index": 0, "delta": ""}', "", ": comment")
     assert not begun.wrote and not begun.ended
-    done = read('data: {"index": 0, "delta": "Ein"}', f"data: {json.dumps(final)}", "data: [DONE]")
+    done = read('data: {"index": 0, "delta": "Ein"}', f"data: {json.dumps(final)}")
     assert done.wrote and done.ended and done.error is None
     assert done.reply({}).output_tokens == 2
+
+
+def test_a_stream_that_breaks_off_has_not_ended() -> None:
+    assert not read('data: {"index": 0, "delta": "Ein"}', 'data: {"choices": [{"delta": {"content": "Hi"}}]}').ended
 
 
 def test_an_openai_stream() -> None:
