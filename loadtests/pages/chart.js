@@ -1,4 +1,4 @@
-// The chart below the Joules tab of Locust's web interface: J/query over time, drawn anew every two seconds.
+// The chart below the Joules tab of Locust's web interface: J/query over time, drawn anew every second.
 const INK = { active_j: ["#00ca5a", "active"], allocated_j: ["#ff9f00", "allocated"] };
 const WIDTH = 1000, HEIGHT = 200, LEFT = 60, BOTTOM = 30, TOP = 30;
 
@@ -9,7 +9,6 @@ panel.style.cssText = "position:fixed;left:0;right:0;bottom:0;padding:0 2rem .5r
 document.body.append(panel);
 
 function draw(points) {
-  if (points.length < 2) return "<p>The chart begins with the second point.</p>";
   const first = points[0].at_s, last = points.at(-1).at_s;
   const top = 1.1 * Math.max(...points.flatMap((p) => [p.active_j || 0, p.allocated_j || 0])) || 1;
   const x = (s) => LEFT + ((s - first) / (last - first)) * (WIDTH - LEFT - 10);
@@ -31,15 +30,16 @@ function draw(points) {
   return `<svg viewBox="0 0 ${WIDTH} ${HEIGHT}" style="width:100%;font-size:12px;fill:#888">${parts.join("")}</svg>`;
 }
 
-async function refresh() {
-  const shown = new URLSearchParams(location.search).get("tab") === "joules";
-  panel.style.display = shown ? "" : "none";
-  if (!shown) return;
-  panel.style.background = getComputedStyle(document.body).backgroundColor;
-  const answer = await fetch("./wattle/history");
-  panel.innerHTML = `<h3 style="color:#888">Joules per query, last 5 s</h3>${draw(await answer.json())}`;
+function isChosen() {
+  return new URLSearchParams(location.search).get("tab") === "joules";
 }
 
-setInterval(refresh, 2000);
-setInterval(() => { if ((panel.style.display === "") !== location.search.includes("tab=joules")) refresh(); }, 250);
-refresh();
+async function refresh() {
+  const points = isChosen() ? await (await fetch("./wattle/history")).json() : [];
+  panel.style.display = points.length > 1 ? "" : "none";
+  if (points.length < 2) return;
+  panel.style.background = getComputedStyle(document.body).backgroundColor;
+  panel.innerHTML = `<h3 style="color:#888">Joules per query, last 5 s</h3>${draw(points)}`;
+}
+
+setInterval(refresh, 1000);
