@@ -111,25 +111,34 @@ def _compare(options: argparse.Namespace) -> int:
 
 def _sweep(options: argparse.Namespace) -> int:
     asked = _asked(options)
-    points = []
+    points: list[sweep.Point] = []
     combinations = sweep.grid(sweep.read_settings(options.set))
     for number, settings in enumerate(combinations, 1):
         out = options.out / f"{number:02}"
         name = " ".join(f"{key}={value}" for key, value in settings.items())
         print(f"{number} of {len(combinations)}: {name}", file=sys.stderr)
-        points.append(sweep.read_point(settings, asked.run(settings, out, headless=True), out.name))
-    title = f"Sweep of {asked.name} over {', '.join(sweep.read_settings(options.set))}"
-    subtitle = f"{asked.scenario.duration_s:g} s each, {asked.scenario.model_dump(exclude_defaults=True)}"
-    page = sweep.as_html(title, subtitle, points, options.max_p95_ms)
-    (options.out / "sweep.html").write_text(page, encoding="utf-8")
-    made = json.dumps(sweep.as_document(points, options.max_p95_ms), indent=1)
-    (options.out / "sweep.json").write_text(made, encoding="utf-8")
+        try:
+            points.append(sweep.read_point(settings, asked.run(settings, out, headless=True), out.name))
+        except CannotServe as error:
+            points.append(sweep.failed_point(settings, str(error)))
+        # After every run: an interrupted sweep keeps what it has found.
+        _write_sweep(asked, points)
     shown = sweep.table(points, options.max_p95_ms)
     print("\n".join(aligned([shown.head, *shown.rows])))
     for line in shown.below:
         print(line.text)
     print(f"\nThe whole report: {options.out / 'sweep.html'}")
     return FAILED if any(line.bad for line in shown.below) else 0
+
+
+def _write_sweep(asked: Asked, points: Sequence[sweep.Point]) -> None:
+    options = asked.options
+    title = f"Sweep of {asked.name} over {', '.join(sweep.read_settings(options.set))}"
+    subtitle = f"{asked.scenario.duration_s:g} s each, {asked.scenario.model_dump(exclude_defaults=True)}"
+    page = sweep.as_html(title, subtitle, points, options.max_p95_ms)
+    (options.out / "sweep.html").write_text(page, encoding="utf-8")
+    made = json.dumps(sweep.as_document(points, options.max_p95_ms), indent=1)
+    (options.out / "sweep.json").write_text(made, encoding="utf-8")
 
 
 def _asked(options: argparse.Namespace) -> Asked:

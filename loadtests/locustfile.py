@@ -4,6 +4,7 @@ Locust imports this file by its path: ``locust -f loadtests/locustfile.py --plan
 """
 
 import random
+import sys
 import time
 from argparse import Namespace
 from pathlib import Path
@@ -162,10 +163,10 @@ def _wire(environment: Environment, runner: Runner, **_: Any) -> None:
         try:
             recorder.begin(environment.host)
         except BadTarget as error:
-            environment.process_exit_code = 2
-            print(f"wattle: {error}", flush=True)
-            gevent.spawn(runner.quit)
-            raise
+            # Without an account that is open, users send nothing until they are stopped.
+            print(f"wattle: {error}", file=sys.stderr, flush=True)
+            gevent.spawn(runner.quit if options.headless else runner.stop)
+            return
         # The shape ends the run within a second; the load ends when it is due.
         gevent.spawn_later(recorder.scenario.duration_s, recorder.stop_load)
         gevent.spawn(watch)

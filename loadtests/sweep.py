@@ -26,6 +26,8 @@ class Point:
     failed: int
     report: str
     """Folder of the run's own report."""
+    error: str = ""
+    """Why there was no run."""
 
     @property
     def name(self) -> str:
@@ -69,6 +71,11 @@ def read_point(settings: dict[str, str], found: Mapping[str, Any], report: str) 
     )
 
 
+def failed_point(settings: dict[str, str], error: str) -> Point:
+    """A setting with which there was no run."""
+    return Point(settings, 0.0, None, None, None, 0, "", error)
+
+
 def frontier(points: Sequence[Point]) -> list[Point]:
     """The usable points that no other one beats or equals in latency, throughput and joules at once, by joules."""
     usable = [point for point in points if point.usable]
@@ -106,7 +113,8 @@ def table(points: Sequence[Point], max_p95_ms: float | None) -> Table:
         for point in points
     ]
     head = ["setting", "queries/s", "p95 ms", "active J/query", "allocated J/query", "failed", "frontier"]
-    return Table("Settings", head, rows, [verdict(points, max_p95_ms)])
+    lost = [Line(f"{point.name}: {point.error}", bad=True) for point in points if point.error]
+    return Table("Settings", head, rows, [*lost, verdict(points, max_p95_ms)])
 
 
 def as_html(title: str, subtitle: str, points: Sequence[Point], max_p95_ms: float | None) -> str:

@@ -2,8 +2,14 @@
 
 import csv
 import json
+import os
+import signal
+import socket
 import subprocess
 import sys
+import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -15,6 +21,8 @@ import pytest
 from tests.loadtests.fakes import ACTIVE_J, SETTLED_J, FakeServer
 
 ROOT = Path(__file__).parent.parent.parent
+PAGES: dict[str, str] = {}
+"""What the web interface has shown."""
 FAKES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "good": ({}, ["--rate", "20"]),
     "slow": ({"delay_s": 0.4}, ["--rate", "20"]),
@@ -54,26 +62,60 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Run]]:
             load = [] if "--rate" in flags else ["--users", "3"]
             flags = ["--target", server.address, "--duration", "3s", "--settle-s", "1", *load, *flags]
             started[name] = (_start(folder / name, flags), server)
+            stack.callback(_stop, started[name][0])
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            port = str(listener.getsockname()[1])
+        watched = FakeServer()
+        stack.callback(watched.close)
+        flags = ["--target", watched.address, "--users", "2", "--duration", "3s", "--settle-s", "1"]
+        web = _start(folder / "web", [*flags, "--web-port", port], headless=False)
         real = _start(folder / "real", ["--users", "3", "--duration", "10s", "--settle-s", "1", "--max-failures", "0"])
         found = {name: _finish(process, folder / name, server) for name, (process, server) in started.items()}
+        for process in (web, real):
+            stack.callback(_stop, process)
+        PAGES.update(_use_web_interface(f"http://127.0.0.1:{port}"))
+        os.killpg(web.pid, signal.SIGINT)
+        found["web"] = _finish(web, folder / "web", watched)
         found["real"] = _finish(real, folder / "real", None)
         yield found
 
 
-def _start(out: Path, flags: list[str]) -> subprocess.Popen[str]:
-    command = [
-        sys.executable,
-        "-m",
-        "wattle",
-        "loadtest",
-        "--scenario",
-        "mixed",
-        "--headless",
-        "--out",
-        str(out),
-        *flags,
-    ]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def _use_web_interface(address: str) -> dict[str, str]:
+    """Start a run as the start button does, and return what a browser is shown during it and after it."""
+    _await(f"{address}/")
+    urllib.request.urlopen(f"{address}/swarm", data=b"user_count=1&spawn_rate=1").close()
+    report = _await(f"{address}/wattle/report.html")
+    pages = ("/", "/stats/requests", "/wattle/history", "/wattle/chart.js")
+    return {"report": report, **{page: _await(address + page) for page in pages}}
+
+
+def _await(url: str) -> str:
+    for _ in range(600):
+        try:
+            with urllib.request.urlopen(url) as answer:
+                text: str = answer.read().decode()
+                return text
+        except urllib.error.HTTPError as error:
+            error.close()
+        except OSError:
+            pass
+        time.sleep(0.1)
+    raise TimeoutError(url)
+
+
+def _start(out: Path, flags: list[str], headless: bool = True) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "wattle", "loadtest", "--scenario", "mixed", "--out", str(out), *flags]
+    command += ["--headless"] if headless else []
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
+def _stop(process: subprocess.Popen[str]) -> None:
+    """Whatever has happened, nothing goes on after the tests; a run that is terminated stops what it has started."""
+    if process.poll() is None:
+        process.terminate()
+        process.communicate()
 
 
 def _finish(process: subprocess.Popen[str], folder: Path, server: FakeServer | None) -> Run:
@@ -116,6 +158,20 @@ def test_streams_know_their_first_token(runs: dict[str, Run]) -> None:
     streamed = [each for each in runs["good"].report["requests"] if each["streamed"]]
     assert streamed and all(each["ttft_ms"] is not None for each in streamed)
     assert all(each["output_tokens"] == 4 for each in streamed)
+
+
+def test_locusts_interface_shows_joules(runs: dict[str, Run]) -> None:
+    run = runs["web"]
+    assert run.status == 0, run.err
+    assert "Conservation" in run.out
+    (table,) = json.loads(PAGES["/stats/requests"])["extended_stats"]
+    total = table["data"][-1]
+    assert (table["key"], total["name"], total["quality"]) == ("joules", "Aggregated", "measured")
+    assert 0 < total["active_j"] < total["allocated_j"] <= SETTLED_J, "after the run, the settled bills are shown"
+    assert '"key": "joules"' in PAGES["/"] and "wattle/chart.js" in PAGES["/"]
+    assert json.loads(PAGES["/wattle/history"])[-1].keys() == {"at_s", "active_j", "allocated_j"}
+    assert "wattle/history" in PAGES["/wattle/chart.js"]
+    assert PAGES["report"].startswith("<!doctype html>")
 
 
 def test_a_slow_server_does_not_slow_an_open_loop(runs: dict[str, Run]) -> None:

@@ -2,7 +2,19 @@
 
 import pytest
 
-from loadtests.sweep import BadSetting, Point, as_document, as_html, cheapest, frontier, grid, read_settings, verdict
+from loadtests.sweep import (
+    BadSetting,
+    Point,
+    as_document,
+    as_html,
+    cheapest,
+    failed_point,
+    frontier,
+    grid,
+    read_settings,
+    table,
+    verdict,
+)
 
 
 def point(name: str, queries_per_s: float, p95_ms: float | None, joules: float | None, failed: int = 0) -> Point:
@@ -45,6 +57,13 @@ def test_the_fewest_joules_within_the_latency() -> None:
     assert "threads=middle" in verdict(ALL, 60).text
     assert verdict(ALL, 10).bad and verdict([FAILING, UNKNOWN], None).bad
     assert "threads=cheap" in verdict(ALL, None).text
+
+
+def test_a_setting_that_cannot_be_served_loses_nothing() -> None:
+    lost = failed_point({"threads": "many"}, "the server did not start: threads")
+    assert frontier([*ALL, lost]) == frontier(ALL) and not lost.usable
+    below = table([*ALL, lost], None).below
+    assert below[0].bad and "threads=many: the server did not start" in below[0].text
 
 
 def test_its_page_and_document_name_them() -> None:
