@@ -30,7 +30,13 @@ class Metric:
 
     name: str
     read: Callable[[Sample], list[float]]
-    statistic: Callable[[Array], Any]
+    percentile: float | None
+    """None is the mean."""
+
+    def of(self, blocks: Sequence[Array]) -> float:
+        """The figure of all values in ``blocks``, of which there is at least one."""
+        values = np.concatenate(blocks)
+        return float(np.mean(values) if self.percentile is None else np.percentile(values, self.percentile))
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,15 +63,11 @@ class Ratio:
         return "is not known any more" if self.ratio is None else f"is {self.ratio:.3f} times what it was"
 
 
-def _percentile(share: float) -> Callable[[Array], Any]:
-    return lambda values: np.percentile(values, share)
-
-
 METRICS = (
-    Metric("latency p50 (ms)", lambda sample: [sample.latency_ms], _percentile(50)),
-    Metric("latency p95 (ms)", lambda sample: [sample.latency_ms], _percentile(95)),
-    Metric("active J/query", lambda sample: per_query([sample], lambda each: each.active_j), np.mean),
-    Metric("allocated J/query", lambda sample: per_query([sample], lambda each: each.allocated_j), np.mean),
+    Metric("latency p50 (ms)", lambda sample: [sample.latency_ms], 50),
+    Metric("latency p95 (ms)", lambda sample: [sample.latency_ms], 95),
+    Metric("active J/query", lambda sample: per_query([sample], lambda each: each.active_j), None),
+    Metric("allocated J/query", lambda sample: per_query([sample], lambda each: each.allocated_j), None),
 )
 
 
@@ -106,7 +108,7 @@ def _metered(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[Ratio]:
 
 def _ratio(task: str, metric: Metric, a: Sequence[Sample], b: Sequence[Sample], resamples: int) -> Ratio:
     blocks = [_blocks(metric, run) for run in (a, b)]
-    values = [float(metric.statistic(np.concatenate(each))) if each else None for each in blocks]
+    values = [metric.of(each) if each else None for each in blocks]
     if values[0] is None or values[1] is None or not values[0]:
         return Ratio(task, metric.name, values[0], values[1])
     chance = np.random.default_rng(0)  # the same reports always give the same intervals
@@ -130,7 +132,11 @@ def _blocks(metric: Metric, samples: Sequence[Sample]) -> list[Array]:
 
 def _resample(metric: Metric, blocks: Sequence[Array], chance: np.random.Generator, resamples: int) -> Array:
     draws = chance.integers(len(blocks), size=(resamples, len(blocks)))
-    return np.array([metric.statistic(np.concatenate([blocks[place] for place in draw])) for draw in draws])
+    if metric.percentile is None:
+        sums, counts = np.array([block.sum() for block in blocks]), np.array([len(block) for block in blocks])
+        means: Array = sums[draws].sum(axis=1) / counts[draws].sum(axis=1)
+        return means
+    return np.array([metric.of([blocks[place] for place in draw]) for draw in draws])
 
 
 def rows(ratios: Sequence[Ratio], allowed: float) -> list[list[str]]:
