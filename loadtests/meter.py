@@ -1,30 +1,22 @@
-"""This machine's meter, for a server that bills nothing: a process of its own that streams readings as JSON lines.
+"""This machine's meter, for a server that bills nothing: `wattle meters --stream`, as a process of its own.
 
-``wattle meters --stream`` is asked first; a checkout without it is read by ``python -m loadtests.meter``, which prints
-the same lines: the processor's counters (Linux powercap) where it may, else an estimate from the server's CPU time.
 Knows nothing of requests.
 """
 
-import argparse
 import contextlib
 import json
-import os
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import psutil
 
 ROOT = Path(__file__).parent.parent
-POWERCAP = Path("/sys/class/powercap")
-WATTS_PER_CORE = 3.5
-IDLE_WATTS_PER_CORE = 0.74
-"""Of a cloud core at full load and idle: Cloud Carbon Footprint, methodology, Appendix I, means for AWS."""
 IDLE_S = 2.0
 """How long the machine is watched before the load begins, to know what it takes when idle."""
 PATIENCE_S = 15.0
@@ -124,19 +116,17 @@ class MachineMeter:
             self.failure = str(error)
             return
         processes = Processes(server)
-        interval_ms = str(round(1000 * interval_s))
-        watched = ["--pid", str(server.pid), "--sample-interval-ms", interval_ms]
-        said = ""
-        for command in (["wattle", "meters", "--stream", *watched], ["loadtests.meter", *watched]):
-            if self._closed or self.readings:
-                break
-            with subprocess.Popen(
-                [sys.executable, "-m", *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
-            ) as self._process:
-                assert self._process.stdout is not None and self._process.stderr is not None
-                for line in self._process.stdout:
-                    self.readings.append(read_line(line, processes))
-                said = (self._process.stderr.read().strip().splitlines() or ["it ended"])[-1]
+        command = [sys.executable, "-m", "wattle", "meters", "--stream", "--pid", str(server.pid)]
+        command += ["--sample-interval-ms", str(round(1000 * interval_s))]
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+        ) as self._process:
+            assert self._process.stdout is not None and self._process.stderr is not None
+            if self._closed:
+                self._process.terminate()
+            for line in self._process.stdout:
+                self.readings.append(read_line(line, processes))
+            said = (self._process.stderr.read().strip().splitlines() or ["it ended"])[-1]
         self.failure = said if not self._closed else ""
 
 
@@ -157,53 +147,6 @@ def read_line(line: str, processes: "Processes") -> Reading:
         server_cpu_s=server_cpu_s,
         busy_cpu_s=server_cpu_s if estimated else sum(_busy_times()),
     )
-
-
-def lines(pid: int, root: Path, interval_s: float) -> Iterator[dict[str, Any]]:
-    """What is streamed, every ``interval_s`` until the process has gone."""
-    counters = Counters(root)
-    processes = Processes(psutil.Process(pid))
-    cores = len(os.sched_getaffinity(0))
-    started_s = time.monotonic()
-    while psutil.pid_exists(pid):
-        now_s = time.monotonic()
-        if counters.found:
-            device = {"source": "powercap", "quality": "measured", "energy_j": counters.read_j()}
-        else:
-            idle_j = IDLE_WATTS_PER_CORE * cores * (now_s - started_s)
-            active_j = (WATTS_PER_CORE - IDLE_WATTS_PER_CORE) * processes.cpu_s()
-            device = {"source": "estimate", "quality": "estimated", "energy_j": idle_j + active_j}
-        yield {"time_s": time.time(), "devices": [{"device": "cpu", **device}]}
-        time.sleep(max(0.0, now_s + interval_s - time.monotonic()))
-
-
-class Counters:
-    """The energy counters of all processor packages and their memory, unwrapped; none where they may not be read."""
-
-    def __init__(self, root: Path) -> None:
-        self._last: dict[Path, int] = {}
-        self._ranges: dict[Path, int] = {}
-        self._total_uj = 0
-        # intel-rapl-mmio lists the packages once more; psys holds them; core and uncore are held by them.
-        for zone in sorted(root.glob("intel-rapl:*")):
-            with contextlib.suppress(OSError, ValueError):
-                name = (zone / "name").read_text(encoding="ascii").strip()
-                if name.startswith("package-") or name == "dram":
-                    self._ranges[zone] = int((zone / "max_energy_range_uj").read_text(encoding="ascii"))
-                    self._last[zone] = int((zone / "energy_uj").read_text(encoding="ascii"))
-
-    @property
-    def found(self) -> bool:
-        """Whether there is anything to read."""
-        return bool(self._last)
-
-    def read_j(self) -> float:
-        """Joules since the beginning."""
-        for zone, last_uj in self._last.items():
-            now_uj = int((zone / "energy_uj").read_text(encoding="ascii"))
-            self._total_uj += (now_uj - last_uj) % self._ranges[zone]
-            self._last[zone] = now_uj
-        return self._total_uj / 1e6
 
 
 class Processes:
@@ -250,24 +193,3 @@ def _busy_times() -> tuple[float, ...]:
     times = psutil.cpu_times()
     # Guests' time is part of user's and nice's.
     return times.user, times.nice, times.system, times.irq, times.softirq
-
-
-def main(arguments: Sequence[str] | None = None, out: IO[str] = sys.stdout) -> int:
-    """Stream lines until the process has gone."""
-    parser = argparse.ArgumentParser("python -m loadtests.meter", description=__doc__)
-    parser.add_argument("--pid", type=int, required=True, help="the server under test")
-    parser.add_argument("--sample-interval-ms", type=int, default=100, help="milliseconds between two lines")
-    parser.add_argument("--powercap-root", type=Path, default=POWERCAP, help="Linux powercap tree")
-    options = parser.parse_args(arguments)
-    try:
-        for line in lines(options.pid, options.powercap_root, options.sample_interval_ms / 1000):
-            print(json.dumps(line), file=out, flush=True)
-    except (psutil.Error, OSError) as error:
-        print(f"the meter has stopped: {error}", file=sys.stderr)
-    else:
-        print("the process that was watched is gone", file=sys.stderr)
-    return 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())
