@@ -532,6 +532,7 @@ class _Encoder(_Network):
         positions = self.op("Expand", self.range(self.size(self.ids, 1)), self.op("Shape", self.ids))
         positions = self.real(self.flat(positions))
         rotary = self.rotary(self.unsqueeze(positions, 1))
+
         def attend(x: ir.Value, name: str) -> ir.Value:
             if rotary is None:
                 x = self.padded(self.linear(x, name + ".qkv"))
