@@ -50,5 +50,5 @@ $(SERVING): pyproject.toml | $(VENV)/bin/activate
 
 # Holds what serving needs too, so `make serve` after it installs nothing.
 $(TESTING): pyproject.toml | $(VENV)/bin/activate
-	$(VENV)/bin/python -m pip install --disable-pip-version-check -e '.[cpu,train,report,otel,dev]'
+	$(VENV)/bin/python -m pip install --disable-pip-version-check -e '.[cpu,train,loadtest,report,otel,dev]'
 	@touch $(SERVING) $@

@@ -15,6 +15,8 @@ from typing import Any
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 1 where it failed, 2 where it was asked wrongly."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if arguments[:1] == ["loadtest"]:
+        return loadtest(arguments[1:])
     options = vars(_parser(arguments).parse_args(arguments))
     command = COMMANDS[options.pop("command")]
     try:
@@ -198,6 +200,16 @@ def energy(flags: dict[str, str]) -> int:
     return 0
 
 
+def loadtest(arguments: Sequence[str]) -> int:
+    """Load a server and report joules beside milliseconds; compare two runs; sweep over settings."""
+    try:
+        # It has commands and flags of its own, for no part's settings are its.
+        from loadtests.command import main as run
+    except ModuleNotFoundError as error:
+        return _fail(f"{error.name} is missing: load tests need pip install -e '.[cpu,loadtest]'", 1)
+    return run(arguments)
+
+
 def _stage(run: Callable[[str, Any], object], flags: dict[str, str]) -> int:
     """Run a stage of training; an error that the user can mend is one line on stderr."""
     from training.errors import TrainingError
@@ -265,6 +277,7 @@ COMMANDS = {
 def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("wattle", description="Five NLP tasks over HTTP, each answer with its joules.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands.add_parser("loadtest", help=(loadtest.__doc__ or "").partition("\n")[0], add_help=False)
     for name, command in COMMANDS.items():
         summary = (command.run.__doc__ or "").partition("\n")[0]
         flags = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)

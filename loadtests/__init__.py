@@ -1,1 +1,1 @@
-"""Load tests and comparisons with peers; they speak HTTP and know nothing of the service's code."""
+"""Load tests that count joules, and comparisons with peers; they know nothing of the service's code."""

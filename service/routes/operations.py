@@ -27,6 +27,7 @@ class ReadyModel(BaseModel):
     name: str
     revision: str
     tasks: list[str]
+    bits: int = Field(description="Of a stored weight; below 32 the model is quantised.")
 
 
 class RefusedModel(BaseModel):
@@ -76,7 +77,12 @@ def operations_routes() -> APIRouter:
             status="ready" if models.served else "not ready",
             tasks=defaults,
             models=[
-                ReadyModel(name=model.name, revision=model.manifest.revision, tasks=list(model.manifest.tasks))
+                ReadyModel(
+                    name=model.name,
+                    revision=model.manifest.revision,
+                    tasks=list(model.manifest.tasks),
+                    bits=model.manifest.quantisation.bits,
+                )
                 for model in models.served.values()
             ],
             refused=[RefusedModel(folder=refusal.folder_name, reason=refusal.reason) for refusal in models.refused],

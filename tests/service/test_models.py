@@ -88,7 +88,7 @@ def test_a_damaged_model_is_refused_by_file_and_the_others_are_served(
         response = client.get("/readyz")
         body = response.json()
         assert (response.status_code, body["status"]) == (200, "ready")
-        assert body["models"] == [{"name": "sound", "revision": "1", "tasks": ["sentiment"]}]
+        assert body["models"] == [{"name": "sound", "revision": "1", "tasks": ["sentiment"], "bits": 32}]
         assert [refused["folder"] for refused in body["refused"]] == ["damaged"]
         assert file_name in body["refused"][0]["reason"]
         assert str(tmp_path) not in response.text
