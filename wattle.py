@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -137,15 +138,22 @@ def import_(flags: dict[str, str]) -> int:
     return _stage(run_import, flags)
 
 
+def confidence(flags: dict[str, str]) -> int:
+    """Fit how far an exported model's answers from a knowledge base can be trusted, through the service."""
+    from training.commands import run_confidence
+
+    return _stage(lambda folder, settings: run_confidence(Path(folder), _asking, settings), flags)
+
+
 def evaluate(flags: dict[str, str]) -> int:
     """Score exported models through the service, on the data sets that their recipes name."""
     from training.commands import run_evaluation
 
-    def served(folder: str, settings: Any) -> None:
+    def score(folder: str, settings: Any) -> None:
         with _asking(Path(folder)) as ask:
             run_evaluation(Path(folder), ask, settings)
 
-    return _stage(served, flags)
+    return _stage(score, flags)
 
 
 def quantise(flags: dict[str, str]) -> int:
@@ -155,12 +163,23 @@ def quantise(flags: dict[str, str]) -> int:
     return _stage(lambda folder, settings: run_quantising(Path(folder), _asking, settings), flags)
 
 
+def search_speed(flags: dict[str, str]) -> int:
+    """Time searches in a large knowledge base, through the service."""
+    from training.commands import run_search_speed
+
+    def measure(folder: str, settings: Any) -> None:
+        with _asking(Path(folder)) as ask:
+            run_search_speed(Path(folder), ask, settings)
+
+    return _stage(measure, flags)
+
+
 @contextmanager
-def _asking(folder: Path) -> Iterator[Callable[[str, dict[str, Any]], dict[str, Any]]]:
-    """Serve the model in ``folder``; what is given posts a request to a task.
+def _asking(folder: Path) -> Iterator[Callable[[str, Any], dict[str, Any]]]:
+    """Serve the model in ``folder``; what is given sends a request to a path: documents are put, the rest is posted.
 
     Scores and costs are the users': the whole application answers, only the socket is left out. Waiting has no limit
-    here, and the bills are no user's, so their ledger is forgotten.
+    here, and the bills are no user's, so their ledger is forgotten, and so are the knowledge bases.
     """
     from starlette.testclient import TestClient
 
@@ -169,13 +188,16 @@ def _asking(folder: Path) -> Iterator[Callable[[str, dict[str, Any]], dict[str, 
     from training.errors import TrainingError
 
     with TemporaryDirectory() as scratch:
-        app = create_app(read_settings(models=str(folder), state=scratch, request_timeout_s="3600"))
+        limits = {"request_timeout_s": "3600", "max_body_bytes": "1000000000"}
+        app = create_app(read_settings(models=str(folder), state=scratch, **limits))
         with TestClient(app) as client:
 
-            def ask(task: str, body: dict[str, Any]) -> dict[str, Any]:
-                answer = client.post(f"/v1/{task}", json=body)
-                document: dict[str, Any] = answer.json()
-                if answer.status_code != 200:
+            def ask(path: str, body: Any) -> dict[str, Any]:
+                method = "PUT" if path.endswith("/documents") else "POST"
+                answer = client.request(method, f"/v1/{path}", json=body)
+                # Of documents, a line tells each step, and the last how it ended.
+                document: dict[str, Any] = json.loads(answer.text.splitlines()[-1])
+                if answer.status_code != 200 or "error" in document:
                     raise TrainingError(f"the service answered {answer.status_code}: {document['error']}")
                 return document
 
@@ -268,8 +290,12 @@ COMMANDS = {
     "train": Command(train, "training", ("data", "runs", "out", "threads", *SIZES), RECIPE),
     "export": Command(export, "training", ("data", "runs", "out", *SIZES), RECIPE),
     "import": Command(import_, "training", IMPORTED, "Folder of a model that transformers saved, or a Hub name."),
+    "confidence": Command(confidence, "training", ("data", "recipe", "limit"), "Folder of an exported model."),
     "evaluate": Command(evaluate, "training", SCORED, "Folder of an exported model."),
     "quantise": Command(quantise, "training", SCORED, "Folder of an exported model."),
+    "search-speed": Command(
+        search_speed, "training", ("data", "recipe", "passages"), "Folder of a model that answers, or embeds."
+    ),
     "energy": Command(energy, "energy", argument="report: what the requests of a time cost."),
 }
 

@@ -25,6 +25,10 @@ class Phase(StrEnum):
     ENCODE = "encode"
     PREFILL = "prefill"
     DECODE = "decode"
+    RETRIEVE = "retrieve"
+    """Searched a knowledge base."""
+    INDEX = "index"
+    """Put documents into one."""
     POST = "post"
     """Token ids, or scores, to the answer."""
 

@@ -5,6 +5,7 @@ All that training and serving share; needs only the standard library and pydanti
 
 import hashlib
 import json
+import math
 import os
 from pathlib import Path, PurePosixPath
 from typing import Literal
@@ -121,6 +122,22 @@ class Variant(_Part):
     quality: str = "unavailable"
 
 
+class Confidence(_Part):
+    """How likely an answer from a knowledge base is right, by the score of its span (Platt 1999)."""
+
+    slope: float
+    intercept: float
+    least: float
+    """An answer less likely to be right is withheld."""
+    data: str
+    """What it was fitted on."""
+    rows: int
+
+    def of(self, score: float) -> float:
+        """The probability that an answer with this score is right."""
+        return 1 / (1 + math.exp(-max(-500.0, self.slope * score + self.intercept)))
+
+
 class TrainingEnergy(_Part):
     """What the training runs of this model cost; None where nothing was measured or estimated."""
 
@@ -151,6 +168,7 @@ class Manifest(_Part):
     chat_template: str | None = None
     no_answer_threshold: float | None = None
     """A question is left unanswered where the null score is above the best span's by more than this; None is 0."""
+    confidence: Confidence | None = None
     quantisation: Quantisation
     licence: str = ""
     """Of the weights."""

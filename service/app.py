@@ -30,12 +30,14 @@ from service.door import Door
 from service.edge import Edge
 from service.engine.engine import Engine, engine_settings
 from service.errors import TABLE, WattleError, render
+from service.knowledge.bases import Knowledge, find_embedder
 from service.metrics import Metrics
 from service.models import Model, Models, load_models
 from service.routes.dashboard import dashboard_routes
 from service.routes.energy import energy_routes
 from service.routes.estimate import estimate_routes
 from service.routes.huggingface import huggingface_routes
+from service.routes.knowledge import knowledge_routes
 from service.routes.libretranslate import libretranslate_routes
 from service.routes.openai import openai_routes
 from service.routes.operations import operations_routes
@@ -84,7 +86,7 @@ def create_app(settings: Settings, build: Build | None = None) -> FastAPI:
     )
     dialects = (openai_routes(), huggingface_routes(), libretranslate_routes())
     energy = (estimate_routes(), energy_routes(), dashboard_routes())
-    for routes in (task_routes(), *dialects, *energy, operations_routes()):
+    for routes in (task_routes(), knowledge_routes(), *dialects, *energy, operations_routes()):
         app.include_router(routes)
     return app
 
@@ -110,6 +112,8 @@ def build_service(settings: Settings) -> Iterator[Service]:
             # From what warming up took, the first request's bill can be foretold.
             account.sample()
             metrics.watch(engine.queue_depth, engine.running, account.totals, ledger)
+            embedder = find_embedder(models)
+            knowledge = Knowledge(settings.knowledge, settings.max_documents, engine, embedder, account.record)
             try:
                 yield Service(
                     models=models,
@@ -121,9 +125,11 @@ def build_service(settings: Settings) -> Iterator[Service]:
                     door=Door(settings.max_concurrent_requests),
                     max_client_batch_size=settings.max_client_batch_size,
                     request_timeout_s=settings.request_timeout_s,
+                    knowledge=knowledge,
                 )
             finally:
                 engine.drain(settings.drain_timeout_s)
+                knowledge.close()
                 engine.close()
     finally:
         account.shutdown()

@@ -50,7 +50,7 @@ def ask(model: Model, texts: str | Sequence[str], wishes: Mapping[str, Any]) -> 
     told = {name: value for name, value in wishes.items() if value is not None}
     if told.get("n", 1) != 1 and "n" not in fields:
         raise InvalidValue("n", f"the model {model.name} writes one text")
-    if "context" in fields and fields["context"].is_required() and "context" not in told:
+    if "context" in fields and not told.keys() & {"context", "knowledge_base"}:
         raise InvalidValue("input", f"the model {model.name} needs a context: a message before the question")
     limit = told.get("max_tokens")
     if isinstance(limit, int):

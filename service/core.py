@@ -2,9 +2,9 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from contextlib import aclosing, asynccontextmanager, contextmanager
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
@@ -19,7 +19,18 @@ from service.books import Books
 from service.budgets import keep_within, to_learn, to_predict
 from service.door import Door
 from service.engine.types import EngineClosed, Item, Output, Overloaded, Ticket, WriteOutput
-from service.errors import DailyBudgetSpent, DeadlineExceeded, EnergyBudgetExceeded, InvalidValue, NotReady
+from service.errors import (
+    DailyBudgetSpent,
+    DeadlineExceeded,
+    EnergyBudgetExceeded,
+    InvalidValue,
+    KnowledgeBaseNotFound,
+    NotReady,
+)
+from service.knowledge.bases import Knowledge
+from service.knowledge.documents import Document
+from service.knowledge.ingest import Progress
+from service.knowledge.store import Passage
 from service.metrics import UJ_PER_J, Metrics
 from service.models import Model, Models
 from service.streaming import Transcript, overhear
@@ -44,18 +55,22 @@ class Engine(Protocol):
 
 
 @dataclass(slots=True)
-class Receipt:
+class Charge:
     """A request and, as they become known, its results and what they cost."""
 
     request_id: str
     task: str
-    model: Model
-    bill: Bill
+    worker: str
+    """What does the work: the name of a model, or of the index of the knowledge bases."""
+    bill: Bill = field(init=False)
     input_tokens: int = 0
     outputs: Sequence[Output] = ()
     results: Sequence[BaseModel] = ()
     computed_s: float | None = None
     """When the engine was done (monotonic clock)."""
+
+    def __post_init__(self) -> None:
+        self.bill = Bill(self.request_id, None, None, None, Quality.UNAVAILABLE, settled=False)
 
     @property
     def output_tokens(self) -> int:
@@ -72,6 +87,16 @@ class Receipt:
         """From the first step to the end of the last item; for a single item, the time of its steps."""
         ends = (output.timing.queue_ns + output.timing.compute_ns for output in self.outputs)
         return max(ends, default=0) / NS_PER_MS - self.queue_ms
+
+
+@dataclass(slots=True)
+class Receipt(Charge):
+    """The charge of a task, and the model that does it."""
+
+    model: Model = field(kw_only=True)
+
+
+ChargeT = TypeVar("ChargeT", bound=Charge)
 
 
 class Listener(Protocol):
@@ -106,6 +131,7 @@ class Service:
     door: Door
     max_client_batch_size: int
     request_timeout_s: float
+    knowledge: Knowledge
     tracing: Tracing | None = None
 
     async def run(
@@ -119,9 +145,10 @@ class Service:
         self._require_budget(request)
         # A reading close to the start of the request's steps makes its figure sharp.
         self.account.wake()
-        with self.door.admit(texts), self._billed(request_id, task.name, model) as receipt:
+        with self.door.admit(texts), self._billed(Receipt(request_id, task.name, model.name, model=model)) as receipt:
             async with _deadline(self.request_timeout_s):
-                encode = partial(task.encode, request, model, request_id)
+                grounded = await self._ground(task, request, request_id)
+                encode = partial(task.encode, grounded, model, request_id)
                 encoded = await self._beside(receipt, Phase.PREPROCESS, encode)
                 receipt.input_tokens = sum(len(item.input_ids) for item in encoded.items)
                 encoded = replace(encoded, items=self._foresee(task, request, model, encoded.items, request_id))
@@ -139,17 +166,23 @@ class Service:
     async def estimate(self, task: Task[Any, Any], request: TaskRequest, request_id: str) -> Estimate:
         """What ``request`` would cost; nothing runs on a model. Raises what ``run`` raises before anything runs."""
         model, texts = self._choose(task, request)
+        if task.lookup(request) is not None:
+            raise InvalidValue("knowledge_base", "what is read is known only once it was searched; estimate a context")
         with self.door.admit(texts):
             async with _deadline(self.request_timeout_s):
                 encoded = await asyncio.to_thread(task.encode, request, model, request_id)
         forecast = self.books.predictor.predict(task.name, model.name, to_predict(encoded.items))
         return Estimate(model, sum(len(item.input_ids) for item in encoded.items), forecast)
 
-    def _require_budget(self, request: TaskRequest) -> None:
-        """Raise ``DailyBudgetSpent`` where the day has no joules left, ``InvalidValue`` for a budget without meter."""
+    def _require_day(self) -> None:
+        """Raise ``DailyBudgetSpent`` where the day has no joules left."""
         standing = self.books.today()
         if standing is not None and standing.is_spent:
             raise DailyBudgetSpent(standing.limit_uj / UJ_PER_J, standing.resets_in_s)
+
+    def _require_budget(self, request: TaskRequest) -> None:
+        """Raise ``DailyBudgetSpent``, or ``InvalidValue`` for a budget without meter."""
+        self._require_day()
         if request.energy_budget_j is not None and self.account.quality is Quality.UNAVAILABLE:
             raise InvalidValue("energy_budget_j", "no energy meter is read here, so no budget can be kept")
 
@@ -168,6 +201,39 @@ class Service:
             )
             raise EnergyBudgetExceeded(request.energy_budget_j, forecast.allocated_uj / UJ_PER_J, interval_j)
         return keep_within(items, budget_uj, lambda: self.account.bill(request_id).allocated_uj)
+
+    async def search(self, base: str, question: str, passages: int, request_id: str) -> tuple[Charge, list[Passage]]:
+        """The passages of a knowledge base that bear most on ``question``, and what finding them cost."""
+        self._require_day()
+        self.account.wake()
+        with self.door.admit(1), self._billed(Charge(request_id, "search", self.knowledge.name)) as charge:
+            async with _deadline(self.request_timeout_s):
+                (found,) = await self.knowledge.search(base, [question], passages, request_id)
+        return charge, found
+
+    async def ingest(
+        self, base: str, documents: Sequence[Document], request_id: str
+    ) -> AsyncGenerator[Progress | Charge]:
+        """Put ``documents`` into a knowledge base: tells its progress, and at the end what it cost.
+
+        It may take as long as it shows progress. Whoever stops it keeps the documents that are stored.
+        """
+        self._require_day()
+        self.account.wake()
+        with self.door.admit(1), self._billed(Charge(request_id, "ingest", self.knowledge.name)) as charge:
+            async with aclosing(self.knowledge.ingest(base, documents, request_id)) as steps:
+                async for progress in steps:
+                    yield progress
+        yield charge
+
+    async def _ground(self, task: Task[Any, Any], request: TaskRequest, request_id: str) -> TaskRequest:
+        """The request with the passages that it wants from a knowledge base, if it wants any."""
+        lookup = task.lookup(request)
+        if lookup is None:
+            return request
+        found = await self.knowledge.search(lookup.knowledge_base, lookup.questions, lookup.passages, request_id)
+        grounded: TaskRequest = task.ground(request, found)
+        return grounded
 
     def _choose(self, task: Task[Any, Any], request: TaskRequest) -> tuple[Model, int]:
         if not self.models.served:
@@ -202,40 +268,38 @@ class Service:
                 ticket.future.cancel()
 
     @contextmanager
-    def _billed(self, request_id: str, task: str, model: Model) -> Iterator[Receipt]:
+    def _billed(self, charge: ChargeT) -> Iterator[ChargeT]:
         """Close the account of a request, however it ends."""
-        unknown = Bill(request_id, None, None, None, Quality.UNAVAILABLE, settled=False)
-        receipt = Receipt(request_id, task, model, unknown)
         status = "failed"
         started_s = time.monotonic()
         try:
-            yield receipt
+            yield charge
             status = "ok"
-        except (InvalidValue, Overloaded, EngineClosed):
+        except (InvalidValue, KnowledgeBaseNotFound, Overloaded, EngineClosed):
             status = "refused"
             raise
         except DeadlineExceeded:
             status = "timed_out"
             raise
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, GeneratorExit):
             status = "cancelled"
             raise
         finally:
-            receipt.bill = self.account.close(
+            charge.bill = self.account.close(
                 RequestRecord(
-                    request_id=request_id,
-                    task=task,
-                    model=model.name,
+                    request_id=charge.request_id,
+                    task=charge.task,
+                    model=charge.worker,
                     status=status,
-                    input_tokens=receipt.input_tokens,
-                    output_tokens=receipt.output_tokens,
-                    queue_ms=receipt.queue_ms,
-                    compute_ms=receipt.compute_ms,
+                    input_tokens=charge.input_tokens,
+                    output_tokens=charge.output_tokens,
+                    queue_ms=charge.queue_ms,
+                    compute_ms=charge.compute_ms,
                 )
             )
-            self.metrics.request_over(receipt, status, time.monotonic() - started_s)
+            self.metrics.request_over(charge, status, time.monotonic() - started_s)
             if self.tracing is not None:
-                self.tracing.request_over(receipt, status, started_s)
+                self.tracing.request_over(charge, status, started_s)
 
 
 async def _overheard(task: Task[Any, Any], encoded: Encoded[Any], model: Model, listener: Listener) -> Sequence[Item]:

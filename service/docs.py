@@ -65,7 +65,7 @@ def _operations(openapi: Schema, base_url: str) -> Iterator[Operation]:
                 method=method.upper(),
                 path=path,
                 summary=operation["summary"],
-                curl=_curl(base_url + path, body.get("example")),
+                curl=_curl(method.upper(), base_url + path, body.get("example")),
                 parameters=sorted(_fields(openapi, _request(operation, body)), key=lambda field: not field.required),
                 answer=_fields(openapi, answer.get("schema", {})),
                 errors=[
@@ -89,11 +89,12 @@ def _described(parameter: Schema) -> Schema:
     return {"description": parameter["description"]} if "description" in parameter else {}
 
 
-def _curl(url: str, example: Any) -> str:
+def _curl(method: str, url: str, example: Any) -> str:
     if example is None:
-        return f"curl -s {shlex.quote(url)}"
+        return f"curl -s {shlex.quote(url)}" + ("" if method == "GET" else f" -X {method}")
     body = shlex.quote(json.dumps(example, ensure_ascii=False))
-    return f"curl -s {shlex.quote(url)} \\\n  -H 'content-type: application/json' \\\n  -d {body}"
+    verb = "" if method == "POST" else f" -X {method}"
+    return f"curl -s {shlex.quote(url)}{verb} \\\n  -H 'content-type: application/json' \\\n  -d {body}"
 
 
 def _fields(openapi: Schema, schema: Schema, prefix: str = "") -> list[Field]:

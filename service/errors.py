@@ -25,7 +25,7 @@ class WattleError(Exception):
 
 
 class MalformedBody(WattleError):
-    """The body is not a JSON document."""
+    """The body is not what its content-type says."""
 
 
 class RouteNotFound(WattleError):
@@ -49,6 +49,29 @@ class ModelNotFound(WattleError):
 
 class RecordNotFound(WattleError):
     """The ledger has no request of that id."""
+
+
+class KnowledgeBaseNotFound(WattleError):
+    """There is no knowledge base of that name."""
+
+    param = "knowledge_base"
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"there is no knowledge base {name!r}; GET /v1/knowledge lists those there are")
+
+
+class DocumentNotFound(WattleError):
+    """The knowledge base has no document of that id."""
+
+    def __init__(self, document_id: str) -> None:
+        super().__init__(f"the knowledge base has no document {document_id!r}")
+
+
+class KnowledgeUnavailable(WattleError):
+    """The file of a knowledge base cannot be read or written."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"the knowledge base cannot be used: {reason}")
 
 
 class BodyTooLarge(WattleError):
@@ -145,6 +168,8 @@ TABLE: dict[type[Exception], Answer] = {
     RouteNotFound: Answer(404, "invalid_request_error", "route_not_found"),
     ModelNotFound: Answer(404, "invalid_request_error", "model_not_found"),
     RecordNotFound: Answer(404, "invalid_request_error", "request_not_found"),
+    KnowledgeBaseNotFound: Answer(404, "invalid_request_error", "knowledge_base_not_found"),
+    DocumentNotFound: Answer(404, "invalid_request_error", "document_not_found"),
     MethodNotAllowed: Answer(405, "invalid_request_error", "method_not_allowed"),
     BodyTooLarge: Answer(413, "invalid_request_error", "body_too_large"),
     InvalidValue: Answer(422, "invalid_request_error", "invalid_value"),
@@ -156,6 +181,7 @@ TABLE: dict[type[Exception], Answer] = {
     DailyBudgetSpent: Answer(429, "rate_limit_error", "daily_budget_spent"),
     Overloaded: Answer(429, "rate_limit_error", "overloaded"),
     NotReady: Answer(503, "server_error", "not_ready"),
+    KnowledgeUnavailable: Answer(503, "server_error", "knowledge_unavailable"),
     EngineClosed: Answer(503, "server_error", "draining"),
     LedgerUnreadable: Answer(503, "server_error", "ledger_unreadable"),
     DeadlineExceeded: Answer(504, "server_error", "deadline_exceeded"),

@@ -15,7 +15,7 @@ from energy.ledger import Ledger
 from energy.types import RequestRecord, Step
 
 if TYPE_CHECKING:
-    from service.core import Receipt
+    from service.core import Charge
 
 UJ_PER_J = 1_000_000
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
@@ -90,20 +90,20 @@ class Metrics:
         self._batch_size.labels(step.model).observe(len(step.work))
         self._batch_tokens.labels(step.model).observe(tokens)
 
-    def request_over(self, receipt: "Receipt", status: str, elapsed_s: float) -> None:
+    def request_over(self, charge: "Charge", status: str, elapsed_s: float) -> None:
         """Count a request, however it ended."""
-        labels = (receipt.task, receipt.model.name)
+        labels = (charge.task, charge.worker)
         self._requests.labels(*labels, status).inc()
         self._duration.labels(*labels).observe(elapsed_s)
-        if receipt.outputs:
-            self._input_tokens.labels(*labels).inc(receipt.input_tokens)
-            self._output_tokens.labels(*labels).inc(receipt.output_tokens)
-            self._queue.labels(*labels).observe(receipt.queue_ms / 1000)
-            self._inference.labels(*labels).observe(receipt.compute_ms / 1000)
-        if receipt.bill.allocated_uj is not None:
-            self._energy.labels(*labels, receipt.bill.quality).observe(receipt.bill.allocated_uj / UJ_PER_J)
-        if receipt.bill.gco2e is not None:
-            self._carbon.labels(*labels).inc(receipt.bill.gco2e)
+        if charge.outputs:
+            self._input_tokens.labels(*labels).inc(charge.input_tokens)
+            self._output_tokens.labels(*labels).inc(charge.output_tokens)
+            self._queue.labels(*labels).observe(charge.queue_ms / 1000)
+            self._inference.labels(*labels).observe(charge.compute_ms / 1000)
+        if charge.bill.allocated_uj is not None:
+            self._energy.labels(*labels, charge.bill.quality).observe(charge.bill.allocated_uj / UJ_PER_J)
+        if charge.bill.gco2e is not None:
+            self._carbon.labels(*labels).inc(charge.bill.gco2e)
 
     def predicted(self, request: RequestRecord, relative_error: float) -> None:
         """Count a prediction that has met its bill."""

@@ -120,6 +120,11 @@ class Settings(BaseSettings):
     ledger_max_mb: float = Field(
         1000.0, ge=1, description="Size of the ledger beyond which it forgets its oldest requests."
     )
+    knowledge: Path = Field(
+        default_factory=lambda settings: settings["state"] / "knowledge",
+        description="Folder of the knowledge bases, one file each.",
+    )
+    max_documents: int = Field(100_000, ge=1, description="Documents in one knowledge base.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severity to log.")
 
     @field_validator("models", mode="before")

@@ -14,7 +14,7 @@ from service import __version__
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
 
-    from service.core import Receipt
+    from service.core import Charge
 
 UJ_PER_J = 1_000_000
 _NS_PER_MS = 1_000_000
@@ -44,44 +44,44 @@ class Tracing:
             "exclude": lambda scope: scope["path"] in _PROBES,
         }
 
-    def request_over(self, receipt: "Receipt", status: str, started_s: float) -> None:
+    def request_over(self, charge: "Charge", status: str, started_s: float) -> None:
         """The span of a request that began at ``started_s`` (monotonic clock) and ends now, and its engine's."""
         from opentelemetry.trace import StatusCode, set_span_in_context
 
         now_ns, now_s = time.time_ns(), time.monotonic()
-        model = receipt.model.name
+        model = charge.worker
         attributes: dict[str, str | int | float | bool] = {
             # GenAI semantic conventions.
-            "gen_ai.operation.name": receipt.task,
+            "gen_ai.operation.name": charge.task,
             "gen_ai.provider.name": "wattle",
             "gen_ai.request.model": model,
             "gen_ai.response.model": model,
-            "gen_ai.response.id": receipt.request_id,
-            "gen_ai.usage.input_tokens": receipt.input_tokens,
-            "gen_ai.usage.output_tokens": receipt.output_tokens,
+            "gen_ai.response.id": charge.request_id,
+            "gen_ai.usage.input_tokens": charge.input_tokens,
+            "gen_ai.usage.output_tokens": charge.output_tokens,
             "wattle.status": status,
-            "wattle.energy.quality": receipt.bill.quality,
-            "wattle.energy.settled": receipt.bill.settled,
+            "wattle.energy.quality": charge.bill.quality,
+            "wattle.energy.settled": charge.bill.settled,
         }
-        if receipt.bill.allocated_uj is not None and receipt.bill.active_uj is not None:
-            attributes["wattle.energy.joules"] = receipt.bill.allocated_uj / UJ_PER_J
-            attributes["wattle.energy.active_joules"] = receipt.bill.active_uj / UJ_PER_J
-        if receipt.bill.gco2e is not None:
-            attributes["wattle.carbon.grams"] = receipt.bill.gco2e
+        if charge.bill.allocated_uj is not None and charge.bill.active_uj is not None:
+            attributes["wattle.energy.joules"] = charge.bill.allocated_uj / UJ_PER_J
+            attributes["wattle.energy.active_joules"] = charge.bill.active_uj / UJ_PER_J
+        if charge.bill.gco2e is not None:
+            attributes["wattle.carbon.grams"] = charge.bill.gco2e
         started_ns = now_ns - round((now_s - started_s) * _NS_PER_S)
-        span = self._tracer.start_span(f"{receipt.task} {model}", attributes=attributes, start_time=started_ns)
+        span = self._tracer.start_span(f"{charge.task} {model}", attributes=attributes, start_time=started_ns)
         if status in _ERRORS:
             span.set_attribute("error.type", status)
             span.set_status(StatusCode.ERROR)
-        if receipt.computed_s is not None:
-            ended_ns = now_ns - round((now_s - receipt.computed_s) * _NS_PER_S)
-            took_ns = round((receipt.queue_ms + receipt.compute_ms) * _NS_PER_MS)
+        if charge.computed_s is not None:
+            ended_ns = now_ns - round((now_s - charge.computed_s) * _NS_PER_S)
+            took_ns = round((charge.queue_ms + charge.compute_ms) * _NS_PER_MS)
             engine = self._tracer.start_span(
                 "engine",
                 set_span_in_context(span),
                 attributes={
-                    "wattle.queue.seconds": receipt.queue_ms / 1000,
-                    "wattle.compute.seconds": receipt.compute_ms / 1000,
+                    "wattle.queue.seconds": charge.queue_ms / 1000,
+                    "wattle.compute.seconds": charge.compute_ms / 1000,
                 },
                 start_time=max(started_ns, ended_ns - took_ns),
             )

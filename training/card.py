@@ -48,6 +48,14 @@ def write_card(folder: Path, manifest: Manifest) -> None:
         ]
     else:
         lines.append("Not yet measured: `wattle evaluate` does.")
+    if manifest.confidence is not None:
+        trust = manifest.confidence
+        lines += [
+            "",
+            f"Confidence of answers from a knowledge base is fitted on {trust.rows:,} questions of {trust.data}, "
+            "whose passages are in no training and not asked about in the scores with a base; "
+            f"below {trust.least:.2f} an answer is withheld (`wattle confidence`).",
+        ]
     if manifest.variants:
         lines += [
             "",

@@ -1,19 +1,23 @@
-"""What ``wattle train``, ``export``, ``evaluate`` and ``import`` do, stage after stage."""
+"""What ``wattle train``, ``export``, ``confidence``, ``evaluate`` and ``import`` do, stage after stage."""
 
+import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
 from models.manifest import ArtefactError, Manifest, Score, load_manifest, write_manifest
 from training.card import write_card
 from training.errors import TrainingError
-from training.evaluate import Ask, Evaluation, evaluate
+from training.evaluate import Evaluation, evaluate, fit_confidence
 from training.export import export
 from training.importing import import_model
+from training.knowledge import NEUTRAL, Ask
 from training.quantise import Serve, variants
 from training.recipe import BudgetRecipe, Recipe, Storage, load_recipe
+from training.search_speed import search_speed
 from training.settings import Settings
-from training.train import load_trained, train
+from training.train import load_rows, load_trained, train
 
 
 def _recipe(name: str, settings: Settings) -> Recipe:
@@ -72,10 +76,7 @@ def _print_written(manifest: Manifest, settings: Settings) -> None:
 
 def run_evaluation(folder: Path, ask: Ask, settings: Settings) -> list[Score]:
     """Score the model in ``folder``, served by ``ask``, on the sets that the recipe of its name lists."""
-    try:
-        manifest = load_manifest(folder)
-    except ArtefactError as error:
-        raise TrainingError(f"{folder}: {error}") from error
+    manifest = _manifest(folder)
     recipe = load_recipe(settings.recipe or manifest.name)
     scores: list[Score] = []
     for each in recipe.evaluate:
@@ -91,14 +92,13 @@ def run_evaluation(folder: Path, ask: Ask, settings: Settings) -> list[Score]:
 
 def run_quantising(folder: Path, serve: Serve, settings: Settings) -> None:
     """Measure the model in ``folder`` stored in every way there is, and write what was found into its manifest."""
-    try:
-        manifest = load_manifest(folder)
-    except ArtefactError as error:
-        raise TrainingError(f"{folder}: {error}") from error
+    manifest = _manifest(folder)
     recipe = load_recipe(settings.recipe or manifest.name)
 
     def score(ask: Ask, stored: Manifest, out: Path) -> list[Evaluation]:
-        return [evaluate(ask, stored, out, recipe, each, settings.data, settings.limit) for each in recipe.evaluate]
+        # How matrices are stored says nothing of how passages are found.
+        sets = [each for each in recipe.evaluate if not each.knowledge_base]
+        return [evaluate(ask, stored, out, recipe, each, settings.data, settings.limit) for each in sets]
 
     measured = []
     for variant in variants(folder, recipe, settings.data, serve, score):
@@ -111,6 +111,43 @@ def run_quantising(folder: Path, serve: Serve, settings: Settings) -> None:
         manifest = manifest.model_copy(update={"variants": tuple(measured)})
         write_card(folder, manifest)
         write_manifest(folder, manifest)
+
+
+def run_confidence(folder: Path, serve: Serve, settings: Settings) -> None:
+    """Fit the confidence of the model in ``folder`` and write it into its manifest; ``serve`` serves a model."""
+    manifest = _manifest(folder)
+    recipe = load_recipe(settings.recipe or manifest.name)
+    with TemporaryDirectory() as scratch:
+        neutral = Path(scratch) / manifest.name
+        shutil.copytree(folder, neutral)
+        write_manifest(neutral, manifest.model_copy(update={"confidence": NEUTRAL}))
+        with serve(neutral) as ask:
+            fitted = fit_confidence(ask, manifest, recipe, settings.data, settings.limit)
+    write_manifest(folder, manifest.model_copy(update={"confidence": fitted}))
+    print(
+        f"{manifest.name}: confidence 1 / (1 + exp(-({fitted.slope:.3f} * score {fitted.intercept:+.3f}))), "
+        f"abstains below {fitted.least:.2f}; fitted on {fitted.rows:,} questions of {fitted.data}"
+    )
+
+
+def run_search_speed(folder: Path, ask: Ask, settings: Settings) -> None:
+    """Time searches in a large knowledge base, made of the sentences that the recipe of the model's name trains on."""
+    recipe = load_recipe(settings.recipe or _manifest(folder).name)
+    rows = [row for _, part in load_rows(recipe, settings.data) for row in part]
+    if not all(row.keys() >= {"context", "question"} for row in rows):
+        raise TrainingError(f"{recipe.name}: its data has no passages and questions; name a recipe for answers")
+    found = search_speed(ask, rows, settings.passages)
+    print(
+        f"{found.passages:,} passages put in {found.put_s:.0f} s; a search takes {found.median_ms:.1f} ms at the "
+        f"median, {found.p95_ms:.1f} ms at the 95th percentile"
+    )
+
+
+def _manifest(folder: Path) -> Manifest:
+    try:
+        return load_manifest(folder)
+    except ArtefactError as error:
+        raise TrainingError(f"{folder}: {error}") from error
 
 
 def _line(name: str, found: Evaluation) -> str:

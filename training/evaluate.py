@@ -15,18 +15,16 @@ import onnxruntime as ort
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from models.manifest import Manifest, Score
+from models.manifest import Confidence, Manifest, Score
 from models.sentences import split_sentences
 from training import scorers
 from training.data import Row, clean, read_rows
 from training.errors import TrainingError
-from training.recipe import EvaluateRecipe, Recipe
+from training.knowledge import Ask, fill_base, fit, knowledge_scores
+from training.recipe import EvaluateRecipe, HeldOut, Recipe
 from training.tasks import TASKS
 from training.tokenizer import EOS, token_id
-from training.train import held_out_passages
-
-Ask = Callable[[str, dict[str, Any]], dict[str, Any]]
-"""``ask(task, body)`` posts one request to ``/v1/<task>`` and returns the parsed answer."""
+from training.train import confidence_passages, held_out_passages
 
 REQUEST_TEXTS = 16
 
@@ -54,13 +52,14 @@ class _Client:
     joules: float | None = 0.0
     quality: str = "unavailable"
 
-    def results(self, **columns: Sequence[Any]) -> Iterator[dict[str, Any]]:
+    def results(self, knowledge_base: str | None = None, **columns: Sequence[Any]) -> Iterator[dict[str, Any]]:
         """One result per row of the equally long ``columns``."""
         size = len(next(iter(columns.values())))
+        setting = self.setting if knowledge_base is None else {**self.setting, "knowledge_base": knowledge_base}
         with tqdm(total=size, desc=f"asking {self.model}", unit="query", mininterval=1.0) as bar:
             for start in range(0, size, REQUEST_TEXTS):
                 part = {name: list(values[start : start + REQUEST_TEXTS]) for name, values in columns.items()}
-                answer = self.ask(self.task, {"model": self.model, "truncate": True, **self.setting, **part})
+                answer = self.ask(self.task, {"model": self.model, "truncate": True, **setting, **part})
                 energy = answer["energy"]
                 self.quality = energy["quality"]
                 self.joules = None if None in (self.joules, energy["active_j"]) else self.joules + energy["active_j"]
@@ -70,19 +69,33 @@ class _Client:
 
 
 def evaluate(
-    ask: Ask, manifest: Manifest, folder: Path, recipe: Recipe, each: EvaluateRecipe, data: Path, limit: int | None
+    ask: Ask,
+    manifest: Manifest,
+    folder: Path,
+    recipe: Recipe,
+    each: EvaluateRecipe,
+    data: Path,
+    limit: int | None,
 ) -> Evaluation:
     """Score ``manifest``'s model on one set of ``recipe.evaluate``, on its first ``limit`` rows or all.
 
     ``folder`` is the exported model. Raises ``TrainingError`` where the data does not fit the task.
     """
-    rows = list(read_rows(data / each.path / f"{each.split}.jsonl.gz", TASKS[recipe.task].fields))
-    if each.unseen_only:
-        rows = _unseen(recipe, data, rows)
-    rows = list(islice(rows, limit))
-    client = _Client(ask, recipe.task, manifest.name, dict(each.setting))
-    values = _SCORES[recipe.task](client, rows, folder)
+    every = list(read_rows(data / each.path / f"{each.split}.jsonl.gz", TASKS[recipe.task].fields))
+    rows = _unseen(recipe, data, every) if each.unseen_only else every
     said = ", ".join(f"{name} {value}" for name, value in each.setting.items())
+    client = _Client(ask, recipe.task, manifest.name, dict(each.setting))
+    if each.knowledge_base:
+        fitted_on = _held_out(recipe, data, confidence_passages)
+        rows = list(islice((row for row in rows if row["context"] not in fitted_on), limit))
+        base = fill_base(ask, each.path, every)
+        abstains = client.setting.get("abstain", True)
+        client.setting["abstain"] = False
+        values = knowledge_scores(ask, client.results, rows, base, manifest.confidence if abstains else None)
+        said = ", ".join(filter(None, (f"base of {len(base.ids):,} passages", said)))
+    else:
+        rows = list(islice(rows, limit))
+        values = _SCORES[recipe.task](client, rows, folder)
     scores = [
         Score(data=each.path, split=each.split, metric=name, value=round(value, 3), rows=len(rows), setting=said)
         for name, value in values.items()
@@ -90,15 +103,36 @@ def evaluate(
     return Evaluation(scores, client.queries, client.joules if client.queries else None, client.quality)
 
 
+def fit_confidence(ask: Ask, manifest: Manifest, recipe: Recipe, data: Path, limit: int | None) -> Confidence:
+    """Fit the confidence of answers from a knowledge base, on the passages that the recipe keeps for it.
+
+    The model served must have the ``NEUTRAL`` confidence. Raises ``TrainingError`` where the recipe keeps none.
+    """
+    fitted_on = _held_out(recipe, data, confidence_passages)
+    if recipe.held_out is None or not fitted_on:
+        raise TrainingError(f"{recipe.name}: fitting confidence needs [held_out] with a confidence_share")
+    part = next(part for part in recipe.data if part.path == recipe.held_out.path)
+    every = list(read_rows(data / part.path / f"{part.split}.jsonl.gz", TASKS[recipe.task].fields))
+    base = fill_base(ask, part.path, every)
+    rows = list(islice((row for row in every if row["context"] in fitted_on), limit))
+    client = _Client(ask, recipe.task, manifest.name, {"abstain": False})
+    return fit(client.results, rows, base, f"{part.path} {part.split}")
+
+
 def _unseen(recipe: Recipe, data: Path, rows: list[Row]) -> list[Row]:
     """The rows whose passage the recipe keeps out of training."""
     if recipe.held_out is None:
         raise TrainingError(f"{recipe.name}: unseen_only needs [held_out]")
-    part = next(part for part in recipe.data if part.path == recipe.held_out.path)
-    passages = held_out_passages(
-        recipe.held_out, list(read_rows(data / part.path / f"{part.split}.jsonl.gz", ("context",)))
-    )
+    passages = _held_out(recipe, data, held_out_passages)
     return [row for row in rows if row["context"] in passages]
+
+
+def _held_out(recipe: Recipe, data: Path, which: Callable[[HeldOut, list[Row]], set[str]]) -> set[str]:
+    """Which passages of the set that the recipe divides; none where it divides none."""
+    if recipe.held_out is None:
+        return set()
+    part = next(part for part in recipe.data if part.path == recipe.held_out.path)
+    return which(recipe.held_out, list(read_rows(data / part.path / f"{part.split}.jsonl.gz", ("context",))))
 
 
 def _sentiment(client: _Client, rows: list[Row], folder: Path) -> dict[str, float]:

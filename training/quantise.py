@@ -13,8 +13,9 @@ from models.graph import write_graphs
 from models.manifest import Manifest, Variant, load_manifest, write_manifest
 from models.weights import read_weights
 from training.card import write_card
-from training.evaluate import Ask, Evaluation
+from training.evaluate import Evaluation
 from training.export import onnx_logits, parity_batch, write_quantised
+from training.knowledge import Ask
 from training.recipe import Recipe, Storage
 
 Serve = Callable[[Path], AbstractContextManager[Ask]]

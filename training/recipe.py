@@ -68,6 +68,8 @@ class HeldOut(_Part):
     """The data set that is divided."""
     passages_share: float = Field(gt=0, lt=1)
     """Share of its distinct passages, the last ones in file order, that training never sees."""
+    confidence_share: float = Field(0.0, ge=0, lt=1)
+    """Share of those, the first ones, that confidence is fitted on; scores from a knowledge base leave them out."""
 
 
 class FitRecipe(_Part):
@@ -122,6 +124,8 @@ class EvaluateRecipe(_Part):
     split: str = "validation"
     unseen_only: bool = False
     """Only rows whose passage ``[held_out]`` keeps out of training."""
+    knowledge_base: bool = False
+    """Ask a knowledge base of all the passages of the set, instead of giving each question its own."""
     setting: dict[str, str | int | float | bool] = {}
     """Parameters of the requests, beyond the texts."""
 

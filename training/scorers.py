@@ -9,6 +9,7 @@ import string
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
+import numpy as np
 import sacrebleu
 from rouge_score.rouge_scorer import RougeScorer
 
@@ -80,3 +81,38 @@ def rouge(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> di
 def bits_per_byte(negative_log_likelihood_nats: float, text: str) -> float:
     """Total negative log-likelihood over the text's UTF-8 bytes; comparable between tokenizers."""
     return negative_log_likelihood_nats / math.log(2) / len(text.encode())
+
+
+def calibration_error(confidences: Sequence[float], right: Sequence[float], bins: int = 10) -> float:
+    """Expected calibration error in percent: the mean gap between confidence and share of right answers, over ``bins``
+    equally filled ones (Guo et al. 2017; Nguyen and O'Connor 2015 for the bins)."""
+    parts = np.array_split(np.argsort(confidences, kind="stable"), bins)
+    said, was = np.asarray(confidences), np.asarray(right)
+    gaps = [abs(said[part].mean() - was[part].mean()) * len(part) for part in parts if len(part)]
+    return 100 * float(sum(gaps)) / len(said)
+
+
+def fit_platt(scores: Sequence[float], right: Sequence[float]) -> tuple[float, float]:
+    """Slope and intercept of the logistic curve that makes ``right`` likeliest (Platt 1999), by Newton's method."""
+    features = np.stack([np.asarray(scores), np.ones(len(scores))], axis=1)
+    weights = np.zeros(2)
+    for _ in range(100):
+        likely = 1 / (1 + np.exp(-features @ weights))
+        # A thousandth keeps the step finite where the scores tell right from wrong perfectly.
+        curvature = features.T @ (features * (likely * (1 - likely))[:, None]) + 1e-3 * np.eye(2)
+        step = np.linalg.solve(curvature, features.T @ (np.asarray(right) - likely) - 1e-3 * weights)
+        weights += step
+        if np.abs(step).max() < 1e-9:
+            break
+    return float(weights[0]), float(weights[1])
+
+
+def best_threshold(confidences: Sequence[float], answerable: Sequence[bool]) -> float:
+    """The least confidence worth an answer: where the shares of answerable questions answered and of others not
+    answered have the greatest sum (Youden 1950), whatever mix of the two users ask."""
+    order = np.argsort(confidences, kind="stable")
+    can = np.asarray(answerable)[order]
+    # Of the answers below each candidate: questions that had one are lost, the others well withheld.
+    lost, withheld = np.cumsum(can) / max(1, can.sum()), np.cumsum(~can) / max(1, (~can).sum())
+    best = int(np.argmax(withheld - lost))
+    return float(np.asarray(confidences)[order][min(best + 1, len(can) - 1)])

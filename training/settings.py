@@ -17,7 +17,7 @@ ENV_PREFIX = "WATTLE_TRAIN_"
 
 
 class Settings(BaseSettings):
-    """Settings of ``wattle train``, ``export``, ``evaluate`` and ``import``; each uses those that concern it."""
+    """Settings of the training commands; each uses those that concern it."""
 
     model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, extra="forbid", frozen=True, env_ignore_empty=True)
 
@@ -31,6 +31,7 @@ class Settings(BaseSettings):
     threads: int = Field(0, ge=0, description="Threads of the training; 0 takes every core.")
     recipe: str | None = Field(None, description="Recipe that lists the sets; the shipped one of the model's name.")
     limit: int | None = Field(None, ge=1, description="Score only the first rows of each set.")
+    passages: int = Field(100_000, ge=1, description="Passages of the knowledge base that is searched for speed.")
     write: bool = Field(False, description="Write the scores into the model's manifest and card.")
     name: str | None = Field(
         None,

@@ -110,8 +110,18 @@ def load_rows(recipe: Recipe, data: Path) -> list[tuple[DataRecipe, list[Row]]]:
 
 def held_out_passages(held_out: HeldOut, rows: list[Row]) -> set[str]:
     """The passages of ``rows`` that training never sees."""
+    return set(_held_out(held_out, rows))
+
+
+def confidence_passages(held_out: HeldOut, rows: list[Row]) -> set[str]:
+    """The passages among those that training never sees on which confidence is fitted."""
+    unseen = _held_out(held_out, rows)
+    return set(unseen[: round(len(unseen) * held_out.confidence_share)])
+
+
+def _held_out(held_out: HeldOut, rows: list[Row]) -> list[str]:
     passages = list(dict.fromkeys(row["context"] for row in rows))
-    return set(passages[round(len(passages) * (1 - held_out.passages_share)) :])
+    return passages[round(len(passages) * (1 - held_out.passages_share)) :]
 
 
 def _tokenizer(

@@ -63,12 +63,13 @@ def energy_of(bill: Bill) -> Energy:
 
 def bill_headers(receipt: Receipt) -> dict[str, str]:
     """Time and energy of a request that is over, as headers; what is unknown has none."""
-    energy = energy_of(receipt.bill)
-    headers = {
-        "x-queue-time": f"{receipt.queue_ms:.3f}",
-        "x-inference-time": f"{receipt.compute_ms:.3f}",
-        "x-energy-quality": energy.quality,
-    }
+    times = {"x-queue-time": f"{receipt.queue_ms:.3f}", "x-inference-time": f"{receipt.compute_ms:.3f}"}
+    return times | energy_headers(energy_of(receipt.bill))
+
+
+def energy_headers(energy: Energy) -> dict[str, str]:
+    """A bill as headers; what is unknown has none."""
+    headers: dict[str, str] = {"x-energy-quality": energy.quality}
     if energy.allocated_j is not None:
         headers["x-energy-joules"] = f"{energy.allocated_j:.6f}"
     if energy.gco2e is not None:

@@ -16,6 +16,7 @@ from pydantic_core import PydanticCustomError
 from models.manifest import ArtefactError, GenerationDefaults, Manifest
 from service.engine.types import EncodeOutput, FinishReason, Item, Output, Sampling, WriteOutput
 from service.errors import InvalidValue, TooManyTokens
+from service.knowledge.store import Passage
 from service.models import Model, Models
 from service.streaming import Transcript
 
@@ -102,6 +103,16 @@ class Encoded(Generic[PlanT]):
     plan: PlanT
 
 
+@dataclass(frozen=True, slots=True)
+class Lookup:
+    """What a request wants from a knowledge base before it is encoded."""
+
+    knowledge_base: str
+    questions: Sequence[str]
+    passages: int
+    """How many for each question."""
+
+
 class Task(ABC, Generic[RequestT, PlanT]):
     """One task. A subclass is a file of this folder and a line in its tuple; routes, docs and tests follow."""
 
@@ -138,6 +149,14 @@ class Task(ABC, Generic[RequestT, PlanT]):
         All of its pieces together begin the text of the result of that number.
         """
         return None
+
+    def lookup(self, request: RequestT) -> Lookup | None:
+        """What ``request`` wants from a knowledge base; None where it wants nothing."""
+        return None
+
+    def ground(self, request: RequestT, found: Sequence[Sequence[Passage]]) -> RequestT:
+        """``request`` with the passages that were found for each question of its lookup."""
+        raise NotImplementedError(f"{self.name} looks nothing up")
 
     def choose(self, request: RequestT, models: Models) -> Model:
         """The model that serves ``request``. Raises ``ModelNotFound``."""

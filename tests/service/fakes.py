@@ -36,6 +36,7 @@ from service.engine.types import (
     WriteItem,
     WriteOutput,
 )
+from service.knowledge.bases import Knowledge, find_embedder
 from service.metrics import Metrics
 from service.settings import Settings
 
@@ -296,6 +297,8 @@ def build(settings: Settings) -> Iterator[Service]:
         metrics.watch(engine.queue_depth, engine.running, account.totals, ledger)
         books = Books(metrics, settings.daily_budget_j)
         account.on_settled = books.settled
+        embedder = find_embedder(models)
+        knowledge = Knowledge(settings.knowledge, settings.max_documents, engine, embedder, account.record)
         yield Service(
             models=models,
             engine=engine,
@@ -306,7 +309,9 @@ def build(settings: Settings) -> Iterator[Service]:
             door=Door(settings.max_concurrent_requests),
             max_client_batch_size=settings.max_client_batch_size,
             request_timeout_s=settings.request_timeout_s,
+            knowledge=knowledge,
         )
+        knowledge.close()
         ledger.close()
 
 

@@ -8,7 +8,16 @@ from starlette.testclient import TestClient
 
 from energy.ledger import LedgerUnreadable
 from service.engine.types import EngineClosed, Overloaded
-from service.errors import TABLE, InvalidValue, MethodNotAllowed, RecordNotFound, RouteNotFound, WattleError, render
+from service.errors import (
+    TABLE,
+    DocumentNotFound,
+    InvalidValue,
+    MethodNotAllowed,
+    RecordNotFound,
+    RouteNotFound,
+    WattleError,
+    render,
+)
 from service.tasks import TASKS
 from tests.service.fakes import FakeEngine
 
@@ -39,7 +48,7 @@ def test_every_code_is_of_one_error() -> None:
 def test_openapi_documents_every_error_that_a_task_can_answer(client: TestClient, task: Any) -> None:
     """All of the table, except what is no answer of a task's own route."""
     responses = client.get("/openapi.json").json()["paths"][f"/v1/{task.name}"]["post"]["responses"]
-    elsewhere = {RouteNotFound, MethodNotAllowed, RecordNotFound, LedgerUnreadable}
+    elsewhere = {RouteNotFound, MethodNotAllowed, RecordNotFound, LedgerUnreadable, DocumentNotFound}
     expected = {(str(answer.status), answer.code) for kind, answer in TABLE.items() if kind not in elsewhere}
     documented = {
         (status, code.strip("`"))

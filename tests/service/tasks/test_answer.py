@@ -10,19 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from starlette.testclient import TestClient
 
+from models.manifest import Confidence
 from service.engine.types import EncodeOutput, Timing
 from service.errors import InvalidValue, TooManyTokens
+from service.knowledge.store import Passage
 from service.models import Model
-from service.tasks.answer import (
-    MAX_ANSWER_TOKENS,
-    STRIDE,
-    Answer,
-    AnswerRequest,
-    Reading,
-    Window,
-    read_answer,
-    split_windows,
-)
+from service.tasks.answer import RANK_WEIGHT, Answer, AnswerRequest, Asked, read_answer, read_passages
+from service.tasks.spans import MAX_ANSWER_TOKENS, STRIDE, Reading, Window, split_windows
 from tests.service.fakes import CLS, SEP, FakeEngine
 
 TASK = Answer()
@@ -95,10 +89,10 @@ def test_the_answer_is_the_context_letter_by_letter(client: TestClient, context:
 def test_a_combining_mark_stays_with_its_letter(models: dict[str, Model]) -> None:
     context = "good cafe\u0301 good"
     encoded = encode(models["answer"], "what", context)
-    assert len(encoded.plan[0].offsets) == 3
+    assert len(encoded.plan[0].readings[0].offsets) == 3
     logits = np.full((len(encoded.items[0].input_ids), 2), -5, np.float32)
     logits[4] = 5  # [CLS] what [SEP] good cafe good [SEP]
-    result = read_answer(encoded.plan[0], [logits], 0.0)
+    result = read_answer(encoded.plan[0].readings[0], [logits], 0.0)
     assert result.answer == "cafe\u0301" == context[result.start : result.end]
 
 
@@ -196,3 +190,45 @@ def test_a_caller_may_want_a_span_at_any_price(models: dict[str, Model]) -> None
     assert not spans[False].abstained
     assert spans[False].answer in "paris is good"
     assert spans[False].score < 0.5
+
+
+CALIBRATED = Confidence(slope=1.0, intercept=-5.0, least=0.5, data="none", rows=1)
+
+
+def passages_of(*spans: float, null: float = 0.0, may_abstain: bool = True, **options: Any) -> Any:
+    """What is made of passages, each of ten words from character 100 on, whose best span scores as said."""
+    passages = [Passage(f"document {n}", 100, 119, "x " * 10, {"n": n}, 1 / n) for n, _ in enumerate(spans, start=1)]
+    asked = Asked(tuple(reading([(0, 10)], 10) for _ in spans), may_abstain, tuple(passages))
+    scores = [[logits(10, {n: score}, {n: 0.0}, null=null)] for n, score in enumerate(spans)]
+    return read_passages(asked, passages, scores, options.get("threshold", 0.0), options.get("calibrated"))
+
+
+def test_the_best_span_of_all_passages_answers_in_its_documents_characters() -> None:
+    result = passages_of(1.0, 8.0, 2.0)
+    assert (result.answer, result.start, result.end, result.document) == ("x", 102, 103, "document 2")
+    assert [passage.document for passage in result.passages] == ["document 1", "document 2", "document 3"]
+    assert result.passages[1].metadata == {"n": 2}
+    # A softmax over the spans of all passages and "no answer", ranks counted in.
+    weights = [math.exp(score - RANK_WEIGHT * math.log(rank)) for rank, score in enumerate((1.0, 8.0, 2.0), start=1)]
+    assert result.score == pytest.approx(weights[1] / (sum(weights) + 1), rel=1e-6)
+
+
+@pytest.mark.parametrize(("lead", "document"), [(0.1, "document 1"), (-0.1, "document 2")])
+def test_a_later_passage_must_be_better_by_its_ranks_weight(lead: float, document: str) -> None:
+    assert passages_of(3.0, 3.0 + RANK_WEIGHT * math.log(2) - lead).document == document
+
+
+def test_a_calibrated_reader_abstains_below_its_least_confidence() -> None:
+    sure, unsure = passages_of(6.0, calibrated=CALIBRATED), passages_of(4.0, calibrated=CALIBRATED)
+    assert (sure.abstained, sure.confidence) == (False, pytest.approx(1 / (1 + math.exp(-1))))
+    assert (unsure.abstained, unsure.confidence) == (True, pytest.approx(1 / (1 + math.exp(1))))
+    assert (unsure.answer, unsure.start, unsure.document, len(unsure.passages)) == ("", None, None, 1)
+    assert passages_of(4.0, calibrated=CALIBRATED, may_abstain=False).answer == "x"
+    assert passages_of(calibrated=CALIBRATED).confidence == 0.0
+    assert 0 <= CALIBRATED.of(-1e6) < 1e-200
+
+
+def test_any_other_abstains_where_no_answer_scores_best() -> None:
+    assert passages_of(4.0, null=4.5).abstained
+    assert not passages_of(4.0, null=4.5, threshold=1.0).abstained
+    assert passages_of(4.0, null=3.5).confidence is None

@@ -1,0 +1,1 @@
+"""Knowledge bases: documents in, passages that bear on a question out."""
