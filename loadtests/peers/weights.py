@@ -83,7 +83,9 @@ def _commands(root: Path, artefact: str, shape: Shape, out: Path) -> Iterator[li
         case "openvino":
             task, numbers = _OPTIMUM_TASKS[shape.kind], "fp32" if shape.kind == "encode" else "int8"
             export = [script("openvino", "optimum-cli"), "export", "openvino", "--model", source, "--task", task]
-            yield [*export, "--library", "transformers", "--weight-format", numbers, target]
+            # With its state inside, a decoder keeps that of another batch: beams fail or write something else.
+            flags = ["--disable-stateful"] if shape.kind == "translate" else []
+            yield [*export, "--library", "transformers", "--weight-format", numbers, *flags, target]
             if shape.kind == "encode":
                 yield [*module("openvino", "loadtests.peers.make_openvino"), target, sentences]
         case "gguf":
