@@ -17,6 +17,7 @@ from service.core import Charge
 from service.engine.types import EngineClosed, Overloaded
 from service.errors import (
     BodyTooLarge,
+    DailyBudgetSpent,
     DeadlineExceeded,
     DocumentNotFound,
     InvalidValue,
@@ -40,7 +41,15 @@ from service.tasks.answer import FoundPassage
 NDJSON = "application/x-ndjson"
 _EXAMPLE = [{"id": "danube", "text": "The Danube rises in the Black Forest.", "metadata": {"title": "The Danube"}}]
 _BASE_ERRORS = (KnowledgeBaseNotFound, KnowledgeUnavailable)
-_WORK_ERRORS = (MalformedBody, BodyTooLarge, InvalidValue, Overloaded, EngineClosed, KnowledgeUnavailable)
+_WORK_ERRORS = (
+    DailyBudgetSpent,
+    MalformedBody,
+    BodyTooLarge,
+    InvalidValue,
+    Overloaded,
+    EngineClosed,
+    KnowledgeUnavailable,
+)
 _log = logging.getLogger(__name__)
 
 
