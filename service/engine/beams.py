@@ -91,27 +91,26 @@ class Beams:
         each text's rows have read. Returns what rows have to copy before they read on, and the best text of each
         search that is over.
         """
-        n, width = len(read), self.width
-        here = slice(first, first + n)
-        each = np.arange(n)[:, None]
-        totals = (self._scores[here, :, None] + scores.reshape(n, width, -1)).reshape(n, -1)
+        n, width, count = len(read), self.width, words.shape[1]
+        here, each = slice(first, first + n), np.arange(n)[:, None]
+        totals = (self._scores[here, :, None] + scores.reshape(n, width, count)).reshape(n, -1)
+        words = words.reshape(n, -1)
         best = np.argsort(-totals, axis=1, kind="stable")[:, : 2 * width]
-        totals = np.take_along_axis(totals, best, 1)
-        tokens = np.take_along_axis(words.reshape(n, -1), best, 1)
-        parents = best // words.shape[1]
-        ends = tokens == self._eos
+        ends = words[each, best] == self._eos
         lengths = self._lengths[here] = self._lengths[here] + 1
-        # Ends below the width would not have been explored further either.
-        for number in np.flatnonzero(ends[:, :width].any(1)).tolist():
-            for rank in np.flatnonzero(ends[number, :width]):
-                ids = self._ids[first + number, parents[number, rank], : lengths[number] - 1]
-                self._finish(first + number, totals[number, rank], ids, stopped=True)
-        going = np.argsort(ends, axis=1, kind="stable")[:, :width]
-        totals, tokens, parents = (np.take_along_axis(every, going, 1) for every in (totals, tokens, parents))
-        leading = totals[:, 0]
+        if ends.any():
+            # Ends below the width would not have been explored further either.
+            for number, rank in np.argwhere(ends[:, :width]).tolist():
+                place = best[number, rank]
+                ids = self._ids[first + number, place // count, : lengths[number] - 1]
+                self._finish(first + number, totals[number, place], ids, stopped=True)
+            best = best[each, np.argsort(ends, axis=1, kind="stable")]
+        best = best[:, :width]
+        leading = totals[each[:, 0], best[:, 0]]
         # From best to worst becomes by row: the first child of a beam stays in its row.
-        order, copied = _into_rows(parents)
-        totals, tokens, parents = totals[each, order], tokens[each, order], parents[each, order]
+        order, copied = _into_rows(best // count)
+        best = best[each, order]
+        parents, tokens, totals = best // count, words[each, best], totals[each, best]
         alike = self._alike[here]
         copies = [
             Copy(

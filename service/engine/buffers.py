@@ -10,8 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 KEY_BLOCK = 16
-"""Buffers hold a multiple of this many tokens (``models/graph.py``)."""
+"""What grows holds a multiple of this many tokens (``models/graph.py``)."""
 _LEAST = 32
+_FOUR = 4
+"""What does not grow holds a multiple of this many tokens: sums over keys go by fours."""
 # Room for a quarter more tokens than there are: laying out costs about as much as attention reading everything once.
 _ROOM = 4
 
@@ -24,14 +26,18 @@ class Buffers:
     Address space is taken for ``max_tokens`` in every row, memory for what was ever laid out.
     """
 
-    def __init__(self, names: Sequence[str], n_rows: int, n_heads: int, head_size: int, max_tokens: int) -> None:
+    def __init__(
+        self, names: Sequence[str], n_rows: int, n_heads: int, head_size: int, max_tokens: int, *, grows: bool = True
+    ) -> None:
+        """``grows`` is whether rows get longer, step by step: then there is room beyond the longest."""
         self._n_rows, self._n_heads, self._head_size = n_rows, n_heads, head_size
-        self._most = _whole_blocks(max_tokens)
+        self._grows = grows
+        self._most = -(-max_tokens // KEY_BLOCK) * KEY_BLOCK
         size = n_rows * n_heads * self._most * head_size
         # Zeros and not just anything: what attention masks it still multiplies by zero, and that must be a number.
         self._pools = {name: np.zeros(size, dtype=np.float32) for name in names}
         self._spare = np.zeros(size, dtype=np.float32)
-        self.capacity = min(_LEAST, self._most)
+        self.capacity = self._fitting(1)
         self.arrays = {name: self._view(pool, self.capacity) for name, pool in self._pools.items()}
 
     def reserve(self, tokens: int, used: int) -> bool:
@@ -39,7 +45,7 @@ class Buffers:
 
         Where no row is kept, arrays much larger than ``tokens`` shrink.
         """
-        wanted = min(max(_whole_blocks(tokens + tokens // _ROOM), _LEAST), self._most)
+        wanted = self._fitting(tokens)
         if tokens <= self.capacity and (used or self.capacity <= 2 * wanted):
             return False
         kept = min(self.capacity, wanted)
@@ -65,10 +71,12 @@ class Buffers:
         for array, part in zip(self.arrays.values(), parts, strict=True):
             array[row, :, : part.shape[1]] = part
 
+    def _fitting(self, tokens: int) -> int:
+        if not self._grows:
+            return -(-tokens // _FOUR) * _FOUR
+        blocks = -(-(tokens + tokens // _ROOM) // KEY_BLOCK)
+        return min(max(blocks * KEY_BLOCK, _LEAST), self._most)
+
     def _view(self, pool: Floats, capacity: int) -> Floats:
         shape = (self._n_rows, self._n_heads, capacity, self._head_size)
         return pool[: int(np.prod(shape))].reshape(shape)
-
-
-def _whole_blocks(tokens: int) -> int:
-    return -(-tokens // KEY_BLOCK) * KEY_BLOCK

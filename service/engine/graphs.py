@@ -108,7 +108,7 @@ class DecoderGraph:
             self._lengths["prefix_lengths"] = np.ones(n_rows, dtype=np.int64)
         if config.architecture == "encoder-decoder":
             self._lengths["source_lengths"] = np.ones(n_texts, dtype=np.int64)
-            self._cross = Buffers([f"cross_{name}" for name in names], n_texts, *shape)
+            self._cross = Buffers([f"cross_{name}" for name in names], n_texts, *shape, grows=False)
         self.positions = np.zeros(n_rows, dtype=np.int64)
         """How many tokens each row has read."""
         self._next_ids = np.zeros((n_rows, 1), dtype=np.int64)

@@ -1,5 +1,6 @@
 """Opens model folders: which graphs an architecture has, and which worker runs them."""
 
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,8 +12,11 @@ import onnxruntime as ort
 from models.manifest import ArtefactError, Manifest
 from service.engine.executor import Executor
 from service.engine.graphs import EncoderGraph, WriteGraphs, open_graph
+from service.engine.pages import enlarge_pages
 from service.engine.settings import EngineSettings
 from service.engine.workers import EncodeWorker, Limits, Worker, WriteWorker
+
+_log = logging.getLogger(__name__)
 
 
 class LoadedModel(Protocol):
@@ -41,6 +45,8 @@ def open_executors(models: Mapping[str, LoadedModel], settings: EngineSettings) 
         with _on(cores):
             workers = {name: _open(model, sessions, settings) for name, model in models.items()}
         executors.append(Executor(f"cpu:{number}", workers, cores, settings.threads))
+    # Before any buffer is: those are large and mostly empty, and would be filled.
+    _log.debug("%d MB lie in large pages", enlarge_pages() // 1_000_000)
     return executors
 
 

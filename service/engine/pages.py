@@ -1,0 +1,40 @@
+"""Large pages for weights. Knows nothing of models.
+
+A step reads every weight once, one after the other, and processors fetch ahead only within a page: where pages have 4 KB,
+they wait at each. ONNX Runtime asks for no larger ones.
+"""
+
+import ctypes
+import platform
+from collections.abc import Iterator
+
+_PAGE_BYTES = 2 << 20
+_MADV_COLLAPSE = 25
+"""Of Linux since 6.1: gather what lies in small pages into large ones, now (``man 2 madvise``)."""
+
+
+def enlarge_pages() -> int:
+    """Gather this process's large blocks of memory into large pages; returns how many bytes lie in blocks that were.
+
+    Best effort: 0 where the system cannot.
+    """
+    if platform.system() != "Linux":
+        return 0
+    libc = ctypes.CDLL(None, use_errno=True)
+    enlarged = 0
+    for start, end in _blocks():
+        if libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_COLLAPSE) == 0:
+            enlarged += end - start
+    return enlarged
+
+
+def _blocks() -> Iterator[tuple[int, int]]:
+    """The whole large pages in memory that belongs to no file."""
+    with open("/proc/self/maps", encoding="utf-8") as maps:
+        lines = maps.readlines()
+    for line in lines:
+        addresses, rights, *_, inode = line.split()[:5]
+        start, end = (int(each, 16) for each in addresses.split("-"))
+        start, end = -(-start // _PAGE_BYTES) * _PAGE_BYTES, end // _PAGE_BYTES * _PAGE_BYTES
+        if rights.startswith("rw-p") and inode == "0" and start < end:
+            yield start, end
