@@ -694,7 +694,22 @@ def _beams(config: TransformerConfig, store: _Store) -> _Graph:
     g = _Graph(store)
     logits = g.input("logits", "rows", config.vocab_size, dtype=ir.DataType.FLOAT)
     count = g.input("count", 1)
-    scores, words = g.ops("TopK", g.op("LogSoftmax", logits), count, n_outputs=2)
+    every = g.op("LogSoftmax", logits)
+    size = _stretch(config.vocab_size)
+    # The best words lie in the stretches of the vocabulary with the best peaks: only those are searched.
+    stretches = g.op("Reshape", every, g.constant([0, -1, size]))
+    peaks = g.op("ReduceMax", stretches, g.constant([2]), keepdims=0)
+    n_best = g.op("Min", count, g.constant([config.vocab_size // size]))
+    _, best = g.ops("TopK", peaks, n_best, n_outputs=2)
+    found = g.op("GatherND", stretches, g.unsqueeze(best, 2), batch_dims=1)
+    scores, places = g.ops("TopK", g.op("Reshape", found, g.constant([0, -1])), count, n_outputs=2)
+    starts = g.op("Mul", g.op("GatherElements", best, g.op("Div", places, g.constant(size)), axis=1), g.constant(size))
+    words = g.op("Add", starts, g.op("Mod", places, g.constant(size)))
     g.output(scores, "log_probabilities", "rows", "count")
     g.output(words, "words", "rows", "count", dtype=ir.DataType.INT64)
     return g
+
+
+def _stretch(vocab_size: int) -> int:
+    """Words of a stretch: the divisor that is nearest to 64."""
+    return min((size for size in range(1, 257) if vocab_size % size == 0), key=lambda size: abs(size - 64))

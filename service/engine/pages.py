@@ -1,7 +1,7 @@
 """Large pages for weights. Knows nothing of models.
 
-A step reads every weight once, one after the other, and processors fetch ahead only within a page: where pages have 4 KB,
-they wait at each. ONNX Runtime asks for no larger ones.
+A step reads every weight once, one after the other, and processors fetch ahead only within a page: where pages have
+4 KB, they wait at each. ONNX Runtime asks for no larger ones.
 """
 
 import ctypes
