@@ -6,6 +6,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from types import FrameType
 
 from loadtests.peers import ceilings, http_rounds, report, rounds, weights
 from loadtests.peers.environments import python_of
@@ -18,8 +19,7 @@ from loadtests.peers.workloads import WORKLOADS
 def main() -> None:
     """Measure what was not measured yet, and write the page."""
     arguments = _parser().parse_args()
-    # Ended like this, the servers end too.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    signal.signal(signal.SIGTERM, _end)
     root: Path = arguments.root.resolve()
     root.mkdir(parents=True, exist_ok=True)
     results = root / ("quick.jsonl" if arguments.quick else "results.jsonl")
@@ -50,6 +50,12 @@ def _measure(arguments: argparse.Namespace, root: Path, records: Records) -> Non
         rounds.measure(plan, records)
     if any(each in "http" for each in wanted):
         http_rounds.measure(root, arguments.rounds, records, quick=arguments.quick)
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    """Ended like this, the servers end too; a second signal must not disturb that."""
+    signal.signal(number, signal.SIG_IGN)
+    sys.exit(128 + number)
 
 
 def _machine() -> dict[str, object]:
