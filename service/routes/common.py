@@ -8,10 +8,15 @@ from fastapi import Request
 from pydantic import BaseModel, Field
 from starlette.types import Receive
 
+from energy.ledger import LedgerUnreadable
 from energy.types import Bill, Quality
 from service.core import Receipt, Service
+from service.errors import TABLE, DocumentNotFound, MethodNotAllowed, RecordNotFound, RouteNotFound
 
 UJ_PER_J = 1_000_000
+_ELSEWHERE = (RouteNotFound, MethodNotAllowed, RecordNotFound, DocumentNotFound, LedgerUnreadable)
+TASK_ERRORS = tuple(kind for kind in TABLE if kind not in _ELSEWHERE)
+"""What a task can end in."""
 
 T = TypeVar("T")
 

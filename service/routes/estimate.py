@@ -11,22 +11,22 @@ from energy.prediction import COVERAGE
 from energy.types import Quality
 from models.manifest import Task as TaskName
 from service.core import Estimate
+from service.engine.types import EngineClosed
 from service.errors import (
-    TABLE,
     DailyBudgetSpent,
     EnergyBudgetExceeded,
-    MethodNotAllowed,
-    RecordNotFound,
-    RouteNotFound,
+    KnowledgeBaseNotFound,
+    KnowledgeUnavailable,
     documented,
 )
 from service.metrics import UJ_PER_J
 from service.responses import JsonResponse
-from service.routes.common import service_of
+from service.routes.common import TASK_ERRORS, service_of
 from service.tasks import TASKS
 
 _TASKS = {task.name: task for task in TASKS}
-_NOT_HERE = (RouteNotFound, MethodNotAllowed, RecordNotFound, EnergyBudgetExceeded, DailyBudgetSpent)
+_NOT_HERE = (EnergyBudgetExceeded, DailyBudgetSpent, KnowledgeBaseNotFound, KnowledgeUnavailable, EngineClosed)
+"""What only a task can end in: nothing is spent, searched or computed."""
 
 
 class EstimateRequest(BaseModel):
@@ -87,7 +87,7 @@ def estimate_routes() -> APIRouter:
         operation_id="estimate_energy",
         summary="What a request would cost, before it runs",
         response_model=EstimateResponse,
-        responses=documented(*(kind for kind in TABLE if kind not in _NOT_HERE)),
+        responses=documented(*(kind for kind in TASK_ERRORS if kind not in _NOT_HERE)),
         openapi_extra={"requestBody": {"content": {"application/json": {"example": example}}}},
     )
     async def estimate(body: EstimateRequest, http: Request) -> Response:

@@ -61,6 +61,7 @@ class Parameters(Lenient):
     handle_impossible_answer: bool = Field(False, description="Answer with nothing where that is likelier.")
     grammar: Any = Field(None, description="Not supported.")
     generate_parameters: dict[str, Any] | None = Field(None, description="Parameters as these, for what is written.")
+    energy_budget_j: float | None = Field(None, description="Most joules that the request may cost.")
 
 
 class HuggingFaceRequest(Lenient):
@@ -90,7 +91,8 @@ def huggingface_routes() -> APIRouter:
         chosen = service_of(http).models.named(model)
         if embeds(chosen):
             with renaming(_NAMES):
-                wishes = {"truncate": body.truncate, "dimensions": body.dimensions}
+                wishes: dict[str, Any] = {"truncate": body.truncate, "dimensions": body.dimensions}
+                wishes["energy_budget_j"] = body.parameters.energy_budget_j
                 request = request_of(EMBED, {"input": body.inputs, "model": model, **wishes})
             return await respond_whole(http, EMBED, request, _vectors, _NAMES)
         asked = _ask(chosen, body)

@@ -26,8 +26,8 @@ from service.errors import (
     MalformedBody,
     MissingParameter,
     UnknownParameter,
-    WattleError,
     documented,
+    is_foreseen,
     render,
 )
 from service.knowledge.bases import Description, Retrieval
@@ -288,7 +288,7 @@ async def _lines(
         except StopAsyncIteration:
             return
         except Exception as error:
-            if not isinstance(error, WattleError):
+            if not is_foreseen(error):
                 _log.exception("documents for %s failed", name)
             yield bytes(render(error).body) + b"\n"
 

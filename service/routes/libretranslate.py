@@ -48,6 +48,8 @@ class LibreTranslation(_Body):
     target: str = Field(min_length=1, description="Language code of the output.")
     format: str | None = Field(None, description="Nothing but `text` can be had.")
     alternatives: int | str | None = Field(None, description="There are none: where asked for, the list is empty.")
+    # A form brings it as text.
+    energy_budget_j: float | None = Field(None, strict=False, description="Most joules that the translation may cost.")
 
 
 class LibreDetection(_Body):
@@ -104,7 +106,8 @@ def libretranslate_routes() -> APIRouter:
             detected = await _detect(http, text, body.target)
         source = detected.language if detected else body.source
         with renaming(_NAMES):
-            request = request_of(TRANSLATE, {"input": body.q, "source": source, "target": body.target})
+            asked = {"input": body.q, "source": source, "target": body.target}
+            request = request_of(TRANSLATE, {**asked, "energy_budget_j": body.energy_budget_j})
         return await respond_whole(http, TRANSLATE, request, lambda receipt: _tell(receipt, body, detected), _NAMES)
 
     @router.post(

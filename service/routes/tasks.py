@@ -7,10 +7,9 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, Field
 from starlette.responses import Response
 
-from energy.ledger import LedgerUnreadable
 from service.core import Receipt
-from service.errors import TABLE, DocumentNotFound, MethodNotAllowed, RecordNotFound, RouteNotFound, documented
-from service.routes.common import Energy, Timings, Usage, energy_of, timings_of, usage_of
+from service.errors import documented
+from service.routes.common import TASK_ERRORS, Energy, Timings, Usage, energy_of, timings_of, usage_of
 from service.routes.sse import event, respond, streamed
 from service.tasks import TASKS
 from service.tasks.base import Task
@@ -35,8 +34,7 @@ class TaskResponse(BaseModel, Generic[ResultT]):
 def task_routes() -> APIRouter:
     """A route for every task of the tuple."""
     router = APIRouter(prefix="/v1", tags=["tasks"])
-    elsewhere = (RouteNotFound, MethodNotAllowed, RecordNotFound, LedgerUnreadable, DocumentNotFound)
-    errors = documented(*(kind for kind in TABLE if kind not in elsewhere))
+    errors = documented(*TASK_ERRORS)
     for task in TASKS:
         router.add_api_route(
             f"/{task.name}",

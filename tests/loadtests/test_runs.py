@@ -55,6 +55,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Run]]:
     """All runs, side by side: most of their time they wait."""
     folder = tmp_path_factory.mktemp("runs")
     with ExitStack() as stack:
+        # A job in the background of a script ignores Ctrl-C, and so would whatever it starts.
+        stack.callback(signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, signal.default_int_handler))
         started = {}
         for name, (how, flags) in FAKES.items():
             server = FakeServer(**how)
@@ -69,10 +71,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Run]]:
         stack.callback(watched.close)
         flags = ["--target", watched.address, "--users", "2", "--duration", "3s", "--settle-s", "1"]
         web = _start(folder / "web", [*flags, "--web-port", port], headless=False)
+        stack.callback(_stop, web)
         real = _start(folder / "real", ["--users", "3", "--duration", "10s", "--settle-s", "1", "--max-failures", "0"])
+        stack.callback(_stop, real)
         found = {name: _finish(process, folder / name, server) for name, (process, server) in started.items()}
-        for process in (web, real):
-            stack.callback(_stop, process)
         PAGES.update(_use_web_interface(f"http://127.0.0.1:{port}"))
         os.killpg(web.pid, signal.SIGINT)
         found["web"] = _finish(web, folder / "web", watched)

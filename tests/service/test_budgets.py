@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import httpx2 as httpx
 import pytest
 from starlette.testclient import TestClient
 
@@ -16,6 +17,7 @@ from energy.types import Bill, Quality, RequestRecord, SettledRecord
 from service.app import create_app
 from service.books import Books
 from service.budgets import CHECK_EVERY_TOKENS, keep_within
+from service.core import Service
 from service.engine.types import EncodeItem, Sampling, WriteItem
 from service.metrics import Metrics
 from service.settings import Settings
@@ -27,6 +29,20 @@ from tests.service.test_operations import samples
 AnyTask = Task[Any, Any]
 every_task = pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
 WRITERS = ("translate", "generate", "summarize")
+_CHAT = {"messages": [{"role": "user", "content": "hello"}]}
+_TRANSLATION = {"q": "good", "source": "en", "target": "de"}
+DIALECTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "chat": ("/v1/chat/completions", _CHAT),
+    "chat, stream": ("/v1/chat/completions", _CHAT | {"stream": True}),
+    "completions": ("/v1/completions", {"prompt": ["hello", "good"]}),
+    "responses": ("/v1/responses", {"input": "hello"}),
+    "Hugging Face": ("/hf/tiny-generate", {"inputs": "hello"}),
+    "Hugging Face, stream": ("/hf/tiny-generate", {"inputs": "hello", "stream": True}),
+    "Hugging Face, chat": ("/hf/tiny-generate/v1/chat/completions", _CHAT),
+    "LibreTranslate": ("/translate", _TRANSLATION),
+    "native, stream": ("/v1/generate", {"input": "hello", "stream": True}),
+}
+every_dialect = pytest.mark.parametrize("dialect", DIALECTS)
 
 
 def ask(client: TestClient, task: AnyTask, **changes: Any) -> Any:
@@ -135,6 +151,66 @@ def test_a_text_ends_where_its_budget_does(client: TestClient, engine: FakeEngin
     assert body["usage"]["output_tokens"] == 3 * CHECK_EVERY_TOKENS
 
 
+def in_dialect(client: TestClient, dialect: str, **changes: Any) -> Any:
+    path, body = DIALECTS[dialect]
+    if dialect in ("Hugging Face", "Hugging Face, stream"):
+        changes = {"parameters": changes}
+    return client.post(path, json={**body, **changes})
+
+
+@every_dialect
+def test_every_dialect_keeps_to_a_budget(client: TestClient, engine: FakeEngine, dialect: str) -> None:
+    assert in_dialect(client, dialect, energy_budget_j=5).status_code == 200
+    ran = len(engine.items)
+    response = in_dialect(client, dialect, energy_budget_j=1.9)
+    assert (response.status_code, response.json()["error"]["code"]) == (422, "energy_budget_exceeded")
+    assert len(engine.items) == ran
+
+
+def test_a_form_may_bring_a_budget(client: TestClient) -> None:
+    for budget, status in (("5", 200), ("1.9", 422), ("none", 422)):
+        response = client.post("/translate", data={**_TRANSLATION, "energy_budget_j": budget})
+        assert response.status_code == status
+    assert response.json()["error"]["param"] == "energy_budget_j"
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/embeddings", {"input": "good", "energy_budget_j": 1.9}),
+        ("/hf/tiny-embed", {"inputs": "good", "parameters": {"energy_budget_j": 1.9}}),
+    ],
+)
+def test_embeddings_keep_to_a_budget(
+    address: str, service: Service, embedder: str, path: str, body: dict[str, Any]
+) -> None:
+    service.account.on_settled = service.books.settled
+    httpx.post(f"{address}/v1/embeddings", json={"input": "good"})
+    response = httpx.post(address + path, json=body)
+    assert (response.status_code, response.json()["error"]["code"]) == (422, "energy_budget_exceeded")
+
+
+@pytest.mark.parametrize(
+    ("dialect", "reason"),
+    [
+        ("chat", lambda body: body["choices"][0]["finish_reason"] == "length"),
+        ("completions", lambda body: body["choices"][0]["finish_reason"] == "length"),
+        ("responses", lambda body: body["incomplete_details"] == {"reason": "max_output_tokens"}),
+    ],
+)
+def test_openais_clients_see_a_length_where_joules_give_out(
+    client: TestClient, engine: FakeEngine, dialect: str, reason: Any
+) -> None:
+    engine.writes = tuple(range(5, 5 + 10 * CHECK_EVERY_TOKENS))
+    assert reason(in_dialect(client, dialect, energy_budget_j=0.35).json())
+
+
+def test_hugging_faces_clients_see_a_length_where_joules_give_out(client: TestClient, engine: FakeEngine) -> None:
+    engine.writes = tuple(range(5, 5 + 10 * CHECK_EVERY_TOKENS))
+    (text,) = in_dialect(client, "Hugging Face", energy_budget_j=0.35, details=True).json()
+    assert text["details"]["finish_reason"] == "length"
+
+
 def test_a_budget_needs_a_meter(client: TestClient, account: FakeAccount) -> None:
     account.quality = Quality.UNAVAILABLE
     error = client.post("/v1/sentiment", json={"input": "good", "energy_budget_j": 5}).json()["error"]
@@ -189,6 +265,15 @@ class TestDailyBudget:
         budget = client.get("/v1/energy/live").json()["budget"]
         assert (budget["limit_j"], budget["spent_j"]) == (3.0, 4.0)
         assert client.post("/v1/energy/estimate", json={"task": "sentiment", "input": "good"}).status_code == 200
+
+    def test_a_spent_day_is_429_for_everyone(self, client: TestClient, account: FakeAccount) -> None:
+        account.time_s = time.time()
+        for _ in range(2):
+            ask_once(client)
+        asked = [in_dialect(client, dialect) for dialect in DIALECTS]
+        asked.append(client.put("/v1/knowledge/rivers/documents", json=[{"id": "danube", "text": "A river."}]))
+        asked.append(client.post("/v1/knowledge/rivers/search", json={"query": "river"}))
+        assert {(each.status_code, each.json()["error"]["code"]) for each in asked} == {(429, "daily_budget_spent")}
 
     def test_a_new_process_goes_on_where_the_last_one_stopped(self, tmp_path: Path) -> None:
         path = tmp_path / "ledger.sqlite"

@@ -10,13 +10,13 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from service.conversation import Asked
 from service.core import Receipt
-from service.errors import TABLE, InvalidValue, MethodNotAllowed, RecordNotFound, RouteNotFound, documented
+from service.errors import InvalidValue, documented
 from service.models import Model
-from service.routes.common import Energy, energy_of, service_of
+from service.routes.common import TASK_ERRORS, Energy, energy_of, service_of
 from service.routes.sse import event
 from service.tasks.generate import GeneratedText, Turn
 
-ERRORS = documented(*(kind for kind in TABLE if kind not in (RouteNotFound, MethodNotAllowed, RecordNotFound)))
+ERRORS = documented(*TASK_ERRORS)
 
 
 class Lenient(BaseModel):
@@ -174,8 +174,8 @@ def usage(receipt: Receipt) -> Usage:
 
 
 def finish_reason(result: BaseModel) -> str:
-    """Why a text ended; what is found or judged instead of written is whole."""
-    return str(getattr(result, "finish_reason", "stop"))
+    """Why a text ended: at `length` where tokens or joules gave out. What is found or judged instead is whole."""
+    return "stop" if getattr(result, "finish_reason", "stop") == "stop" else "length"
 
 
 def logprobs_of(result: BaseModel) -> list[TokenLogprob] | None:

@@ -28,6 +28,7 @@ class EmbeddingsRequest(Lenient):
         "float", description="`base64` is of 32-bit floats, the least significant byte first."
     )
     truncate: bool = Field(False, description="Cut a text that is too long instead of refusing it.")
+    energy_budget_j: float | None = Field(None, description="Most joules that the request may cost.")
 
 
 class EmbeddingObject(BaseModel):
@@ -67,7 +68,7 @@ def add_embeddings(router: APIRouter) -> None:
         openapi_extra=example({"input": ["A dog runs along the beach.", "Ein Hund rennt."]}),
     )
     async def embed(body: EmbeddingsRequest, http: Request) -> Response:
-        asked = body.model_dump(include={"input", "model", "dimensions", "truncate"})
+        asked = body.model_dump(include={"input", "model", "dimensions", "truncate", "energy_budget_j"})
         return await respond_whole(http, EMBED, request_of(EMBED, asked), lambda receipt: _tell(receipt, body), {})
 
 
