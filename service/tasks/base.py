@@ -155,8 +155,9 @@ class Task(ABC, Generic[RequestT, PlanT]):
         return None
 
     def ground(self, request: RequestT, found: Sequence[Sequence[Passage]]) -> RequestT:
-        """``request`` with the passages that were found for each question of its lookup."""
-        raise NotImplementedError(f"{self.name} looks nothing up")
+        """``request`` with the passages that were found for each question of its lookup; a task that looks nothing up
+        has nothing to add."""
+        return request
 
     def choose(self, request: RequestT, models: Models) -> Model:
         """The model that serves ``request``. Raises ``ModelNotFound``."""
