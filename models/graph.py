@@ -40,8 +40,9 @@ All graphs of a folder share ``weights.bin``, in which every array lies once. A 
 Token and position embeddings always have 8 bits.
 
 A row gives the same bits alone as in any batch, measured on a CPU with AVX-512, as long as blocks have 64 numbers or
-fewer (of 128, MatMulNBits sums a single row in another order), buffers hold a multiple of ``KEY_BLOCK`` (of a
-source: of four), and texts are padded to a multiple of four tokens unless all have one (products of a single row sum in fours, then one by one).
+fewer (of 128, MatMulNBits sums a single row in another order), buffers hold a multiple of ``KEY_BLOCK`` (of a source:
+of four), and texts are padded to a multiple of four tokens unless all have one (products of a single row sum in fours,
+then one by one).
 """
 
 from collections.abc import Callable, Mapping
