@@ -157,10 +157,18 @@ def evaluate(flags: dict[str, str]) -> int:
 
 
 def quantise(flags: dict[str, str]) -> int:
-    """Measure an exported model stored in every way there is: size, scores and joules through the service."""
+    """Measure exported models stored in every way there is: size, scores and joules through the service."""
     from training.commands import run_quantising
 
-    return _stage(lambda folder, settings: run_quantising(Path(folder), _asking, settings), flags)
+    return _stage(lambda folders, settings: run_quantising(list(map(Path, folders)), _asking, settings), flags)
+
+
+def frontier(flags: dict[str, str]) -> int:
+    """Draw quality against joules per query, from what `wattle quantise --write` has measured."""
+    from training.commands import run_frontier
+
+    page = Path(flags.pop("out", "docs/frontier.md"))
+    return _stage(lambda folders, _: run_frontier(list(map(Path, folders)), page), flags)
 
 
 def search_speed(flags: dict[str, str]) -> int:
@@ -232,7 +240,7 @@ def loadtest(arguments: Sequence[str]) -> int:
     return run(arguments)
 
 
-def _stage(run: Callable[[str, Any], object], flags: dict[str, str]) -> int:
+def _stage(run: Callable[[Any, Any], object], flags: dict[str, str]) -> int:
     """Run a stage of training; an error that the user can mend is one line on stderr."""
     from training.errors import TrainingError
     from training.settings import read_settings
@@ -251,10 +259,12 @@ class Command:
 
     run: Callable[[dict[str, str]], int]
     part: str
-    settings: tuple[str, ...] = ()
-    """Empty is every setting of the part."""
+    settings: tuple[str, ...] | None = None
+    """None is every setting of the part."""
     argument: str = ""
     """What its positional argument means; empty where it takes none."""
+    repeated: bool = False
+    """Whether it takes one or more of them."""
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Further flags, which are no settings, with what argparse is to know of them."""
 
@@ -292,7 +302,15 @@ COMMANDS = {
     "import": Command(import_, "training", IMPORTED, "Folder of a model that transformers saved, or a Hub name."),
     "confidence": Command(confidence, "training", ("data", "recipe", "limit"), "Folder of an exported model."),
     "evaluate": Command(evaluate, "training", SCORED, "Folder of an exported model."),
-    "quantise": Command(quantise, "training", SCORED, "Folder of an exported model."),
+    "quantise": Command(quantise, "training", SCORED, "Folder of an exported model.", repeated=True),
+    "frontier": Command(
+        frontier,
+        "training",
+        (),
+        "Folder of an exported model.",
+        repeated=True,
+        options={"out": {"metavar": "FILE", "help": "The page; pictures go beside it. [docs/frontier.md]"}},
+    ),
     "search-speed": Command(
         search_speed, "training", ("data", "recipe", "passages"), "Folder of a model that answers, or embeds."
     ),
@@ -315,12 +333,13 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
 
 def _add_flags(parser: argparse.ArgumentParser, command: Command) -> None:
     if command.argument:
-        parser.add_argument(SUBJECT, metavar="NAME", help=command.argument)
+        several: dict[str, Any] = {"nargs": "+"} if command.repeated else {}
+        parser.add_argument(SUBJECT, metavar="NAME", help=command.argument, **several)
     for name, known in command.options.items():
         parser.add_argument(f"--{name}", **known)
     module = importlib.import_module(f"{command.part}.settings")
     fields = module.Settings.model_fields
-    for setting in command.settings or tuple(fields):
+    for setting in tuple(fields) if command.settings is None else command.settings:
         # A switch needs no value; every other setting is read from its text by the part's own settings.
         kind: dict[str, Any] = {"metavar": setting.upper()}
         if fields[setting].annotation is bool:

@@ -9,7 +9,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader
 
-from loadtests.charts import Series, bars, plot
+from energy.charts import STYLE, Series, bars, plot
 
 PAGES = Path(__file__).parent / "pages"
 RED, BOLD, PLAIN = "\x1b[31m", "\x1b[1m", "\x1b[0m"
@@ -101,7 +101,7 @@ def render(
 ) -> str:
     """The page of all reports; ``plots`` are names and SVG."""
     template = Environment(loader=FileSystemLoader(PAGES), autoescape=True).get_template("report.html")
-    return template.render(title=title, subtitle=subtitle, notes=notes, tables=tables, plots=plots)
+    return template.render(title=title, subtitle=subtitle, notes=notes, tables=tables, plots=plots, chart_style=STYLE)
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from loadtests.charts import Series, plot
+from energy.charts import Series, plot
 from loadtests.report import Line, Table, pick, render, shown
 
 

@@ -107,6 +107,19 @@ class Score(_Part):
     setting: str = ""
 
 
+class Load(_Part):
+    """How queries were asked whose energy was measured: joules per query change several-fold with it."""
+
+    texts_per_request: int
+    queries: int
+    rounds: int
+    """In each, every way to store every model that was measured beside this one had its turn, with the same texts."""
+    cores: int
+    """That the service could use, with its settings at their defaults."""
+    foreign_cores: float | None
+    """Cores that other processes kept busy meanwhile, on average; None where the kernel does not tell."""
+
+
 class Variant(_Part):
     """The same model stored in another way, measured beside the others."""
 
@@ -118,8 +131,9 @@ class Variant(_Part):
     scores: tuple[Score, ...] = ()
     """Through the service, on as many rows as each says."""
     active_j_per_query: float | None = None
-    """Of the same queries, in requests of as many texts as ``wattle evaluate`` asks at once."""
+    """The median over the rounds."""
     quality: str = "unavailable"
+    load: Load | None = None
 
 
 class Confidence(_Part):

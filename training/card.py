@@ -2,7 +2,16 @@
 
 from pathlib import Path
 
-from models.manifest import Manifest
+from models.manifest import Load, Manifest
+
+
+def described(load: Load) -> str:
+    """The load at which energy was measured, as a sentence."""
+    others = "" if load.foreign_cores is None else f"; other processes kept {load.foreign_cores:.2g} of them busy"
+    return (
+        f"Energy: the median of {load.rounds} rounds of {load.queries // load.rounds} queries in requests of "
+        f"{load.texts_per_request} texts, one request at a time, on {load.cores} cores{others}."
+    )
 
 
 def write_card(folder: Path, manifest: Manifest) -> None:
@@ -61,7 +70,8 @@ def write_card(folder: Path, manifest: Manifest) -> None:
             "",
             "## Ways to store it",
             "",
-            "Each measured by `wattle quantise`, from the same weights and on the same rows.",
+            "Each measured by `wattle quantise`, from the same weights and on the same rows."
+            + (f" {described(manifest.variants[0].load)}" if manifest.variants[0].load is not None else ""),
             "",
             "| scheme | bits | MB | cosine to float32 | scores | active J a query |",
             "|---|---|---|---|---|---|",

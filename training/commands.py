@@ -1,19 +1,22 @@
 """What ``wattle train``, ``export``, ``confidence``, ``evaluate`` and ``import`` do, stage after stage."""
 
+import json
 import shutil
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
 
-from models.manifest import ArtefactError, Manifest, Score, load_manifest, write_manifest
+from models.manifest import ArtefactError, Manifest, Score, Variant, load_manifest, write_manifest
 from training.card import write_card
 from training.errors import TrainingError
 from training.evaluate import Evaluation, evaluate, fit_confidence
 from training.export import export
+from training.frontier import frontiers, verdict, write_frontiers
 from training.importing import import_model
 from training.knowledge import NEUTRAL, Ask
-from training.quantise import Serve, variants
+from training.quantise import Serve, Subject, variants
 from training.recipe import BudgetRecipe, Recipe, Storage, load_recipe
 from training.search_speed import search_speed
 from training.settings import Settings
@@ -90,27 +93,41 @@ def run_evaluation(folder: Path, ask: Ask, settings: Settings) -> list[Score]:
     return scores
 
 
-def run_quantising(folder: Path, serve: Serve, settings: Settings) -> None:
-    """Measure the model in ``folder`` stored in every way there is, and write what was found into its manifest."""
-    manifest = _manifest(folder)
-    recipe = load_recipe(settings.recipe or manifest.name)
+def run_quantising(folders: Sequence[Path], serve: Serve, settings: Settings) -> None:
+    """Measure the models in ``folders`` stored in every way there is, and write what was found into their manifests.
 
-    def score(ask: Ask, stored: Manifest, out: Path) -> list[Evaluation]:
-        # How matrices are stored says nothing of how passages are found.
-        sets = [each for each in recipe.evaluate if not each.knowledge_base]
-        return [evaluate(ask, stored, out, recipe, each, settings.data, settings.limit) for each in sets]
+    Models of one task that are asked about the same sets are measured in turns, for they will be compared.
+    """
+    together: dict[Hashable, list[Subject]] = {}
+    for folder in folders:
+        manifest = _manifest(folder)
+        subject = Subject(folder, manifest, load_recipe(settings.recipe or manifest.name))
+        key = subject.recipe.task, json.dumps([each.model_dump() for each in subject.sets])
+        together.setdefault(key, []).append(subject)
+    for subjects in together.values():
+        measured: dict[Path, list[Variant]] = {subject.folder: [] for subject in subjects}
+        for subject, variant in variants(subjects, settings.data, serve, settings.limit):
+            measured[subject.folder].append(variant)
+            print(_variant_line(subject.manifest.name, variant))
+        for subject in subjects if settings.write else ():
+            manifest = subject.manifest.model_copy(update={"variants": tuple(measured[subject.folder])})
+            write_card(subject.folder, manifest)
+            write_manifest(subject.folder, manifest)
 
-    measured = []
-    for variant in variants(folder, recipe, settings.data, serve, score):
-        measured.append(variant)
-        scores = ", ".join(f"{score.metric} {score.value:.2f}" for score in variant.scores)
-        joules = variant.active_j_per_query
-        cost = "unavailable J" if joules is None else f"{joules:.3g} J ({variant.quality})"
-        print(f"{manifest.name} {variant.scheme}, {variant.bits} bits: {variant.size_mb} MB; {scores}; {cost} a query")
-    if settings.write:
-        manifest = manifest.model_copy(update={"variants": tuple(measured)})
-        write_card(folder, manifest)
-        write_manifest(folder, manifest)
+
+def _variant_line(name: str, variant: Variant) -> str:
+    scores = ", ".join(f"{score.metric} {score.value:.2f}" for score in variant.scores)
+    joules = variant.active_j_per_query
+    cost = "unavailable J" if joules is None else f"{joules:.3g} J ({variant.quality})"
+    return f"{name} {variant.scheme}, {variant.bits} bits: {variant.size_mb} MB; {scores}; {cost} a query"
+
+
+def run_frontier(folders: Sequence[Path], page: Path) -> None:
+    """Write quality against joules per query of the models in ``folders``, which `wattle quantise` has measured."""
+    found = frontiers([_manifest(folder) for folder in folders])
+    for each in found:
+        print(verdict(each))
+    print(", ".join(map(str, write_frontiers(found, page))))
 
 
 def run_confidence(folder: Path, serve: Serve, settings: Settings) -> None:

@@ -4,6 +4,7 @@ Knows nothing of how the model is served: every prediction is the answer to a re
 a user gets. Only bits per byte, which no answer shows, are read from the exported graph itself.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -27,6 +28,10 @@ from training.tokenizer import EOS, token_id
 from training.train import confidence_passages, held_out_passages
 
 REQUEST_TEXTS = 16
+PROMPT_WORDS = 32
+"""Of a text that is to be continued where only the cost of that is asked."""
+Query = Mapping[str, Any]
+"""The texts of one query, by the fields of a request."""
 
 
 @dataclass
@@ -56,7 +61,7 @@ class _Client:
         """One result per row of the equally long ``columns``."""
         size = len(next(iter(columns.values())))
         setting = self.setting if knowledge_base is None else {**self.setting, "knowledge_base": knowledge_base}
-        with tqdm(total=size, desc=f"asking {self.model}", unit="query", mininterval=1.0) as bar:
+        with tqdm(total=size, desc=f"asking {self.model}", unit="query", mininterval=1.0, delay=1.0) as bar:
             for start in range(0, size, REQUEST_TEXTS):
                 part = {name: list(values[start : start + REQUEST_TEXTS]) for name, values in columns.items()}
                 answer = self.ask(self.task, {"model": self.model, "truncate": True, **setting, **part})
@@ -81,8 +86,7 @@ def evaluate(
 
     ``folder`` is the exported model. Raises ``TrainingError`` where the data does not fit the task.
     """
-    every = list(read_rows(data / each.path / f"{each.split}.jsonl.gz", TASKS[recipe.task].fields))
-    rows = _unseen(recipe, data, every) if each.unseen_only else every
+    every, rows = _rows(recipe, each, data)
     said = ", ".join(f"{name} {value}" for name, value in each.setting.items())
     client = _Client(ask, recipe.task, manifest.name, dict(each.setting))
     if each.knowledge_base:
@@ -103,6 +107,19 @@ def evaluate(
     return Evaluation(scores, client.queries, client.joules if client.queries else None, client.quality)
 
 
+def asked(recipe: Recipe, each: EvaluateRecipe, data: Path) -> list[Query]:
+    """What a query asks for each row of one set of ``recipe.evaluate``, besides the setting."""
+    return [query for row in _rows(recipe, each, data)[1] if (query := _ASKED[recipe.task](row))]
+
+
+def cost(ask: Ask, task: str, model: str, setting: Mapping[str, Any], queries: Sequence[Query]) -> Evaluation:
+    """What it costs to answer ``queries``, equal in their fields, whatever the answers are; texts are continued
+    greedily, so that they are as long each time."""
+    client = _Client(ask, task, model, {"temperature": 0, **setting} if task == "generate" else dict(setting))
+    deque(client.results(None, **{name: [query[name] for query in queries] for name in queries[0]}), maxlen=0)
+    return Evaluation([], client.queries, client.joules, client.quality)
+
+
 def fit_confidence(ask: Ask, manifest: Manifest, recipe: Recipe, data: Path, limit: int | None) -> Confidence:
     """Fit the confidence of answers from a knowledge base, on the passages that the recipe keeps for it.
 
@@ -117,6 +134,12 @@ def fit_confidence(ask: Ask, manifest: Manifest, recipe: Recipe, data: Path, lim
     rows = list(islice((row for row in every if row["context"] in fitted_on), limit))
     client = _Client(ask, recipe.task, manifest.name, {"abstain": False})
     return fit(client.results, rows, base, f"{part.path} {part.split}")
+
+
+def _rows(recipe: Recipe, each: EvaluateRecipe, data: Path) -> tuple[list[Row], list[Row]]:
+    """Every row of a set, and those that the recipe asks about."""
+    every = list(read_rows(data / each.path / f"{each.split}.jsonl.gz", TASKS[recipe.task].fields))
+    return every, _unseen(recipe, data, every) if each.unseen_only else every
 
 
 def _unseen(recipe: Recipe, data: Path, rows: list[Row]) -> list[Row]:
@@ -175,12 +198,27 @@ def _generate(client: _Client, rows: list[Row], folder: Path) -> dict[str, float
     return {"bits per byte": scorers.bits_per_byte(negative_log_likelihood(folder, text), text)}
 
 
+def _prompt(row: Row) -> Query | None:
+    """The first words of a text to continue; None for one that has fewer, a headline for instance."""
+    words = row["text"].split()
+    return {"input": " ".join(words[:PROMPT_WORDS])} if len(words) >= PROMPT_WORDS else None
+
+
 _SCORES = {
     "sentiment": _sentiment,
     "answer": _answer,
     "translate": _translate,
     "summarize": _summarize,
     "generate": _generate,
+}
+
+
+_ASKED: dict[str, Callable[[Row], Query | None]] = {
+    "sentiment": lambda row: {"input": row["text"]},
+    "answer": lambda row: {"question": row["question"], "context": row["context"]},
+    "translate": lambda row: {"input": row["source"]},
+    "summarize": lambda row: {"input": clean(row["document"])},
+    "generate": _prompt,
 }
 
 

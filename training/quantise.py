@@ -1,25 +1,36 @@
-"""One stage: an exported model in, what it is like with its matrices stored in other ways out. Knows nothing of
+"""One stage: exported models in, what each is like with its matrices stored in other ways out. Knows nothing of
 training or HTTP: what was quantised before is quantised once more, from what its codes stand for."""
 
+import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
+from itertools import cycle, islice, product
 from pathlib import Path
+from statistics import median
+from typing import Any
 
 from tokenizers import Tokenizer
+from tqdm import tqdm
 
+from energy.clock import NS_PER_S
+from energy.host import busy_ns
 from models.graph import write_graphs
-from models.manifest import Manifest, Variant, load_manifest, write_manifest
+from models.manifest import Load, Manifest, Score, Variant, load_manifest, write_manifest
 from models.weights import read_weights
 from training.card import write_card
-from training.evaluate import Evaluation
+from training.evaluate import REQUEST_TEXTS, Evaluation, Query, asked, cost, evaluate
 from training.export import onnx_logits, parity_batch, write_quantised
 from training.knowledge import Ask
-from training.recipe import Recipe, Storage
+from training.recipe import EvaluateRecipe, Recipe, Storage
 
 Serve = Callable[[Path], AbstractContextManager[Ask]]
 """Serves the model in a folder for a while."""
+Queries = tuple[Mapping[str, Any], Sequence[Query]]
+"""Parameters of the requests, and what each query asks."""
 
 WAYS = (
     Storage(scheme="none"),
@@ -27,35 +38,147 @@ WAYS = (
     Storage(scheme="blockwise", bits=8, block_size=64),
     Storage(scheme="blockwise", bits=4, block_size=32),
 )
+ROUNDS = 9
+
+
+@dataclass(frozen=True)
+class Subject:
+    """An exported model to measure, and the recipe whose sets it is asked about."""
+
+    folder: Path
+    manifest: Manifest
+    recipe: Recipe
+
+    @property
+    def sets(self) -> tuple[EvaluateRecipe, ...]:
+        """How matrices are stored says nothing of how passages are found."""
+        return tuple(each for each in self.recipe.evaluate if not each.knowledge_base)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model stored in one way, being served."""
+
+    subject: Subject
+    folder: Path
+    manifest: Manifest
+    ask: Ask
 
 
 def variants(
-    folder: Path, recipe: Recipe, data: Path, serve: Serve, score: Callable[[Ask, Manifest, Path], list[Evaluation]]
-) -> Iterator[Variant]:
-    """Store the model in ``folder`` in each of ``WAYS`` and have it scored, served.
+    subjects: Sequence[Subject], data: Path, serve: Serve, limit: int | None
+) -> Iterator[tuple[Subject, Variant]]:
+    """Store each model in each of ``WAYS`` and serve them all; have them scored, then measured in turns.
 
-    All start from the same weights, those that its own codes stand for. Raises ``ArtefactError`` for a folder that is
-    no model.
+    All ways start from the same weights, those that a model's own codes stand for. ``limit`` is of the rows of a set
+    that are scored. The subjects must have the same task and sets: only what answered the same queries compares.
+    Raises ``ArtefactError`` for a folder that is no model.
     """
-    with tempfile.TemporaryDirectory() as scratch:
-        for number, how in enumerate(WAYS):
+    with tempfile.TemporaryDirectory() as scratch, ExitStack() as serving:
+        candidates = []
+        for number, (subject, how) in enumerate(product(subjects, WAYS)):
             out = Path(scratch) / str(number)
-            manifest = quantise(folder, recipe, data, how, out)
-            stored = manifest.quantisation
-            with serve(out) as ask:
-                found = score(ask, manifest, out)
-            shutil.rmtree(out)
-            queries, joules = sum(each.queries for each in found), [each.joules for each in found if each.queries]
-            known = None if not queries or None in joules else sum(each for each in joules if each is not None)
-            yield Variant(
-                scheme=stored.scheme,
-                bits=stored.bits,
-                size_mb=round(manifest.size_bytes / 1e6, 1),
-                parity_cosine=stored.parity_cosine or 1.0,
-                scores=tuple(one for each in found for one in each.scores),
-                active_j_per_query=None if known is None else round(known / queries, 5),
-                quality=found[0].quality if found else "unavailable",
+            manifest = quantise(subject.folder, subject.recipe, data, how, out)
+            candidates.append(Candidate(subject, out, manifest, serving.enter_context(serve(out))))
+        scores = [_scores(candidate, data, limit) for candidate in candidates]
+        queries = [(each.setting, asked(subjects[0].recipe, each, data)) for each in subjects[0].sets]
+        costs, load = cost_in_turns(candidates, [each for each in queries if each[1]])
+        for candidate, found, (joules, quality) in zip(candidates, scores, costs, strict=True):
+            stored = candidate.manifest.quantisation
+            yield (
+                candidate.subject,
+                Variant(
+                    scheme=stored.scheme,
+                    bits=stored.bits,
+                    size_mb=round(candidate.manifest.size_bytes / 1e6, 1),
+                    parity_cosine=stored.parity_cosine or 1.0,
+                    scores=found,
+                    active_j_per_query=joules,
+                    quality=quality,
+                    load=load,
+                ),
             )
+
+
+def _scores(candidate: Candidate, data: Path, limit: int | None) -> tuple[Score, ...]:
+    subject = candidate.subject
+    found = [
+        evaluate(candidate.ask, candidate.manifest, candidate.folder, subject.recipe, each, data, limit)
+        for each in subject.sets
+    ]
+    return tuple(score for each in found for score in each.scores)
+
+
+def cost_in_turns(
+    candidates: Sequence[Candidate], sets: Sequence[Queries]
+) -> tuple[list[tuple[float | None, str]], Load]:
+    """Active joules a query of each candidate with the meter's quality, and at which load.
+
+    In a round each candidate in its turn answers one request of the same queries of each set; the next round has the
+    next queries, so that no answer or prompt is remembered while there are new ones. The first round warms up. Of the
+    others the median counts: a neighbour who comes and goes disturbs all candidates of a round alike.
+    """
+    rounds: list[list[Evaluation]] = [[] for _ in candidates]
+    began = _Moment.now()
+    for number in tqdm(range(ROUNDS + 1 if sets else 0), desc="measuring in turns", unit="round", mininterval=1.0):
+        if number == 1:
+            began = _Moment.now()
+        texts = slice(number * REQUEST_TEXTS, (number + 1) * REQUEST_TEXTS)
+        for candidate, found in zip(candidates, rounds, strict=True):
+            task, name = candidate.subject.recipe.task, candidate.manifest.name
+            parts = [
+                cost(candidate.ask, task, name, setting, list(islice(cycle(queries), texts.start, texts.stop)))
+                for setting, queries in sets
+            ]
+            if number:
+                found += [_together(parts)]
+    load = Load(
+        texts_per_request=REQUEST_TEXTS,
+        queries=sum(each.queries for each in rounds[0]),
+        rounds=len(rounds[0]),
+        cores=len(os.sched_getaffinity(0)),
+        foreign_cores=_Moment.now().foreign_cores(began),
+    )
+    return [_median(found) for found in rounds], load
+
+
+def _together(parts: Sequence[Evaluation]) -> Evaluation:
+    joules = [each.joules for each in parts]
+    known = [each for each in joules if each is not None]
+    total = sum(known) if len(known) == len(joules) else None
+    return Evaluation([], sum(each.queries for each in parts), total, parts[0].quality)
+
+
+def _median(rounds: Sequence[Evaluation]) -> tuple[float | None, str]:
+    """Unknown as soon as one round is."""
+    joules = [each.joules / each.queries for each in rounds if each.joules is not None]
+    if not rounds or len(joules) < len(rounds):
+        return None, "unavailable"
+    return round(median(joules), 5), rounds[-1].quality
+
+
+@dataclass(frozen=True)
+class _Moment:
+    """CPU time of this process and of the whole machine; None where the kernel does not tell."""
+
+    at_s: float
+    own_s: float
+    machine_s: float | None
+
+    @classmethod
+    def now(cls) -> "_Moment":
+        try:
+            machine_s = busy_ns() / NS_PER_S
+        except (OSError, ValueError):
+            machine_s = None
+        return cls(time.monotonic(), time.process_time(), machine_s)
+
+    def foreign_cores(self, since: "_Moment") -> float | None:
+        """Cores that other processes kept busy since then."""
+        if self.machine_s is None or since.machine_s is None or self.at_s == since.at_s:
+            return None
+        foreign_s = self.machine_s - since.machine_s - (self.own_s - since.own_s)
+        return round(max(0.0, foreign_s) / (self.at_s - since.at_s), 2)
 
 
 def quantise(folder: Path, recipe: Recipe, data: Path, how: Storage, out: Path) -> Manifest:

@@ -1,5 +1,6 @@
 """One model stored in every way: the same weights, honest differences, scores of the served model."""
 
+import shutil
 from contextlib import contextmanager
 
 import numpy as np
@@ -12,7 +13,7 @@ from tests.tiny import KINDS, tiny_config, tiny_transformer, weights_of
 from tests.training import recipes
 from training.commands import run_quantising
 from training.export import export
-from training.quantise import WAYS, quantise
+from training.quantise import ROUNDS, WAYS, quantise
 from training.recipe import Storage
 from training.settings import Settings
 from training.train import train
@@ -58,34 +59,82 @@ def test_what_is_quantised_again_is_a_model(tmp_path, data, exported):
     assert again.files["weights.bin"].sha256 == load_manifest(folder).files["weights.bin"].sha256
 
 
+class Meter:
+    """Serves models; a text costs a joule for every 8 bits of a weight, a hundred times that in one round."""
+
+    def __init__(self, disturbed=range(0)):
+        self.asked = []
+        self.disturbed = disturbed
+
+    @contextmanager
+    def serve(self, path):
+        stored = load_manifest(path).quantisation
+
+        def ask(task, body):
+            self.asked.append((stored.scheme, stored.bits, tuple(body["input"])))
+            factor = 100 if len(self.asked) in self.disturbed else 1
+            joules = factor * stored.bits / 8 * len(body["input"])
+            results = [{"text": "zwei drei"} for _ in body["input"]]
+            return {"results": results, "energy": {"active_j": joules, "quality": "estimated"}}
+
+        yield ask
+
+
 def test_every_way_is_measured_and_told(tmp_path, data, exported, capsys):
     recipe, folder = exported
-    served = []
+    meter = Meter()
+    path = tmp_path / "recipe.toml"
+    write_recipe(path, recipe)
+    run_quantising([folder], meter.serve, Settings(data=data, recipe=str(path), write=True))
+    manifest = load_manifest(folder)
+    assert [variant.scheme for variant in manifest.variants] == [how.scheme for how in WAYS]
+    assert [variant.active_j_per_query for variant in manifest.variants] == [4, 1, 1, 0.5]
+    assert all(variant.scores[0].metric == "sacreBLEU" for variant in manifest.variants)
+    sizes = [variant.size_mb for variant in manifest.variants]
+    assert sizes[0] == max(sizes)
+    load = manifest.variants[0].load
+    assert (load.texts_per_request, load.rounds, load.queries) == (16, ROUNDS, 16 * ROUNDS)
+    card = (folder / "README.md").read_text()
+    assert "Ways to store it" in card and f"median of {ROUNDS} rounds of 16 queries" in card
+    printed = capsys.readouterr().out
+    assert printed.count("(estimated) a query") == len(WAYS) and "; 0.5 J (estimated)" in printed
+
+
+def test_models_take_turns_at_the_same_queries_and_a_disturbed_round_counts_for_nothing(tmp_path, data, exported):
+    recipe, folder = exported
+    twin = tmp_path / "twin"
+    shutil.copytree(folder, twin)
+    path = tmp_path / "recipe.toml"
+    write_recipe(path, recipe)
+    turns = 2 * len(WAYS)
+    # Each way is scored with one request first; of what follows, the second counted round.
+    meter = Meter(disturbed=range(3 * turns + 1, 4 * turns + 1))
+    run_quantising([folder, twin], meter.serve, Settings(data=data, recipe=str(path), write=True))
+    measured = meter.asked[turns:]
+    assert len(measured) == turns * (ROUNDS + 1)
+    for start in range(0, len(measured), turns):
+        a_round = measured[start : start + turns]
+        assert [bits for _, bits, _ in a_round] == [32, 8, 8, 4] * 2
+        assert len({texts for _, _, texts in a_round}) == 1
+    for each in (folder, twin):
+        assert [variant.active_j_per_query for variant in load_manifest(each).variants] == [4, 1, 1, 0.5]
+
+
+def test_a_bill_without_a_figure_makes_the_figure_unknown(tmp_path, data, exported):
+    recipe, folder = exported
 
     @contextmanager
     def serve(path):
-        served.append(load_manifest(path).quantisation)
-
         def ask(task, body):
-            results = [{"text": "zwei drei"} for _ in body["input"]]
-            return {"results": results, "energy": {"active_j": 0.5, "quality": "estimated"}}
+            return {"results": [{"text": ""}] * len(body["input"]), "energy": {"active_j": None, "quality": "x"}}
 
         yield ask
 
     path = tmp_path / "recipe.toml"
     write_recipe(path, recipe)
-    run_quantising(folder, serve, Settings(data=data, recipe=str(path), write=True))
-    assert [(stored.scheme, stored.bits) for stored in served] == [
-        (how.scheme, {"none": 32, "rowwise": 8, "blockwise": how.bits}[how.scheme]) for how in WAYS
-    ]
-    manifest = load_manifest(folder)
-    assert [variant.scheme for variant in manifest.variants] == [how.scheme for how in WAYS]
-    assert {variant.active_j_per_query for variant in manifest.variants} == {0.125}
-    assert all(variant.scores[0].metric == "sacreBLEU" for variant in manifest.variants)
-    sizes = [variant.size_mb for variant in manifest.variants]
-    assert sizes[0] == max(sizes)
-    assert "Ways to store it" in (folder / "README.md").read_text()
-    assert capsys.readouterr().out.count("0.125 J (estimated) a query") == len(WAYS)
+    run_quantising([folder], serve, Settings(data=data, recipe=str(path), write=True))
+    variants = load_manifest(folder).variants
+    assert {(each.active_j_per_query, each.quality) for each in variants} == {(None, "unavailable")}
 
 
 def write_recipe(path, recipe):
