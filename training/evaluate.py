@@ -19,8 +19,9 @@ from tqdm import tqdm
 from models.manifest import Confidence, Manifest, Score
 from models.sentences import split_sentences
 from training import scorers
-from training.data import Row, clean, read_rows
+from training.data import clean, read_set
 from training.errors import TrainingError
+from training.formats import Row
 from training.knowledge import Ask, fill_base, fit, knowledge_scores
 from training.recipe import EvaluateRecipe, HeldOut, Recipe
 from training.tasks import TASKS
@@ -129,7 +130,7 @@ def fit_confidence(ask: Ask, manifest: Manifest, recipe: Recipe, data: Path, lim
     if recipe.held_out is None or not fitted_on:
         raise TrainingError(f"{recipe.name}: fitting confidence needs [held_out] with a confidence_share")
     part = next(part for part in recipe.data if part.path == recipe.held_out.path)
-    every = list(read_rows(data / part.path / f"{part.split}.jsonl.gz", TASKS[recipe.task].fields))
+    every = list(read_set(data, part, TASKS[recipe.task].fields))
     base = fill_base(ask, part.path, every)
     rows = list(islice((row for row in every if row["context"] in fitted_on), limit))
     client = _Client(ask, recipe.task, manifest.name, {"abstain": False})
@@ -138,7 +139,7 @@ def fit_confidence(ask: Ask, manifest: Manifest, recipe: Recipe, data: Path, lim
 
 def _rows(recipe: Recipe, each: EvaluateRecipe, data: Path) -> tuple[list[Row], list[Row]]:
     """Every row of a set, and those that the recipe asks about."""
-    every = list(read_rows(data / each.path / f"{each.split}.jsonl.gz", TASKS[recipe.task].fields))
+    every = list(read_set(data, each, TASKS[recipe.task].fields))
     return every, _unseen(recipe, data, every) if each.unseen_only else every
 
 
@@ -155,7 +156,7 @@ def _held_out(recipe: Recipe, data: Path, which: Callable[[HeldOut, list[Row]], 
     if recipe.held_out is None:
         return set()
     part = next(part for part in recipe.data if part.path == recipe.held_out.path)
-    return which(recipe.held_out, list(read_rows(data / part.path / f"{part.split}.jsonl.gz", ("context",))))
+    return which(recipe.held_out, list(read_set(data, part, (("context",),))))
 
 
 def _sentiment(client: _Client, rows: list[Row], folder: Path) -> dict[str, float]:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from models.manifest import Confidence
 from training import scorers
-from training.data import Row
+from training.formats import Row
 
 Results = Callable[..., Any]
 """Asks in batches: ``results(question=[...], ...)`` gives one result of the task each."""

@@ -12,6 +12,8 @@ from models.manifest import GenerationDefaults, Task
 from training.errors import TrainingError
 
 RECIPES = Path(__file__).parent / "recipes"
+HUB = "hub:"
+"""Begins the path of a data set of the Hugging Face Hub."""
 
 
 class _Part(BaseModel):
@@ -45,18 +47,28 @@ class BudgetRecipe(_Part):
     """Megabytes (10^6 bytes) of the exported weights."""
 
 
-class DataRecipe(_Part):
-    """One data set: ``<data folder>/<path>/<split>.jsonl.gz``."""
+class SetRecipe(_Part):
+    """One split of one data set."""
 
     path: str
+    """A file of the data folder, a folder there with a file ``<split>.<format>`` (``training.formats``), or
+    ``hub:owner/set``, also ``hub:owner/set/configuration``."""
+    split: str
+    columns: dict[str, str] = {}
+    """What the set calls the fields that the task reads: ``{ text = "review" }``."""
+    labels: dict[str, str] = {}
+    """Labels of the set that the model knows under another name."""
+
+
+class DataRecipe(SetRecipe):
+    """One data set to train on."""
+
     split: str = "train"
     licence: str
     where: str
     """Where anybody gets it."""
     share: float = Field(1.0, gt=0)
     """How often its rows appear in an epoch: 0.5 takes half of them, 2 all of them twice."""
-    labels: dict[str, str] = {}
-    """Labels of the set that the model knows under another name."""
     extractive: bool = False
     """Whether summaries are sentences of the document, to be marked rather than written."""
 
@@ -117,10 +129,9 @@ class ExportRecipe(Storage):
     generation: GenerationDefaults | None = None
 
 
-class EvaluateRecipe(_Part):
+class EvaluateRecipe(SetRecipe):
     """One data set on which the exported model is scored."""
 
-    path: str
     split: str = "validation"
     unseen_only: bool = False
     """Only rows whose passage ``[held_out]`` keeps out of training."""

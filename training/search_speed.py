@@ -9,7 +9,7 @@ import numpy as np
 from tqdm import tqdm
 
 from models.sentences import split_sentences
-from training.data import Row
+from training.formats import Row
 from training.knowledge import Ask
 
 BASE = "search-speed"

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from models.sentences import split_sentences
 from models.transformer import Transformer
-from training.data import Row, clean
-from training.errors import TrainingError
+from training.data import Fields, clean
+from training.formats import Row
 from training.recipe import Recipe
 from training.tokenizer import BOS, CHAT_TOKENS, EOS, token_id
 
@@ -52,8 +52,8 @@ class Sample:
 class TaskTraining(Protocol):
     """The seam between a task and the loop."""
 
-    fields: ClassVar[tuple[str, ...]]
-    """What every row must have."""
+    fields: ClassVar[Fields]
+    """What every row must have; of several sets of fields, the first that it has."""
 
     def __init__(self, recipe: Recipe, tokenizer: Tokenizer) -> None: ...
 
@@ -94,7 +94,7 @@ def collate(samples: Sequence[Sample], pad_id: int) -> Batch:
 class Sentiment:
     """Mean cross-entropy over the labels, each label weighing the same in sum: macro recall is what is scored."""
 
-    fields: ClassVar[tuple[str, ...]] = ("text", "label")
+    fields: ClassVar[Fields] = (("text", "label"),)
 
     def __init__(self, recipe: Recipe, tokenizer: Tokenizer) -> None:
         self.labels, self.smoothing = recipe.labels, recipe.fit.label_smoothing
@@ -107,9 +107,7 @@ class Sentiment:
         yield clean(row["text"])
 
     def samples(self, row: Row) -> Iterator[Sample]:
-        """One sample; an unknown label raises ``TrainingError``."""
-        if row["label"] not in self.labels:
-            raise TrainingError(f"label {row['label']!r} is none of {', '.join(self.labels)}")
+        """One sample."""
         label = self.labels.index(row["label"])
         self.counts[label] += 1
         ids = self.tokenizer.encode(clean(row["text"])).ids
@@ -125,7 +123,7 @@ class Sentiment:
 class Answer:
     """Start and end of the answer among the context's tokens; the first token ([CLS]) stands for no answer."""
 
-    fields: ClassVar[tuple[str, ...]] = ("context", "question", "answers")
+    fields: ClassVar[Fields] = (("context", "question", "answers"),)
     stride = 128
     """Context tokens that neighbouring windows share, at most half of a window."""
 
@@ -179,7 +177,7 @@ class Answer:
 class Translate:
     """Label-smoothed cross-entropy of the next word, the source read by the encoder."""
 
-    fields: ClassVar[tuple[str, ...]] = ("source", "target")
+    fields: ClassVar[Fields] = (("source", "target"),)
 
     def __init__(self, recipe: Recipe, tokenizer: Tokenizer) -> None:
         self.tokenizer, self.recipe = tokenizer, recipe
@@ -215,7 +213,7 @@ class Summarize:
     Rows of ``extractive`` sets instead mark the sentences of the document that their summary holds.
     """
 
-    fields: ClassVar[tuple[str, ...]] = ("document", "summary")
+    fields: ClassVar[Fields] = (("document", "summary"),)
 
     def __init__(self, recipe: Recipe, tokenizer: Tokenizer) -> None:
         self.tokenizer, self.recipe = tokenizer, recipe
@@ -285,7 +283,7 @@ def _tidy(text: str) -> str:
 class Generate:
     """Cross-entropy of the next token; texts are packed end to end, chats are written in their template."""
 
-    fields: ClassVar[tuple[str, ...]] = ()
+    fields: ClassVar[Fields] = (("text",), ("prompt", "response"))
 
     def __init__(self, recipe: Recipe, tokenizer: Tokenizer) -> None:
         self.tokenizer, self.recipe = tokenizer, recipe

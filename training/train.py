@@ -14,8 +14,9 @@ from tqdm import tqdm
 
 from models.transformer import Transformer
 from training.budget import sized
-from training.data import Row, batches_by_tokens, read_rows, take_share
+from training.data import batches_by_tokens, read_set, take_share
 from training.errors import TrainingError
+from training.formats import Row
 from training.loop import CHECKPOINT, Progress, fit_model, load_checkpoint
 from training.recipe import DataRecipe, HeldOut, Recipe
 from training.tasks import TASKS, Sample, TaskTraining, collate
@@ -95,13 +96,11 @@ def load_rows(recipe: Recipe, data: Path) -> list[tuple[DataRecipe, list[Row]]]:
     fields = TASKS[recipe.task].fields
     result = []
     for part in recipe.data:
-        source = read_rows(data / part.path / f"{part.split}.jsonl.gz", fields)
+        source = read_set(data, part, fields, recipe.labels)
         rows = list(tqdm(source, desc=f"reading {part.path}", unit="row", delay=1.0))
         if recipe.held_out is not None and recipe.held_out.path == part.path:
             unseen = held_out_passages(recipe.held_out, rows)
             rows = [row for row in rows if row["context"] not in unseen]
-        if part.labels:
-            rows = [{**row, "label": part.labels.get(row["label"], row["label"])} for row in rows]
         if part.extractive:
             rows = [{**row, "extractive": True} for row in rows]
         result.append((part, take_share(rows, part.share, recipe.fit.seed)))

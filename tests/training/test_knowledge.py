@@ -37,7 +37,7 @@ class Base:
 
 def row(name, answer, start=10):
     answers = [{"text": answer, "start": start}] if answer else []
-    return {"context": f"{name} .......... {answer}", "question": f"{name}?", "answers": answers}
+    return {"context": f"{name} ".ljust(start, ".") + answer, "question": f"{name}?", "answers": answers}
 
 
 ROWS = [row("A", "red", 2), row("B", "blue", 3), row("C", "blue", 40), row("D", "")]
