@@ -118,7 +118,8 @@ class Account:
         on_settled: Callable[[SettledRecord], None] | None = None,
     ) -> None:
         """Start counting. ``idle_uw`` is the idle power by device in microwatts, for devices of which the meter
-        does not know it; where nobody does, half a second is spent watching. ``coefficients`` are by model.
+        does not know it; where nobody does, half a second is spent watching. ``coefficients`` are by model, and may
+        come to hold more of them.
         ``on_settled`` is told every final bill, on whichever thread settles it."""
         self._meter = meter
         self._carbon = carbon
@@ -148,7 +149,7 @@ class Account:
         self._noted: list[Noted] = []
         self._pending: list[Noted] = []
         """Steps that wait for a reading: those that the next sample will look at, and those that one has seen."""
-        self._requests = Requests(self._channels.values(), executors, coefficients or {})
+        self._requests = Requests(self._channels.values(), executors, {} if coefficients is None else coefficients)
         """Running ones, and those that are over but not settled."""
         self._over: dict[str, _Over] = {}
         self._attributed: Counter[tuple[str, str, str, Phase, Quality]] = Counter()

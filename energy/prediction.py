@@ -130,8 +130,8 @@ class Predictor:
     """
 
     def __init__(self, coefficients: Mapping[str, Coefficients] | None = None) -> None:
-        """``coefficients`` are by model, for those that were calibrated."""
-        self._coefficients = coefficients or {}
+        """``coefficients`` are by model, for those that were calibrated, and may come to hold more of them."""
+        self._coefficients = {} if coefficients is None else coefficients
         self._lock = threading.Lock()
         self._histories: dict[tuple[str, str], _History] = {}
         self._running: dict[str, _Running] = {}

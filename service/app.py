@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -33,6 +33,7 @@ from service.errors import TABLE, WattleError, render
 from service.knowledge.bases import Knowledge, find_embedder
 from service.metrics import Metrics
 from service.models import Model, Models, load_models
+from service.repository import Repository
 from service.routes.dashboard import dashboard_routes
 from service.routes.energy import energy_routes
 from service.routes.estimate import estimate_routes
@@ -96,7 +97,7 @@ def build_service(settings: Settings) -> Iterator[Service]:
     """Everything that answers requests, ready to; what runs when it is left gets time to finish."""
     models = open_models(settings)
     metrics = Metrics()
-    coefficients = read_coefficients(models, settings.state)
+    coefficients = read_coefficients(models.served.values(), settings.state)
     ledger = Ledger(settings.ledger, settings.ledger_max_days, settings.ledger_max_mb)
     books = Books(metrics, settings.daily_budget_j, coefficients)
     books.restore(ledger)
@@ -108,15 +109,26 @@ def build_service(settings: Settings) -> Iterator[Service]:
 
     try:
         with Sampler(account, settings.sample_interval_ms / 1000):
-            engine = Engine(models.served, record, engine_settings(settings))
+            engine = Engine({}, record, engine_settings(settings))
+            embedder = find_embedder(models)
+            repository = Repository(
+                models,
+                engine,
+                metrics,
+                roots=settings.models,
+                check=check_manifest,
+                on_load=lambda model: _recalibrate(coefficients, model, settings.state),
+                max_bytes=None if settings.max_models_mb is None else settings.max_models_mb * 1_000_000,
+                pinned=() if embedder is None else (embedder.name,),
+            )
+            repository.fill()
             # From what warming up took, the first request's bill can be foretold.
             account.sample()
             metrics.watch(engine.queue_depth, engine.running, account.totals, ledger)
-            embedder = find_embedder(models)
             knowledge = Knowledge(settings.knowledge, settings.max_documents, engine, embedder, account.record)
             try:
                 yield Service(
-                    models=models,
+                    repository=repository,
                     engine=engine,
                     account=account,
                     ledger=ledger,
@@ -146,10 +158,11 @@ def open_models(settings: Settings) -> Models:
     return models
 
 
-def read_coefficients(models: Models, state: Path) -> dict[str, Coefficients]:
+def read_coefficients(models: Iterable[Model], state: Path) -> dict[str, Coefficients]:
     """What ``wattle calibrate`` found for ``models``; logs for which of them that cannot be used."""
     known = {}
-    for name, model in models.served.items():
+    for model in models:
+        name = model.name
         try:
             found = read_calibration(name, model.manifest.revision, *calibration_places(model, state))
         except CalibrationError as error:
@@ -158,6 +171,12 @@ def read_coefficients(models: Models, state: Path) -> dict[str, Coefficients]:
             if found is not None:
                 known[name] = found.fit.coefficients
     return known
+
+
+def _recalibrate(coefficients: dict[str, Coefficients], model: Model, state: Path) -> None:
+    """Take over what was found for a model that has just been loaded; another revision's is not its own."""
+    coefficients.pop(model.name, None)
+    coefficients.update(read_coefficients([model], state))
 
 
 def calibration_places(model: Model, state: Path) -> tuple[Path, Path]:

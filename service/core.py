@@ -33,6 +33,7 @@ from service.knowledge.ingest import Progress
 from service.knowledge.store import Passage
 from service.metrics import UJ_PER_J, Metrics
 from service.models import Model, Models
+from service.repository import Repository
 from service.streaming import Transcript, overhear
 from service.tasks.base import Encoded, Task, TaskRequest
 from service.tracing import Tracing
@@ -122,7 +123,7 @@ class Estimate:
 class Service:
     """Everything that answers a request, wired once by ``create_app``."""
 
-    models: Models
+    repository: Repository
     engine: Engine
     account: Account
     ledger: Ledger
@@ -133,6 +134,11 @@ class Service:
     request_timeout_s: float
     knowledge: Knowledge
     tracing: Tracing | None = None
+
+    @property
+    def models(self) -> Models:
+        """The models that are served just now."""
+        return self.repository.models
 
     async def run(
         self, task: Task[Any, Any], request: TaskRequest, request_id: str, listener: Listener | None = None
@@ -146,7 +152,8 @@ class Service:
         # A reading close to the start of the request's steps makes its figure sharp.
         self.account.wake()
         with self.door.admit(texts), self._billed(Receipt(request_id, task.name, model.name, model=model)) as receipt:
-            async with _deadline(self.request_timeout_s):
+            async with _deadline(self.request_timeout_s), self.repository.use(model) as model:
+                receipt.model = model
                 grounded = await self._ground(task, request, request_id)
                 encode = partial(task.encode, grounded, model, request_id)
                 encoded = await self._beside(receipt, Phase.PREPROCESS, encode)
@@ -259,7 +266,7 @@ class Service:
 
     @contextmanager
     def _submitted(self, model: Model, items: Sequence[Item]) -> Iterator[list[Ticket]]:
-        tickets = self.engine.submit(model.name, items)
+        tickets = self.engine.submit(model.key, items)
         try:
             yield tickets
         finally:

@@ -47,6 +47,40 @@ class ModelNotFound(WattleError):
         super().__init__(f"{missing}{purpose}; loaded are: {', '.join(known) or 'none'}")
 
 
+class ModelRefused(WattleError):
+    """A model folder is damaged, or holds what is not served."""
+
+    param = "model"
+
+    def __init__(self, folder_name: str, reason: str) -> None:
+        super().__init__(f"the model folder {folder_name} is refused: {reason}")
+
+
+class ModelInUse(WattleError):
+    """The knowledge bases are indexed with the model."""
+
+    param = "model"
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"knowledge bases search with {name}: restart the service to change or remove it")
+
+
+class ModelUnavailable(WattleError):
+    """A model that is served from disk cannot be loaded."""
+
+    param = "model"
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(f"the model {name} cannot be loaded: {reason}")
+
+
+class AdminOnly(WattleError):
+    """Only whoever runs the service may do this."""
+
+    def __init__(self) -> None:
+        super().__init__("only a client on the service's own machine may load and unload models")
+
+
 class RecordNotFound(WattleError):
     """The ledger has no request of that id."""
 
@@ -170,6 +204,9 @@ TABLE: dict[type[Exception], Answer] = {
     RecordNotFound: Answer(404, "invalid_request_error", "request_not_found"),
     KnowledgeBaseNotFound: Answer(404, "invalid_request_error", "knowledge_base_not_found"),
     DocumentNotFound: Answer(404, "invalid_request_error", "document_not_found"),
+    AdminOnly: Answer(403, "invalid_request_error", "admin_only"),
+    ModelInUse: Answer(409, "invalid_request_error", "model_in_use"),
+    ModelRefused: Answer(422, "invalid_request_error", "model_refused"),
     MethodNotAllowed: Answer(405, "invalid_request_error", "method_not_allowed"),
     BodyTooLarge: Answer(413, "invalid_request_error", "body_too_large"),
     InvalidValue: Answer(422, "invalid_request_error", "invalid_value"),
@@ -181,6 +218,7 @@ TABLE: dict[type[Exception], Answer] = {
     DailyBudgetSpent: Answer(429, "rate_limit_error", "daily_budget_spent"),
     Overloaded: Answer(429, "rate_limit_error", "overloaded"),
     NotReady: Answer(503, "server_error", "not_ready"),
+    ModelUnavailable: Answer(503, "server_error", "model_unavailable"),
     KnowledgeUnavailable: Answer(503, "server_error", "knowledge_unavailable"),
     EngineClosed: Answer(503, "server_error", "draining"),
     LedgerUnreadable: Answer(503, "server_error", "ledger_unreadable"),

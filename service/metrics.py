@@ -6,7 +6,7 @@ Names follow text-embeddings-inference; joules end in ``_joules_total``, as Kepl
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -61,6 +61,19 @@ class Metrics:
             buckets=_RELATIVE,
             registry=self._registry,
         )
+        self._loads = Histogram(
+            "wattle_model_load_seconds",
+            "Loads of models while the service runs, from verifying the folder to the first request.",
+            ("model",),
+            buckets=_SECONDS,
+            registry=self._registry,
+        )
+        self._unloads = Counter(
+            "wattle_model_unloads",
+            "Models that have left memory, and why.",
+            ("model", "reason"),
+            registry=self._registry,
+        )
         self._batch_size = Histogram(
             "wattle_batch_next_size", "Rows of a step.", ("model",), buckets=_SIZES, registry=self._registry
         )
@@ -71,6 +84,21 @@ class Metrics:
             buckets=_TOKENS,
             registry=self._registry,
         )
+
+    def watch_models(self, memory_bytes: Callable[[], int], waiting: Callable[[], int]) -> None:
+        """Show, at every scrape, what the models in memory take at most, and how many requests wait for one."""
+        memory = Gauge("wattle_models_memory_bytes", "Most that the models in memory take.", registry=self._registry)
+        memory.set_function(memory_bytes)
+        wait = Gauge("wattle_models_waiting", "Requests that wait for a model's loading.", registry=self._registry)
+        wait.set_function(waiting)
+
+    def model_loaded(self, model: str, elapsed_s: float) -> None:
+        """Count a model that was loaded while the service ran."""
+        self._loads.labels(model).observe(elapsed_s)
+
+    def model_left(self, model: str, reason: str) -> None:
+        """Count a model that has left memory."""
+        self._unloads.labels(model, reason).inc()
 
     def watch(
         self,

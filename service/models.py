@@ -1,13 +1,13 @@
 """The models that the service offers: finds their folders, verifies and names them. Knows nothing of weights."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import jinja2
 from tokenizers import Tokenizer
 
-from models.manifest import MANIFEST_NAME, ArtefactError, Manifest, load_manifest
+from models.manifest import MANIFEST_NAME, ArtefactError, Manifest, load_manifest, read_manifest
 from service.chat import ChatTemplate
 from service.errors import ModelNotFound
 
@@ -23,6 +23,13 @@ class Model:
     tokenizer: Tokenizer
     """Reads what callers type: control tokens in it are plain text."""
     chat: ChatTemplate | None
+    generation: int = 0
+    """Tells what was loaded from what was loaded under the same name before."""
+
+    @property
+    def key(self) -> str:
+        """What the engine calls it: two revisions of one name may be in memory while one takes the other's place."""
+        return f"{self.name}#{self.generation}" if self.generation else self.name
 
     @property
     def name(self) -> str:
@@ -49,8 +56,13 @@ class Models:
 
     served: Mapping[str, Model]
     refused: Sequence[Refusal] = ()
-    aliases: Mapping[str, str] = field(default_factory=dict)
-    """Other names of served models."""
+    names: Mapping[str, str] = field(default_factory=dict)
+    """Other names of models, which need not be served."""
+
+    @property
+    def aliases(self) -> Mapping[str, str]:
+        """Other names of served models."""
+        return {alias: name for alias, name in self.names.items() if name in self.served}
 
     def for_task(self, task: str) -> list[Model]:
         """Models that do ``task``, the default first."""
@@ -60,16 +72,31 @@ class Models:
         """The model called ``name``, or the default one of ``task``. Raises ``ModelNotFound``."""
         candidates = self.for_task(task)
         for model in candidates:
-            if name is None or model.name == self.aliases.get(name, name):
+            if name is None or model.name == self.names.get(name, name):
                 return model
         raise ModelNotFound(name, [model.name for model in candidates], task)
 
     def named(self, name: str) -> Model:
         """The model called ``name``, whatever it does. Raises ``ModelNotFound``."""
         try:
-            return self.served[self.aliases.get(name, name)]
+            return self.served[self.names.get(name, name)]
         except KeyError:
             raise ModelNotFound(name, [*self.served, *self.aliases]) from None
+
+    def replacing(self, model: Model) -> "Models":
+        """These with ``model``, in the place of the one that is called alike, else last; its folder is fine."""
+        refused = [refusal for refusal in self.refused if refusal.folder_name != model.folder.name]
+        return replace(self, served={**self.served, model.name: model}, refused=refused)
+
+    def without(self, name: str) -> "Models":
+        """These but for the model called ``name``."""
+        return replace(self, served={key: model for key, model in self.served.items() if key != name})
+
+    def refusing(self, refusal: Refusal, keep: Collection[str]) -> "Models":
+        """These with one more refusal, and of the models only those whose keys are to be kept."""
+        others = [each for each in self.refused if each.folder_name != refusal.folder_name]
+        served = {name: model for name, model in self.served.items() if model.key in keep}
+        return replace(self, served=served, refused=[*others, refusal])
 
 
 def load_models(
@@ -77,8 +104,7 @@ def load_models(
 ) -> Models:
     """Load every model below ``roots``; one that is damaged or fails ``check`` is refused, the others served.
 
-    ``check`` raises ``ArtefactError`` for a manifest that a task cannot work with. ``aliases`` of models that are not
-    served are left out.
+    ``check`` raises ``ArtefactError`` for a manifest that a task cannot work with. ``aliases`` are other names.
     """
     served: dict[str, Model] = {}
     refused: list[Refusal] = []
@@ -89,11 +115,10 @@ def load_models(
             if model.name in served:
                 raise ArtefactError(f"{MANIFEST_NAME}: the name {model.name} is taken by an earlier folder")
         except (ArtefactError, OSError) as error:
-            refused.append(Refusal(folder.name, str(error).replace(f"{folder}/", "")))
+            refused.append(refusal_of(folder, error))
         else:
             served[model.name] = model
-    known = {alias: name for alias, name in (aliases or {}).items() if name in served}
-    return Models(served, tuple(refused), known)
+    return Models(served, tuple(refused), aliases or {})
 
 
 def load_model(folder: Path) -> Model:
@@ -108,6 +133,33 @@ def load_model(folder: Path) -> Model:
     except jinja2.TemplateError as error:
         raise ArtefactError(f"{MANIFEST_NAME}: chat_template: {error}") from error
     return Model(manifest, folder, tokenizer, chat)
+
+
+def refusal_of(folder: Path, error: Exception) -> Refusal:
+    """Why a folder was not loaded."""
+    return Refusal(folder.name, str(error).replace(f"{folder}/", ""))
+
+
+def find_folder(roots: Sequence[Path], name: str, models: Models) -> Path | None:
+    """The folder below ``roots`` that is called ``name``, lies there, or holds the model of that name.
+
+    What a caller asks for is only ever compared with the folders there are, so it leads nowhere else.
+    """
+    folders = list(_folders(roots))
+    served = models.served.get(models.names.get(name, name))
+    for folder in folders:
+        if name in (folder.name, str(folder)):
+            return folder
+    if served is not None:
+        return served.folder
+    return next((folder for folder in folders if _name_in(folder) == name), None)
+
+
+def _name_in(folder: Path) -> str | None:
+    try:
+        return read_manifest(folder).name
+    except ArtefactError:
+        return None
 
 
 def _folders(roots: Sequence[Path]) -> Iterator[Path]:

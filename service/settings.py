@@ -53,6 +53,12 @@ class Settings(BaseSettings):
         description="Memory of one model in megabytes, weights and buffers; a larger one writes fewer texts at once, "
         "or is refused.",
     )
+    max_models_mb: int | None = Field(
+        None,
+        ge=1,
+        description="Memory of all models together in megabytes, counted like `max_model_mb`; those beyond it are "
+        "loaded by the first request that needs them, in place of those idle longest. Unset, all are kept in memory.",
+    )
     reuse_mb: int = Field(
         0,
         ge=0,

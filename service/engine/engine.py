@@ -5,14 +5,16 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from typing import Protocol
+from functools import partial
+from typing import Any, Protocol
 
+from energy.settlement import BESIDE
 from energy.types import Step
 from models.manifest import Manifest
 from service.engine.backlog import Backlog
 from service.engine.batching import fair_share
-from service.engine.executor import Executor
-from service.engine.loading import LoadedModel, open_executors, rows_that_fit
+from service.engine.executor import Errand, Executor
+from service.engine.loading import LoadedModel, memory_of, open_executors, open_workers, rows_that_fit
 from service.engine.reuse import Reuse
 from service.engine.settings import EngineSettings
 from service.engine.texts import Written
@@ -28,7 +30,7 @@ from service.engine.types import (
     WriteItem,
     WriteOutput,
 )
-from service.engine.workers import Job, Result
+from service.engine.workers import Job, Result, Worker
 
 # How many waiting items are looked at for a batch of similar lengths.
 _WINDOW = 512
@@ -90,27 +92,77 @@ class Engine:
         """
         self._recorder, self._settings = recorder, settings
         self._reuse = Reuse(settings.reuse_bytes)
-        self._manifests = {name: model.manifest for name, model in models.items()}
-        self._rows = {name: rows_that_fit(model, settings) for name, model in models.items()}
-        self._executors = open_executors(models, settings)
+        self._executors = open_executors(settings)
         self._changed = threading.Condition()
         """Guards what follows; notified when work comes, when none is left, and at the end."""
-        self._waiting: dict[str, list[Job]] = {name: [] for name in models}
+        self._manifests: dict[str, Manifest] = {}
+        self._rows: dict[str, int] = {}
+        self._waiting: dict[str, list[Job]] = {}
         self._backlog = Backlog(settings.max_waiting_items, settings.max_waiting_tokens)
         self._accepts = self._lives = True
-        warm: list[Future[None]] = [Future() for _ in self._executors]
         self._threads = [
-            threading.Thread(target=self._live, args=(executor, future), name=executor.device, daemon=True)
-            for executor, future in zip(self._executors, warm, strict=True)
+            threading.Thread(target=self._live, args=(executor,), name=executor.device, daemon=True)
+            for executor in self._executors
         ]
         for thread in self._threads:
             thread.start()
         try:
-            for future in warm:
-                future.result()
+            self.load(models)
         except BaseException:
             self.close()
             raise
+
+    def memory_of(self, model: LoadedModel) -> int:
+        """Most bytes that ``model`` takes once it is loaded. Raises ``ArtefactError`` where it may take no such."""
+        return memory_of(model, self._settings)
+
+    def load(self, models: Mapping[str, LoadedModel]) -> None:
+        """Load more ``models`` while others run, under new keys; returns when each has run once on every executor.
+
+        What that takes is recorded as steps without work. Raises ``ArtefactError`` for a model that the engine does
+        not run, and ``EngineClosed``; then none of them is loaded.
+        """
+        started_ns, cpu_ns = time.monotonic_ns(), time.thread_time_ns()
+        opened = open_workers(models, self._settings)
+        cpu_ns = (time.thread_time_ns() - cpu_ns) // max(1, len(models))
+        for model in models.values():
+            self._record(Step(BESIDE, model.manifest.name, started_ns, time.monotonic_ns(), cpu_ns, ()))
+        try:
+            for key, model in models.items():
+                rows = rows_that_fit(model, self._settings)
+                with self._changed:
+                    for executor in self._executors:
+                        executor.running[key] = 0
+                    self._waiting[key], self._rows[key] = [], rows
+            warm = [
+                self._send(executor, partial(self._adopt, executor, workers, models))
+                for executor, workers in zip(self._executors, opened, strict=True)
+            ]
+            for future in warm:
+                future.result()
+            with self._changed:
+                self._manifests.update({key: model.manifest for key, model in models.items()})
+        except BaseException:
+            for key in models:
+                self.unload(key)
+            raise
+
+    def unload(self, key: str) -> None:
+        """Forget a model and free its memory; returns when every executor has. What it had not finished fails."""
+        with self._changed:
+            self._manifests.pop(key, None)
+            unfinished, self._waiting[key] = self._waiting.get(key, []), []
+            self._backlog.leave(len(unfinished), sum(job.tokens for job in unfinished))
+        gone = [self._send(executor, partial(executor.drop, key)) for executor in self._executors]
+        for future in gone:
+            unfinished += future.result()
+        with self._changed:
+            del self._waiting[key]
+            self._rows.pop(key, None)
+            for executor in self._executors:
+                executor.running.pop(key, None)
+        for job in unfinished:
+            _answer(job, EngineClosed("the model was unloaded before this was done"))
 
     def submit(self, model: str, items: Sequence[Item]) -> list[Ticket]:
         """Queue all ``items`` for ``model``, or none.
@@ -118,9 +170,9 @@ class Engine:
         Raises ``Overloaded``, ``EngineClosed``, ``KeyError`` for an unknown model and ``ValueError`` for an item that
         the model cannot compute.
         """
-        manifest = self._manifests[model]
+        manifest, rows = self._manifests[model], self._rows[model]
         for item in items:
-            _check(item, manifest, self._rows[model])
+            _check(item, manifest, rows)
         now_ns = time.monotonic_ns()
         every = [Job(item, now_ns) for item in items]
         known = {job: output for job in every if (output := self._reuse.find(model, job.item)) is not None}
@@ -128,6 +180,8 @@ class Engine:
         with self._changed:
             if not self._accepts:
                 raise EngineClosed("the engine is draining and takes no more work")
+            if model not in self._manifests:
+                raise KeyError(model)
             self._drop_cancelled(model)
             self._backlog.enter(len(jobs), sum(job.tokens for job in jobs))
             self._waiting[model] += jobs
@@ -159,6 +213,9 @@ class Engine:
             self._changed.notify_all()
         for thread in self._threads:
             thread.join()
+        for executor in self._executors:
+            while executor.errands:
+                executor.errands.popleft().future.set_exception(EngineClosed("the engine was closed"))
         unfinished = [job for jobs in self._waiting.values() for job in jobs]
         for executor in self._executors:
             unfinished += [job for worker in executor.workers.values() for job in worker.jobs]
@@ -168,27 +225,38 @@ class Engine:
     def _is_idle(self) -> bool:
         return not self._backlog.items and not any(any(each.running.values()) for each in self._executors)
 
-    def _live(self, executor: Executor, warm: "Future[None]") -> None:
-        """The life of an executor's thread."""
-        try:
-            executor.pin()
-            for step in executor.warm_up():
-                self._record(step)
-        except BaseException as error:
-            warm.set_exception(error)
-            return
-        warm.set_result(None)
-        while (model := self._next_model(executor)) is not None:
-            self._step(executor, model)
+    def _send(self, executor: Executor, work: Callable[[], Any]) -> "Future[Any]":
+        """Have the thread of ``executor`` do ``work`` between two steps."""
+        errand = Errand(work)
+        with self._changed:
+            if not self._lives:
+                raise EngineClosed("the engine was closed")
+            executor.errands.append(errand)
+            self._changed.notify_all()
+        return errand.future
 
-    def _next_model(self, executor: Executor) -> str | None:
-        """Wait until a model has work for ``executor``, and hand it its jobs; None at the end."""
+    def _adopt(self, executor: Executor, workers: Mapping[str, Worker], models: Mapping[str, LoadedModel]) -> None:
+        """Let ``executor`` take on the workers of ``models``."""
+        for key, worker in workers.items():
+            self._record(executor.adopt(key, worker, models[key].manifest.name))
+
+    def _live(self, executor: Executor) -> None:
+        """The life of an executor's thread."""
+        executor.pin()
+        while (work := self._next(executor)) is not None:
+            work()
+
+    def _next(self, executor: Executor) -> Callable[[], None] | None:
+        """Wait until there is something to do for ``executor``: an errand, or a step of a model, which is handed its
+        jobs. None at the end."""
         with self._changed:
             while self._lives:
+                if executor.errands:
+                    return executor.errands.popleft().run
                 for model in executor.order:
                     if self._hand_over(executor, model) or executor.workers[model].busy:
                         executor.served(model)
-                        return model
+                        return partial(self._step, executor, model)
                 self._changed.wait()
         return None
 

@@ -3,7 +3,10 @@
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Any
 
 from energy.types import Step, Work
 from service.engine.workers import Job, Result, Turn, Worker
@@ -11,15 +14,36 @@ from service.engine.workers import Job, Result, Turn, Worker
 _log = logging.getLogger(__name__)
 
 
-class Executor:
-    """Everything but ``running`` is used by one thread, the device's own."""
+class Errand:
+    """Something for a device's thread to do besides steps, and what came of it."""
 
-    def __init__(self, device: str, workers: Mapping[str, Worker], cores: Sequence[int], threads: int) -> None:
-        self.device, self.workers = device, workers
-        self.running = dict.fromkeys(workers, 0)
+    def __init__(self, work: Callable[[], Any]) -> None:
+        self.future: Future[Any] = Future()
+        self._work = work
+
+    def run(self) -> None:
+        """Do it."""
+        try:
+            self.future.set_result(self._work())
+        except BaseException as error:
+            self.future.set_exception(error)
+
+
+class Executor:
+    """Everything but ``running`` and ``errands`` is used by one thread, the device's own."""
+
+    def __init__(self, device: str, cores: Sequence[int], threads: int) -> None:
+        self.device = device
+        self.workers: dict[str, Worker] = {}
+        """By the key under which a model is loaded."""
+        self.running: dict[str, int] = {}
         """Jobs that each model's worker has; guarded by the engine's lock."""
+        self.errands: deque[Errand] = deque()
+        """What the device's thread is to do between two steps; guarded by the engine's lock."""
+        self._names: dict[str, str] = {}
+        """What the models are called."""
         self._cores, self._threads = cores, threads
-        self.order = list(workers)
+        self.order: list[str] = []
         """The models, the one that has waited longest for a step first."""
 
     def pin(self) -> None:
@@ -32,23 +56,33 @@ class Executor:
         self.order.remove(model)
         self.order.append(model)
 
-    def warm_up(self) -> Iterator[Step]:
-        """Run every model once."""
-        for model, worker in self.workers.items():
-            timer = _Timer(self._threads)
-            worker.warm_up()
-            yield timer.step(self.device, model, (), 0)
+    def adopt(self, model: str, worker: Worker, name: str) -> Step:
+        """Run every graph of ``worker`` once, and from now on the steps that it has for ``model``."""
+        timer = _Timer(self._threads)
+        worker.warm_up()
+        self.workers[model], self._names[model] = worker, name
+        self.order.append(model)
+        return timer.step(self.device, name, (), 0)
+
+    def drop(self, model: str) -> Sequence[Job]:
+        """Forget ``model``, if it is here; returns the jobs that it had not finished."""
+        worker = self.workers.pop(model, None)
+        if worker is None:
+            return ()
+        self.order.remove(model)
+        del self._names[model]
+        return worker.jobs
 
     def run(self, model: str, turn: Turn) -> tuple[Step, list[tuple[Job, Result]]]:
         """Run one step; where it raises, all of its jobs end with the error."""
-        timer = _Timer(self._threads)
+        timer, name = _Timer(self._threads), self._names[model]
         try:
             ended = turn.run()
         except Exception as error:
-            _log.exception("a step of %s failed", model)
+            _log.exception("a step of %s failed", name)
             turn.abandon()
             ended = [(job, error) for job in turn.jobs]
-        step = timer.step(self.device, model, turn.work, turn.padding_tokens)
+        step = timer.step(self.device, name, turn.work, turn.padding_tokens)
         for job in turn.jobs:
             if job.started_ns is None:
                 job.started_ns = step.started_ns

@@ -12,7 +12,7 @@ import onnxruntime as ort
 from models.manifest import ArtefactError, Manifest
 from service.engine.executor import Executor
 from service.engine.graphs import EncoderGraph, WriteGraphs, open_graph
-from service.engine.pages import enlarge_pages
+from service.engine.pages import enlarge_pages, large_pages
 from service.engine.settings import EngineSettings
 from service.engine.workers import EncodeWorker, Limits, Worker, WriteWorker
 
@@ -31,23 +31,38 @@ class LoadedModel(Protocol):
         """Where the graphs lie."""
 
 
-def open_executors(models: Mapping[str, LoadedModel], settings: EngineSettings) -> list[Executor]:
-    """Load the graphs of ``models``, and give each executor cores of its own where there are enough.
+def open_executors(settings: EngineSettings) -> list[Executor]:
+    """Executors without models, each with cores of its own where there are enough."""
+    groups = core_groups(_cores(), settings.executors, settings.threads)
+    return [Executor(f"cpu:{number}", cores, settings.threads) for number, cores in enumerate(groups)]
+
+
+def open_workers(models: Mapping[str, LoadedModel], settings: EngineSettings) -> list[dict[str, Worker]]:
+    """Load the graphs of ``models``: for each executor, the worker of each model.
 
     Graphs of one thread are loaded once and shared. Raises ``ArtefactError`` for a model that the engine does not run.
     """
-    executors = []
+    occupied = large_pages()
+    opened = []
     sessions: dict[Path, ort.InferenceSession] = {}
-    for number, cores in enumerate(core_groups(_cores(), settings.executors, settings.threads)):
+    for cores in core_groups(_cores(), settings.executors, settings.threads):
         if settings.threads > 1:
             sessions = {}
         # Threads stay on the cores of the thread that makes them: those of a session on its executor's.
         with _on(cores):
-            workers = {name: _open(model, sessions, settings) for name, model in models.items()}
-        executors.append(Executor(f"cpu:{number}", workers, cores, settings.threads))
-    # Before any buffer is: those are large and mostly empty, and would be filled.
-    _log.debug("%d MB lie in large pages", enlarge_pages() // 1_000_000)
-    return executors
+            opened.append({key: _open(model, sessions, settings) for key, model in models.items()})
+    # Not the buffers: those are large and mostly empty, and would be filled.
+    _log.debug("%d MB lie in large pages", enlarge_pages(occupied) // 1_000_000)
+    return opened
+
+
+def memory_of(model: LoadedModel, settings: EngineSettings) -> int:
+    """Most bytes that ``model`` takes, its weights and the buffers of all executors.
+
+    Raises ``ArtefactError`` as ``rows_that_fit`` does.
+    """
+    weights, row = _weights_and_row(model, settings)
+    return weights + row * rows_that_fit(model, settings) * settings.executors
 
 
 def rows_that_fit(model: LoadedModel, settings: EngineSettings) -> int:
@@ -55,12 +70,7 @@ def rows_that_fit(model: LoadedModel, settings: EngineSettings) -> int:
 
     Raises ``ArtefactError`` where the memory that one model may take does not hold it with a single row.
     """
-    config = model.manifest.config
-    # Each session keeps the weights as it computes with them, and those of one thread are shared.
-    copies = 1 if settings.threads == 1 else settings.executors
-    weights = copies * model.manifest.size_bytes
-    kinds = 4 if config.architecture == "encoder-decoder" else 2  # keys and values, of the text and of its source
-    row = 4 * kinds * config.n_decoder_layers * config.kv_width * config.max_positions
+    weights, row = _weights_and_row(model, settings)
     left = settings.max_model_bytes - weights
     rows = min(settings.max_rows, left // (row * settings.executors)) if row else settings.max_rows
     if left < 0 or rows < 1:
@@ -69,6 +79,16 @@ def rows_that_fit(model: LoadedModel, settings: EngineSettings) -> int:
             f"model may take {settings.max_model_bytes / 1e6:,.0f} MB: raise max_model_mb or lower the executors"
         )
     return rows
+
+
+def _weights_and_row(model: LoadedModel, settings: EngineSettings) -> tuple[int, int]:
+    """Bytes of the weights of all executors, and of one row of one executor."""
+    config = model.manifest.config
+    # Each session keeps the weights as it computes with them, and those of one thread are shared.
+    copies = 1 if settings.threads == 1 else settings.executors
+    kinds = 4 if config.architecture == "encoder-decoder" else 2  # keys and values, of the text and of its source
+    row = 4 * kinds * config.n_decoder_layers * config.kv_width * config.max_positions
+    return copies * model.manifest.size_bytes, row
 
 
 def core_groups(cores: list[int], groups: int, threads: int) -> list[list[int]]:

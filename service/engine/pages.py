@@ -6,26 +6,32 @@ A step reads every weight once, one after the other, and processors fetch ahead 
 
 import ctypes
 import platform
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 _PAGE_BYTES = 2 << 20
 _MADV_COLLAPSE = 25
 """Of Linux since 6.1: gather what lies in small pages into large ones, now (``man 2 madvise``)."""
 
 
-def enlarge_pages() -> int:
-    """Gather this process's large blocks of memory into large pages; returns how many bytes lie in blocks that were.
+def enlarge_pages(but: Collection[int] = ()) -> int:
+    """Gather this process's memory into large pages, ``but`` those at some addresses; returns how many bytes were.
 
     Best effort: 0 where the system cannot.
     """
     if platform.system() != "Linux":
         return 0
     libc = ctypes.CDLL(None, use_errno=True)
-    enlarged = 0
-    for start, end in _blocks():
-        if libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_COLLAPSE) == 0:
-            enlarged += end - start
-    return enlarged
+    size = ctypes.c_size_t(_PAGE_BYTES)
+    new = sorted(large_pages().difference(but))
+    enlarged = [page for page in new if libc.madvise(ctypes.c_void_p(page), size, _MADV_COLLAPSE) == 0]
+    return _PAGE_BYTES * len(enlarged)
+
+
+def large_pages() -> set[int]:
+    """Where large pages lie, or could: the addresses of this process's memory that one would fill."""
+    if platform.system() != "Linux":
+        return set()
+    return {page for start, end in _blocks() for page in range(start, end, _PAGE_BYTES)}
 
 
 def _blocks() -> Iterator[tuple[int, int]]:

@@ -194,7 +194,7 @@ class Knowledge:
     async def _embed(self, embedder: Model, request_id: str, texts: Sequence[str]) -> NDArray[np.float16]:
         """Vectors of unit length, ``(texts, d)``, as precise as they are stored: a search finds the same later."""
         items = await asyncio.to_thread(_items, embedder, request_id, texts)
-        tickets = self._engine.submit(embedder.name, items)
+        tickets = self._engine.submit(embedder.key, items)
         try:
             outputs = await asyncio.gather(*(asyncio.wrap_future(ticket.future) for ticket in tickets))
         finally:

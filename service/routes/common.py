@@ -11,10 +11,27 @@ from starlette.types import Receive
 from energy.ledger import LedgerUnreadable
 from energy.types import Bill, Quality
 from service.core import Receipt, Service
-from service.errors import TABLE, DocumentNotFound, MethodNotAllowed, RecordNotFound, RouteNotFound
+from service.errors import (
+    TABLE,
+    AdminOnly,
+    DocumentNotFound,
+    MethodNotAllowed,
+    ModelInUse,
+    ModelRefused,
+    RecordNotFound,
+    RouteNotFound,
+)
 
 UJ_PER_J = 1_000_000
-_ELSEWHERE = (RouteNotFound, MethodNotAllowed, RecordNotFound, DocumentNotFound, LedgerUnreadable)
+_ADMINISTRATION = (AdminOnly, ModelInUse, ModelRefused)
+_ELSEWHERE = (
+    RouteNotFound,
+    MethodNotAllowed,
+    RecordNotFound,
+    DocumentNotFound,
+    LedgerUnreadable,
+    *_ADMINISTRATION,
+)
 TASK_ERRORS = tuple(kind for kind in TABLE if kind not in _ELSEWHERE)
 """What a task can end in."""
 

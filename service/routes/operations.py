@@ -1,18 +1,37 @@
 """For whoever runs the service: is it alive, is it ready, how is it doing?"""
 
 import asyncio
+from ipaddress import ip_address
 from typing import Literal
 
 from fastapi import APIRouter, Request
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 
 from service.docs import docs_page
-from service.errors import documented
+from service.engine.types import EngineClosed
+from service.errors import (
+    AdminOnly,
+    BodyTooLarge,
+    InvalidValue,
+    MalformedBody,
+    MissingParameter,
+    ModelInUse,
+    ModelNotFound,
+    ModelRefused,
+    UnknownParameter,
+    documented,
+)
+from service.models import Model
+from service.repository import Repository, State
 from service.responses import JsonResponse
 from service.routes.common import service_of
 from service.tasks import TASKS
+
+_OF_A_BODY = (MalformedBody, BodyTooLarge, InvalidValue, MissingParameter, UnknownParameter)
+_PROXIES = ("forwarded", "x-forwarded-for", "x-real-ip")
+"""Headers by which a proxy tells that the caller is another."""
 
 
 class Alive(BaseModel):
@@ -28,6 +47,19 @@ class ReadyModel(BaseModel):
     revision: str
     tasks: list[str]
     bits: int = Field(description="Of a stored weight; below 32 the model is quantised.")
+    state: State = Field(description="Where it is; the first request loads one that is on disk.")
+    memory_mb: float = Field(description="Most that it takes in memory, weights and buffers.")
+
+
+class WhichModel(BaseModel):
+    """A model to load or unload."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    model: str = Field(
+        min_length=1,
+        description="Its name, or the name of its folder within the folders of models that the service was given.",
+    )
 
 
 class RefusedModel(BaseModel):
@@ -47,8 +79,29 @@ class Readiness(BaseModel):
     ledger: str | None = Field(description="Why bills cannot be written to disk just now; null where they can.")
 
 
+def require_admin(http: Request) -> None:
+    """Raise ``AdminOnly`` for a caller who may not change what is served: one from elsewhere, or through a proxy."""
+    try:
+        near = http.client is not None and ip_address(http.client.host).is_loopback
+    except ValueError:
+        near = False
+    if not near or any(name in http.headers for name in _PROXIES):
+        raise AdminOnly
+
+
+def _shown(repository: Repository, model: Model) -> ReadyModel:
+    return ReadyModel(
+        name=model.name,
+        revision=model.manifest.revision,
+        tasks=list(model.manifest.tasks),
+        bits=model.manifest.quantisation.bits,
+        state=repository.state(model),
+        memory_mb=repository.memory_of(model) / 1e6,
+    )
+
+
 def operations_routes() -> APIRouter:
-    """Probes, metrics and docs."""
+    """Probes, models, metrics and docs."""
     router = APIRouter(tags=["operations"])
 
     @router.get(
@@ -69,26 +122,55 @@ def operations_routes() -> APIRouter:
         responses={503: {"model": Readiness, "description": "No model is served."}, **documented()},
     )
     async def readyz(http: Request) -> Response:
-        models = service_of(http).models
+        repository = service_of(http).repository
+        models = repository.models
         defaults: dict[str, str | None] = {
             task.name: next((m.name for m in models.for_task(task.name)), None) for task in TASKS
         }
         readiness = Readiness(
             status="ready" if models.served else "not ready",
             tasks=defaults,
-            models=[
-                ReadyModel(
-                    name=model.name,
-                    revision=model.manifest.revision,
-                    tasks=list(model.manifest.tasks),
-                    bits=model.manifest.quantisation.bits,
-                )
-                for model in models.served.values()
-            ],
+            models=[_shown(repository, model) for model in models.served.values()],
             refused=[RefusedModel(folder=refusal.folder_name, reason=refusal.reason) for refusal in models.refused],
             ledger=service_of(http).ledger.failure,
         )
         return JsonResponse(readiness.model_dump(), 200 if models.served else 503)
+
+    @router.get(
+        "/readyz/{model}",
+        operation_id="readyz_model",
+        summary="Is a model in memory?",
+        response_model=ReadyModel,
+        responses={503: {"model": ReadyModel, "description": "It is on disk."}, **documented(ModelNotFound)},
+    )
+    async def readyz_model(model: str, http: Request) -> Response:
+        repository = service_of(http).repository
+        shown = _shown(repository, repository.models.named(model))
+        return JsonResponse(shown.model_dump(), 200 if shown.state == "loaded" else 503)
+
+    @router.post(
+        "/v1/models/load",
+        operation_id="load_model",
+        summary="Load a model from disk, or a new revision in the place of the one that is served",
+        response_model=ReadyModel,
+        responses=documented(*_OF_A_BODY, AdminOnly, ModelNotFound, ModelInUse, ModelRefused, EngineClosed),
+    )
+    async def load_model(which: WhichModel, http: Request) -> Response:
+        require_admin(http)
+        repository = service_of(http).repository
+        return JsonResponse(_shown(repository, await repository.load(which.model)).model_dump())
+
+    @router.post(
+        "/v1/models/unload",
+        operation_id="unload_model",
+        summary="Serve a model no more; answered when its running requests are over",
+        response_model=ReadyModel,
+        responses=documented(*_OF_A_BODY, AdminOnly, ModelNotFound, ModelInUse),
+    )
+    async def unload_model(which: WhichModel, http: Request) -> Response:
+        require_admin(http)
+        repository = service_of(http).repository
+        return JsonResponse(_shown(repository, await repository.unload(which.model)).model_dump())
 
     @router.get(
         "/metrics",

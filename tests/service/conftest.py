@@ -96,7 +96,8 @@ def embedder(service: Service, models: dict[str, Model]) -> Iterator[str]:
     """The name of a model that embeds, served beside the others: a vector of the counts of three words."""
     name, model = "tiny-embed", models["sentiment"]
     manifest = model.manifest.model_copy(update={"name": name, "tasks": ()})
-    service.models.served[name] = dataclasses.replace(model, manifest=manifest)
-    service.engine.vocabularies[name] = model.tokenizer.get_vocab()
+    before = service.models
+    service.repository.models = before.replacing(dataclasses.replace(model, manifest=manifest))
+    service.repository.fill()
     yield name
-    del service.models.served[name], service.engine.vocabularies[name]
+    service.repository.models = before

@@ -20,7 +20,7 @@ from energy.settlement import Reason
 from energy.types import Bill, CarbonAssumptions, Part, Phase, Quality, RequestRecord, SettledRecord, Step
 from models.config import TransformerConfig
 from models.manifest import GenerationDefaults, Manifest, Quantisation, SpecialIds, write_manifest
-from service.app import open_models
+from service.app import check_manifest, open_models
 from service.books import Books
 from service.core import Service
 from service.door import Door
@@ -38,6 +38,8 @@ from service.engine.types import (
 )
 from service.knowledge.bases import Knowledge, find_embedder
 from service.metrics import Metrics
+from service.models import Model
+from service.repository import Repository
 from service.settings import Settings
 
 PAD, UNK, CLS, SEP, EOS = range(5)
@@ -46,6 +48,7 @@ _WORDS = """
     good bad fine paris is the capital of france where it rains what when question city lies on river and big small
     dog runs along beach #person1# alice bob said hello cafe
 """
+MODEL_BYTES = 2_000_000
 TIMING = Timing(queue_ns=2_000_000, compute_ns=5_000_000)
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message.role }}|>\n{{ message.content }}<|end|>\n{% endfor %}"
@@ -152,8 +155,10 @@ def write_models(root: Path) -> Path:
 class FakeEngine:
     """Answers at once and exactly, or misbehaves as told."""
 
-    def __init__(self, vocabularies: Mapping[str, Mapping[str, int]]) -> None:
-        self.vocabularies = vocabularies
+    def __init__(self, vocabularies: Mapping[str, Mapping[str, int]] | None = None) -> None:
+        self.vocabularies = dict(vocabularies or {})
+        """Of the models that are loaded, by their keys."""
+        self.load_failure: Exception | None = None
         self.items: list[Item] = []
         self.tickets: list[Ticket] = []
         self.refusal: Exception | None = None
@@ -184,6 +189,17 @@ class FakeEngine:
             elif not self.holds:
                 ticket.future.set_result(self._compute(model, item))
         return tickets
+
+    def memory_of(self, model: Model) -> int:
+        return MODEL_BYTES
+
+    def load(self, models: Mapping[str, Model]) -> None:
+        if self.load_failure:
+            raise self.load_failure
+        self.vocabularies |= {key: model.tokenizer.get_vocab() for key, model in models.items()}
+
+    def unload(self, key: str) -> None:
+        del self.vocabularies[key]
 
     def queue_depth(self) -> int:
         return sum(not ticket.future.done() for ticket in self.tickets)
@@ -288,8 +304,11 @@ class FakeAccount:
 def build(settings: Settings) -> Iterator[Service]:
     """The service as ``create_app`` builds it, with the fake engine and account."""
     models = open_models(settings)
-    engine = FakeEngine({name: model.tokenizer.get_vocab() for name, model in models.served.items()})
+    engine = FakeEngine()
     metrics = Metrics()
+    max_bytes = None if settings.max_models_mb is None else settings.max_models_mb * 1_000_000
+    repository = Repository(models, engine, metrics, roots=settings.models, check=check_manifest, max_bytes=max_bytes)
+    repository.fill()
     with TemporaryDirectory() as folder:
         # Of another time than now: the records' times stand still.
         ledger = Ledger(Path(folder) / "ledger.sqlite", max_days=100_000)
@@ -300,7 +319,7 @@ def build(settings: Settings) -> Iterator[Service]:
         embedder = find_embedder(models)
         knowledge = Knowledge(settings.knowledge, settings.max_documents, engine, embedder, account.record)
         yield Service(
-            models=models,
+            repository=repository,
             engine=engine,
             account=account,
             ledger=ledger,

@@ -149,12 +149,12 @@ def test_a_model_is_calibrated_and_the_service_knows(loaded: dict[str, Loaded], 
     beside, _ = calibration_places(model, tmp_path)
     assert line.startswith("writes: ") and line.endswith(str(beside))
     models = Models({model.name: model})
-    coefficients = read_coefficients(models, tmp_path)["writes"]
+    coefficients = read_coefficients(models.served.values(), tmp_path)["writes"]
     assert coefficients.decode_token > 0 and coefficients.fixed > 0
     # It is no part of the artefact: the manifest still verifies, and a new one leaves it out.
     assert beside.name not in model.manifest.files
     beside.write_text("{}")
-    assert read_coefficients(models, tmp_path) == {}
+    assert read_coefficients(models.served.values(), tmp_path) == {}
     beside.unlink()
 
 

@@ -12,7 +12,7 @@ from service.app import check_manifest, create_app
 from service.errors import ModelNotFound
 from service.models import load_model, load_models
 from service.settings import Settings
-from tests.service.fakes import CHAT_TEMPLATE, build, manifest, write_model
+from tests.service.fakes import CHAT_TEMPLATE, MODEL_BYTES, build, manifest, write_model
 
 
 def test_a_root_holds_models_or_is_one(tmp_path: Path) -> None:
@@ -88,7 +88,8 @@ def test_a_damaged_model_is_refused_by_file_and_the_others_are_served(
         response = client.get("/readyz")
         body = response.json()
         assert (response.status_code, body["status"]) == (200, "ready")
-        assert body["models"] == [{"name": "sound", "revision": "1", "tasks": ["sentiment"], "bits": 32}]
+        shown = {"name": "sound", "revision": "1", "tasks": ["sentiment"], "bits": 32}
+        assert body["models"] == [{**shown, "state": "loaded", "memory_mb": MODEL_BYTES / 1e6}]
         assert [refused["folder"] for refused in body["refused"]] == ["damaged"]
         assert file_name in body["refused"][0]["reason"]
         assert str(tmp_path) not in response.text

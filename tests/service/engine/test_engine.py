@@ -80,7 +80,7 @@ class Steps:
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Loaded]:
     root = tmp_path_factory.mktemp("models")
     kinds: tuple[Kind, ...] = ("classify", "span", "bert-span", *WRITERS)
-    loaded: dict[str, Loaded] = {kind: Loaded(write_tiny(root / kind, kind), root / kind) for kind in kinds}
+    loaded: dict[str, Loaded] = {kind: Loaded(write_tiny(root / kind, kind, name=kind), root / kind) for kind in kinds}
     for name, kind, scheme in QUANTISED:
         loaded[name] = Loaded(write_tiny(root / name, kind, name=name, scheme=scheme), root / name)
     return loaded
@@ -404,7 +404,12 @@ def test_every_step_names_its_work(models: dict[str, Loaded]) -> None:
         results(running.submit("decoder", [write(0, 9, max_tokens=4, no_repeat_ngram=1)]))
         results(running.submit("encoder-decoder", [write(1, 6, max_tokens=3, beams=2)]))
         assert (running.queue_depth(), running.running()) == (0, 0)
-    assert [step.model for step in steps.all[:3]] == ["encoder-decoder", "decoder", "classify"]  # warm-up
+    names = ["encoder-decoder", "decoder", "classify"]
+    assert [(step.device, step.model) for step in steps.all[:6]] == [("cpu", name) for name in names] + [
+        ("cpu:0", name) for name in names
+    ]  # loading, and warm-up
+    assert all(step.cpu_ns > 0 and not step.work for step in steps.all[:6])
+    steps.all = steps.all[3:]
     said = [
         (step.model, [(work.request_id, work.phase, work.tokens, work.context_tokens) for work in step.work])
         for step in steps.worked
@@ -554,7 +559,9 @@ def test_a_step_that_raises_fails_its_own_items_only(
     """The manifest promises more words than the graph has, so that the last ones are an error inside the step."""
     honest = models["classify"].manifest
     larger = honest.config.model_copy(update={"vocab_size": 1000})
-    lying = {"lying": replace(models["classify"], manifest=honest.model_copy(update={"config": larger}))}
+    lying = {
+        "lying": replace(models["classify"], manifest=honest.model_copy(update={"name": "lying", "config": larger}))
+    }
     steps = Steps()
     with engine(models | lying, ["lying", "classify"], steps) as running:
         bad, near = running.submit("lying", [EncodeItem("bad", (7, 999)), EncodeItem("near", (7, 8, 9))])
@@ -699,3 +706,52 @@ def test_cores_are_divided_among_executors() -> None:
 
 def test_buffers_keep_to_the_blocks_of_the_graphs() -> None:
     assert buffers.KEY_BLOCK == KEY_BLOCK
+
+
+def test_models_come_and_go_while_others_run(models: dict[str, Loaded]) -> None:
+    steps = Steps()
+    with engine(models, ["decoder", "classify"], steps, executors=2) as running:
+        expected = texts(running.submit("decoder", [write(seed, 5) for seed in range(8)]))
+        writing = running.submit("decoder", [write(seed, 5, max_tokens=50) for seed in range(8)])
+        running.load({"decoder#1": models["decoder"], "encoder-decoder": models["encoder-decoder"]})
+        assert [step.model for step in steps.all if step.device == "cpu"][2:] == ["decoder", "encoder-decoder"]
+        assert texts(running.submit("decoder#1", [write(seed, 5) for seed in range(8)])) == expected
+        assert len(results(running.submit("encoder-decoder", [write(0, 5)]))) == 1
+        results(writing)
+        running.unload("decoder")
+        with pytest.raises(KeyError):
+            running.submit("decoder", [write(0, 5)])
+        assert texts(running.submit("decoder#1", [write(seed, 5) for seed in range(8)])) == expected
+        results(running.submit("classify", [EncodeItem("c", ids(0, 5))]))
+        assert (running.queue_depth(), running.running()) == (0, 0)
+
+
+def test_what_an_unloaded_model_had_not_finished_fails(models: dict[str, Loaded]) -> None:
+    steps = Steps()
+    steps.go.clear()
+    with engine(models, ["decoder", "classify"], steps, max_rows=2) as running:
+        tickets = running.submit("decoder", [write(seed, 5, max_tokens=50) for seed in range(4)])
+        assert steps.held.wait(WAIT_S)
+        unloading = threading.Thread(target=running.unload, args=("decoder",))
+        unloading.start()
+        steps.go.set()
+        unloading.join(WAIT_S)
+        for ticket in tickets:
+            with pytest.raises(EngineClosed, match="unloaded"):
+                ticket.future.result(0)
+        assert (running.queue_depth(), running.running()) == (0, 0)
+        results(running.submit("classify", [EncodeItem("c", ids(0, 5))]))
+
+
+def test_a_model_that_cannot_be_loaded_leaves_the_others_alone(models: dict[str, Loaded]) -> None:
+    wrong = replace(models["encoder-decoder"], manifest=models["decoder"].manifest)
+    with engine(models, ["classify"], executors=2) as running:
+        with pytest.raises(Exception, match="source_lengths"):
+            running.load({"wrong": wrong})
+        with pytest.raises(KeyError):
+            running.submit("wrong", [write(0, 5)])
+        results(running.submit("classify", [EncodeItem("c", ids(0, 5))]))
+        running.load({"decoder": models["decoder"]})
+        results(running.submit("decoder", [write(0, 5)]))
+    with pytest.raises(EngineClosed):
+        running.load({"late": models["decoder"]})
