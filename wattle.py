@@ -124,6 +124,13 @@ def train(flags: dict[str, str]) -> int:
     return _stage(run_training, flags)
 
 
+def distil_data(flags: dict[str, str]) -> int:
+    """Have the teachers that a recipe names write the targets of its data; what was interrupted goes on."""
+    from training.commands import run_distil_data
+
+    return _stage(lambda recipe, settings: run_distil_data(recipe, _asking, settings), flags)
+
+
 def export(flags: dict[str, str]) -> int:
     """Export the model of a finished run once more."""
     from training.commands import run_export
@@ -298,6 +305,7 @@ COMMANDS = {
         },
     ),
     "train": Command(train, "training", ("data", "runs", "out", "threads", *SIZES), RECIPE),
+    "distil-data": Command(distil_data, "training", ("data", "runs", "limit"), RECIPE),
     "export": Command(export, "training", ("data", "runs", "out", *SIZES), RECIPE),
     "import": Command(import_, "training", IMPORTED, "Folder of a model that transformers saved, or a Hub name."),
     "confidence": Command(confidence, "training", ("data", "recipe", "limit"), "Folder of an exported model."),

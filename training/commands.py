@@ -1,25 +1,29 @@
-"""What ``wattle train``, ``export``, ``confidence``, ``evaluate`` and ``import`` do, stage after stage."""
+"""What ``wattle train``, ``distil-data``, ``export``, ``evaluate`` and the like do, stage after stage."""
 
 import json
 import shutil
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
 
-from models.manifest import ArtefactError, Manifest, Score, Variant, load_manifest, write_manifest
+from models.manifest import Manifest, Score, Variant, write_manifest
 from training.card import write_card
+from training.endpoint import endpoint_teacher
 from training.errors import TrainingError
 from training.evaluate import Evaluation, evaluate, fit_confidence
 from training.export import export
 from training.frontier import frontiers, verdict, write_frontiers
 from training.importing import import_model
 from training.knowledge import NEUTRAL, Ask
+from training.parents import find_folder, read_model_manifest, run_recipe
 from training.quantise import Serve, Subject, variants
-from training.recipe import BudgetRecipe, Recipe, Storage, load_recipe
+from training.recipe import BudgetRecipe, DataRecipe, Recipe, Storage, load_recipe
 from training.search_speed import search_speed
 from training.settings import Settings
+from training.targets import Teacher, served_teacher, write_targets
 from training.train import load_rows, load_trained, train
 
 
@@ -48,6 +52,41 @@ def run_export(name: str, settings: Settings) -> None:
     """Export a finished run."""
     recipe = _recipe(name, settings)
     _print_written(export(recipe, load_trained(recipe, settings.runs), settings.data, settings.out), settings)
+
+
+def run_distil_data(name: str, serve: Serve, settings: Settings) -> None:
+    """Have the teachers of a recipe write the targets of its data sets; ``serve`` serves an exported model."""
+    recipe = _recipe(name, settings)
+    written = [part for part in recipe.data if part.teacher is not None]
+    if not written:
+        raise TrainingError(f"{recipe.name}: no [[data]] has a teacher")
+    for part in written:
+        with _teacher(recipe, part, serve, settings) as teacher:
+            found = write_targets(teacher, recipe, part, settings.data, settings.limit)
+        cost = "unavailable J" if found.joules is None else f"{found.joules:,.0f} J ({found.quality})"
+        print(
+            f"{settings.data / part.path}: {found.rows:,} rows by {found.teacher}, {found.left_out:,} inputs left "
+            f"out, {found.elapsed_s / 60:.0f} minutes, {cost}"
+        )
+
+
+@contextmanager
+def _teacher(recipe: Recipe, part: DataRecipe, serve: Serve, settings: Settings) -> Iterator[Teacher]:
+    wanted = part.teacher
+    assert wanted is not None
+    if wanted.url is not None:
+        with endpoint_teacher(wanted, settings.teacher_key) as teacher:
+            yield teacher
+        return
+    with TemporaryDirectory() as scratch:
+        folder = find_folder(wanted.source)
+        if folder is None:
+            run = run_recipe(wanted.source, settings.runs)
+            export(run, load_trained(run, settings.runs), settings.data, Path(scratch))
+            folder = Path(scratch) / run.name
+        manifest = read_model_manifest(folder)
+        with serve(folder) as ask:
+            yield served_teacher(ask, recipe.task, manifest.name, manifest.revision, wanted)
 
 
 def run_import(source: str, settings: Settings) -> None:
@@ -79,7 +118,7 @@ def _print_written(manifest: Manifest, settings: Settings) -> None:
 
 def run_evaluation(folder: Path, ask: Ask, settings: Settings) -> list[Score]:
     """Score the model in ``folder``, served by ``ask``, on the sets that the recipe of its name lists."""
-    manifest = _manifest(folder)
+    manifest = read_model_manifest(folder)
     recipe = load_recipe(settings.recipe or manifest.name)
     scores: list[Score] = []
     for each in recipe.evaluate:
@@ -100,7 +139,7 @@ def run_quantising(folders: Sequence[Path], serve: Serve, settings: Settings) ->
     """
     together: dict[Hashable, list[Subject]] = {}
     for folder in folders:
-        manifest = _manifest(folder)
+        manifest = read_model_manifest(folder)
         subject = Subject(folder, manifest, load_recipe(settings.recipe or manifest.name))
         key = subject.recipe.task, json.dumps([each.model_dump() for each in subject.sets])
         together.setdefault(key, []).append(subject)
@@ -124,7 +163,7 @@ def _variant_line(name: str, variant: Variant) -> str:
 
 def run_frontier(folders: Sequence[Path], page: Path) -> None:
     """Write quality against joules per query of the models in ``folders``, which `wattle quantise` has measured."""
-    found = frontiers([_manifest(folder) for folder in folders])
+    found = frontiers([read_model_manifest(folder) for folder in folders])
     for each in found:
         print(verdict(each))
     print(", ".join(map(str, write_frontiers(found, page))))
@@ -132,7 +171,7 @@ def run_frontier(folders: Sequence[Path], page: Path) -> None:
 
 def run_confidence(folder: Path, serve: Serve, settings: Settings) -> None:
     """Fit the confidence of the model in ``folder`` and write it into its manifest; ``serve`` serves a model."""
-    manifest = _manifest(folder)
+    manifest = read_model_manifest(folder)
     recipe = load_recipe(settings.recipe or manifest.name)
     with TemporaryDirectory() as scratch:
         neutral = Path(scratch) / manifest.name
@@ -149,7 +188,7 @@ def run_confidence(folder: Path, serve: Serve, settings: Settings) -> None:
 
 def run_search_speed(folder: Path, ask: Ask, settings: Settings) -> None:
     """Time searches in a large knowledge base, made of the sentences that the recipe of the model's name trains on."""
-    recipe = load_recipe(settings.recipe or _manifest(folder).name)
+    recipe = load_recipe(settings.recipe or read_model_manifest(folder).name)
     rows = [row for _, part in load_rows(recipe, settings.data) for row in part]
     if not all(row.keys() >= {"context", "question"} for row in rows):
         raise TrainingError(f"{recipe.name}: its data has no passages and questions; name a recipe for answers")
@@ -158,13 +197,6 @@ def run_search_speed(folder: Path, ask: Ask, settings: Settings) -> None:
         f"{found.passages:,} passages put in {found.put_s:.0f} s; a search takes {found.median_ms:.1f} ms at the "
         f"median, {found.p95_ms:.1f} ms at the 95th percentile"
     )
-
-
-def _manifest(folder: Path) -> Manifest:
-    try:
-        return load_manifest(folder)
-    except ArtefactError as error:
-        raise TrainingError(f"{folder}: {error}") from error
 
 
 def _line(name: str, found: Evaluation) -> str:

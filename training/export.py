@@ -22,7 +22,6 @@ from models.config import TransformerConfig
 from models.graph import write_graphs
 from models.manifest import (
     Manifest,
-    Parent,
     Quantisation,
     SpecialIds,
     TrainingData,
@@ -138,7 +137,7 @@ def write_quantised(
 
 
 def _manifest(recipe: Recipe, trained: Trained, config: TransformerConfig, quantisation: Quantisation) -> Manifest:
-    trunk, progress = recipe.trunk, trained.progress
+    progress = trained.progress
     gco2e = None if progress.joules is None else Carbon().gco2e(round(progress.joules * 1e6), 0.0)
     return Manifest(
         name=recipe.name,
@@ -156,9 +155,7 @@ def _manifest(recipe: Recipe, trained: Trained, config: TransformerConfig, quant
         chat_template=CHAT_TEMPLATE if recipe.task == "generate" else None,
         quantisation=quantisation,
         licence=recipe.licence,
-        parent=None
-        if trunk is None
-        else Parent(name=trunk.name, relation="fine-tuned", licence=trunk.licence, note=trunk.note),
+        parent=trained.parent,
         training_data=tuple(
             TrainingData(name=part.path, licence=part.licence, rows=trained.rows[part.path], where=part.where)
             for part in recipe.data

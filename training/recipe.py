@@ -2,7 +2,7 @@
 
 import tomllib
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -30,10 +30,26 @@ class TrunkRecipe(_Part):
     note: str = ""
 
 
-class TokenizerRecipe(_Part):
-    """How text becomes ids: the trunk's WordPieces, pruned, or byte-level BPE learned from the training data."""
+class InitRecipe(_Part):
+    """A finished model to start from, whose tokenizer the new one takes, pruned to ``tokenizer.vocab_size``."""
 
-    kind: Literal["trunk", "byte-bpe"]
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+    source: str = Field(alias="from")
+    """A run, or the folder of an exported model."""
+    layers: tuple[int, ...] | dict[Literal["encoder", "decoder"], tuple[int, ...]] = ()
+    """Which of its layers the new model takes, counted from 0, for each stack apart where there are two."""
+
+    def layers_of(self, stack: Literal["encoder", "decoder"]) -> tuple[int, ...]:
+        """The layers that a stack takes; none where the recipe leaves them open."""
+        return self.layers.get(stack, ()) if isinstance(self.layers, dict) else self.layers
+
+
+class TokenizerRecipe(_Part):
+    """How text becomes ids: the trunk's WordPieces or the tokenizer of ``[init]``, each pruned to what the data uses,
+    or byte-level BPE learned from the training data."""
+
+    kind: Literal["trunk", "parent", "byte-bpe"]
     vocab_size: int
     mask_handles: bool = False
     """Read @names as ``@user`` and addresses as ``http``, as TweetEval does."""
@@ -45,6 +61,31 @@ class BudgetRecipe(_Part):
     max_parameters: int | None = Field(default=None, gt=0)
     max_mb: float | None = Field(default=None, gt=0)
     """Megabytes (10^6 bytes) of the exported weights."""
+
+
+class TeacherRecipe(_Part):
+    """Who writes the targets of a data set (``wattle distil-data``)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+    source: str = Field(alias="from")
+    """A run, the folder of an exported model or, with ``url``, a model's name there."""
+    inputs: tuple[str, ...] = Field(min_length=1)
+    """The data sets whose inputs it answers."""
+    split: str = "train"
+    setting: dict[str, str | int | float | bool] = {}
+    """Parameters of the requests, beyond the texts."""
+    url: str | None = Field(default=None, pattern="^https?://.*[^/]$")
+    """Of an OpenAI-compatible endpoint, without the last ``/chat/completions``."""
+    prompt: str = Field(default="{input}", pattern=r"\{input\}")
+    """What the endpoint is asked, with ``{input}`` where the text stands."""
+    parallel: int = Field(8, ge=1)
+    """Requests under way at once."""
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """What else than the texts makes the answers what they are."""
+        return {**self.setting, **({} if self.url is None else {"prompt": self.prompt})}
 
 
 class SetRecipe(_Part):
@@ -71,6 +112,8 @@ class DataRecipe(SetRecipe):
     """How often its rows appear in an epoch: 0.5 takes half of them, 2 all of them twice."""
     extractive: bool = False
     """Whether summaries are sentences of the document, to be marked rather than written."""
+    teacher: TeacherRecipe | None = None
+    """Who writes it, where nobody else has."""
 
 
 class HeldOut(_Part):
@@ -155,6 +198,7 @@ class Recipe(_Part):
     """``vocab_size`` is the most that the tokenizer may use."""
     budget: BudgetRecipe = BudgetRecipe()
     trunk: TrunkRecipe | None = None
+    init: InitRecipe | None = None
     tokenizer: TokenizerRecipe
     labels: tuple[str, ...] = ()
     max_tokens: int
@@ -174,13 +218,27 @@ class Recipe(_Part):
             raise ValueError("model: llama and marian, pooling of a first token and embed heads are only imported")
         return self
 
+    @property
+    def _stacks(self) -> int:
+        return self.model.has_encoder + self.model.has_decoder
+
+    @model_validator(mode="after")
+    def _one_start(self) -> Self:
+        if self.trunk is not None and self.init is not None:
+            raise ValueError("init: a model that starts from a trunk starts from nothing else")
+        if (self.tokenizer.kind == "parent") != (self.init is not None):
+            raise ValueError("tokenizer.kind: 'parent' goes with [init], whose weights know no other words")
+        if self.init is not None and isinstance(self.init.layers, tuple) and self.init.layers and self._stacks == 2:
+            raise ValueError("init.layers: name those of each stack, as { encoder = [0, 2], decoder = [0] }")
+        return self
+
     @model_validator(mode="after")
     def _one_size(self) -> Self:
         limits = (self.budget.max_parameters, self.budget.max_mb)
         if None not in limits:
             raise ValueError("budget: give max_parameters or max_mb, not both")
-        if self.trunk is not None and limits != (None, None):
-            raise ValueError("budget: a model that starts from a trunk has the trunk's size")
+        if (self.trunk or self.init) is not None and limits != (None, None):
+            raise ValueError("budget: a model that starts from another has the other's size")
         return self
 
 

@@ -29,8 +29,11 @@ class Settings(BaseSettings):
     max_parameters: int | None = Field(None, gt=0, description="Size the model to this many parameters.")
     max_mb: float | None = Field(None, gt=0, description="Size the model to this many megabytes of exported weights.")
     threads: int = Field(0, ge=0, description="Threads of the training; 0 takes every core.")
+    teacher_key: str | None = Field(None, description="Key for the endpoint whose model writes targets.")
     recipe: str | None = Field(None, description="Recipe that lists the sets; the shipped one of the model's name.")
-    limit: int | None = Field(None, ge=1, description="Score only the first rows of each set.")
+    limit: int | None = Field(
+        None, ge=1, description="Score only the first rows of each set; have a teacher answer so many."
+    )
     passages: int = Field(100_000, ge=1, description="Passages of the knowledge base that is searched for speed.")
     write: bool = Field(False, description="Write the scores into the model's manifest and card.")
     name: str | None = Field(

@@ -1,4 +1,4 @@
-"""Tokenizers: byte-level BPE learned from text, or a trunk's WordPieces cut to those that the data uses.
+"""Tokenizers: byte-level BPE learned from text, or those of another model cut to what the data uses.
 
 Knows nothing of models; text in, a ``tokenizers.Tokenizer`` out.
 """
@@ -6,6 +6,7 @@ Knows nothing of models; text in, a ``tokenizers.Tokenizer`` out.
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from heapq import heapify, heappop, heappush
 
 import numpy as np
 from numpy.typing import NDArray
@@ -77,16 +78,7 @@ def prune_word_pieces(
     A word whose piece is cut falls apart into smaller pieces. Returns the tokenizer and, for each of its ids, the
     trunk's id of the same piece (rows to keep of the embedding).
     """
-    vocabulary = trunk.get_vocab()
-    counts: Counter[int] = Counter()
-    block: list[str] = []
-    for text in texts:
-        block.append(text)
-        if len(block) == 4096:
-            counts.update(id for encoding in trunk.encode_batch(block) for id in encoding.ids)
-            block.clear()
-    counts.update(id for encoding in trunk.encode_batch(block) for id in encoding.ids)
-
+    vocabulary, counts = trunk.get_vocab(), _count(trunk, texts)
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
     characters = [piece for piece in vocabulary if len(piece.removeprefix("##")) == 1 and piece.isascii()]
     frequent = sorted((p for p in vocabulary if counts[vocabulary[p]]), key=lambda p: -counts[vocabulary[p]])
@@ -103,9 +95,76 @@ def prune_word_pieces(
     return tokenizer, np.array([vocabulary[piece] for piece in kept], dtype=np.int64)
 
 
+def prune_byte_bpe(parent: Tokenizer, texts: Iterable[str], vocab_size: int) -> tuple[Tokenizer, NDArray[np.int64]]:
+    """Cut ``parent``'s byte-level BPE to ``vocab_size`` tokens: those least frequent in ``texts`` fall apart again.
+
+    A token goes only when no token that stays is made of it, and what it stood for then counts for its two parts;
+    special tokens and single bytes stay. Returns the tokenizer and the parent's ids of its tokens, as
+    ``prune_word_pieces``.
+    """
+    document = json.loads(parent.to_str())
+    vocabulary, merges = document["model"]["vocab"], document["model"]["merges"]
+    counts = _count(parent, texts)
+    frequency = {token: counts[id] for token, id in vocabulary.items()}
+    made_of: dict[str, list[list[str]]] = {}
+    uses: Counter[str] = Counter()
+    for first, second in merges:
+        made_of.setdefault(first + second, []).append([first, second])
+        uses.update((first, second))
+    cut: set[str] = set()
+    leaves = [(frequency[token], -vocabulary[token], token) for token in made_of if not uses[token]]
+    heapify(leaves)
+    while leaves and len(vocabulary) - len(cut) > vocab_size:
+        count, _, token = heappop(leaves)
+        if count != frequency[token]:
+            continue  # it has been put in again with what it counts now
+        cut.add(token)
+        for part in made_of[token][0]:
+            frequency[part] += count
+        for part in (part for pair in made_of[token] for part in pair):
+            uses[part] -= 1
+            if not uses[part] and part in made_of:
+                heappush(leaves, (frequency[part], -vocabulary[part], part))
+    kept = sorted((token for token in vocabulary if token not in cut), key=vocabulary.__getitem__)
+    old = [vocabulary[token] for token in kept]
+    document["model"]["vocab"] = {token: index for index, token in enumerate(kept)}
+    document["model"]["merges"] = [pair for pair in merges if "".join(pair) not in cut]
+    for added in document["added_tokens"]:
+        added["id"] = kept.index(added["content"])
+    document["truncation"] = document["padding"] = None
+    return Tokenizer.from_str(json.dumps(_with_special_ids(document, kept))), np.array(old, dtype=np.int64)
+
+
+def prune(
+    parent: Tokenizer, texts: Iterable[str], vocab_size: int, *, mask_handles: bool
+) -> tuple[Tokenizer, NDArray[np.int64]]:
+    """The tokenizer of another model, cut to ``vocab_size`` tokens where it has more; see ``prune_byte_bpe``."""
+    kind = json.loads(parent.to_str())["model"]["type"]
+    if parent.get_vocab_size() <= vocab_size:
+        return parent, np.arange(parent.get_vocab_size())
+    if kind == "WordPiece":
+        return prune_word_pieces(parent, texts, vocab_size, mask_handles=mask_handles)
+    if kind == "BPE":
+        return prune_byte_bpe(parent, texts, vocab_size)
+    raise TrainingError(f"a {kind} tokenizer cannot be pruned: give it tokenizer.vocab_size {parent.get_vocab_size()}")
+
+
+def _count(tokenizer: Tokenizer, texts: Iterable[str]) -> Counter[int]:
+    """How often each id stands in ``texts``."""
+    counts: Counter[int] = Counter()
+    block: list[str] = []
+    for text in texts:
+        block.append(text)
+        if len(block) == 4096:
+            counts.update(id for encoding in tokenizer.encode_batch(block) for id in encoding.ids)
+            block.clear()
+    counts.update(id for encoding in tokenizer.encode_batch(block) for id in encoding.ids)
+    return counts
+
+
 def _with_special_ids(document: dict, kept: Sequence[str]) -> dict:  # type: ignore[type-arg]
     """Point the post-processor at the new ids of [CLS] and [SEP]."""
-    processor = document["post_processor"]
+    processor = document["post_processor"] or {}
     for token, entry in processor.get("special_tokens", {}).items():
         entry["ids"] = [kept.index(token)]
     for name in ("cls", "sep"):

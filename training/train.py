@@ -12,20 +12,23 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
+from models.manifest import Parent
 from models.transformer import Transformer
 from training.budget import sized
 from training.data import batches_by_tokens, read_set, take_share
 from training.errors import TrainingError
 from training.formats import Row
 from training.loop import CHECKPOINT, Progress, fit_model, load_checkpoint
+from training.parents import RECIPE, ParentModel, begin_with, load_parent
 from training.recipe import DataRecipe, HeldOut, Recipe
 from training.tasks import TASKS, Sample, TaskTraining, collate
-from training.tokenizer import learn_byte_bpe, prune_word_pieces
+from training.tokenizer import learn_byte_bpe, prune, prune_word_pieces
 from training.trunk import find_trunk, load_trunk, trunk_tokenizer
 
 TOKENIZER = "tokenizer.json"
 KEPT = "kept_ids.npy"
 ROWS = "rows.json"
+PARENT = "parent.json"
 PAD_ID = 0
 """Both kinds of tokenizer put their padding token first."""
 
@@ -39,6 +42,8 @@ class Trained:
     progress: Progress
     rows: dict[str, int]
     """Rows seen of each data set."""
+    parent: Parent | None
+    """Whose weights it started from."""
 
 
 def train(recipe: Recipe, data: Path, runs: Path) -> Trained:
@@ -49,11 +54,13 @@ def train(recipe: Recipe, data: Path, runs: Path) -> Trained:
     run = runs / recipe.name
     run.mkdir(parents=True, exist_ok=True)
     rows = load_rows(recipe, data)
-    tokenizer, kept = _tokenizer(recipe, rows, run)
+    fresh = not (run / CHECKPOINT).exists()
+    parent = load_parent(recipe.init.source, runs) if recipe.init is not None and fresh else None
+    tokenizer, kept = _tokenizer(recipe, rows, run, parent)
     torch.manual_seed(recipe.fit.seed)
     model = Transformer(sized(recipe, tokenizer.get_vocab_size()), recipe.fit.dropout)
-    if recipe.trunk is not None and kept is not None and not (run / CHECKPOINT).exists():
-        load_trunk(model, find_trunk(recipe.trunk), kept)
+    if fresh:
+        _begin(model, recipe, run, parent, kept)
     task = TASKS[recipe.task](recipe, tokenizer)
     samples = _encode(task, [row for _, each in rows for row in each], recipe)
     lengths = [sample.length for sample in samples]
@@ -78,6 +85,19 @@ def train(recipe: Recipe, data: Path, runs: Path) -> Trained:
     return load_trained(recipe, runs)
 
 
+def _begin(
+    model: Transformer, recipe: Recipe, run: Path, parent: ParentModel | None, kept: NDArray[np.int64] | None
+) -> None:
+    """Give ``model`` the weights that the recipe starts from, and the run's folder what it is to remember of them."""
+    if recipe.trunk is not None and kept is not None:
+        load_trunk(model, find_trunk(recipe.trunk), kept)
+    if recipe.init is not None and parent is not None and kept is not None:
+        begin_with(model, parent, recipe.init, recipe.labels, kept)
+        said = Parent(name=parent.name, relation="fine-tuned", licence=parent.licence)
+        (run / PARENT).write_text(said.model_dump_json(), encoding="utf-8")
+    (run / RECIPE).write_text(recipe.model_dump_json(indent=1), encoding="utf-8")
+
+
 def load_trained(recipe: Recipe, runs: Path) -> Trained:
     """The model of a run as its last checkpoint has it. Raises ``TrainingError`` where the run has not ended."""
     run = runs / recipe.name
@@ -88,7 +108,17 @@ def load_trained(recipe: Recipe, runs: Path) -> Trained:
     steps, progress = load_checkpoint(run, model)
     if progress.step < steps:
         raise TrainingError(f"{run}: at step {progress.step} of {steps}; `wattle train {recipe.name}` goes on with it")
-    return Trained(model.eval(), tokenizer, progress, json.loads((run / ROWS).read_text(encoding="utf-8")))
+    rows = json.loads((run / ROWS).read_text(encoding="utf-8"))
+    return Trained(model.eval(), tokenizer, progress, rows, _parent(recipe, run))
+
+
+def _parent(recipe: Recipe, run: Path) -> Parent | None:
+    if recipe.trunk is not None:
+        trunk = recipe.trunk
+        return Parent(name=trunk.name, relation="fine-tuned", licence=trunk.licence, note=trunk.note)
+    if recipe.init is not None:
+        return Parent.model_validate_json((run / PARENT).read_text(encoding="utf-8"))
+    return None
 
 
 def load_rows(recipe: Recipe, data: Path) -> list[tuple[DataRecipe, list[Row]]]:
@@ -124,7 +154,7 @@ def _held_out(held_out: HeldOut, rows: list[Row]) -> list[str]:
 
 
 def _tokenizer(
-    recipe: Recipe, rows: list[tuple[DataRecipe, list[Row]]], run: Path
+    recipe: Recipe, rows: list[tuple[DataRecipe, list[Row]]], run: Path, parent: ParentModel | None
 ) -> tuple[Tokenizer, NDArray[np.int64] | None]:
     """The run's tokenizer, made once and kept: a resumed run must read with the ids it began with."""
     path, kept_path = run / TOKENIZER, run / KEPT
@@ -136,6 +166,14 @@ def _tokenizer(
             tokenizer, kept = prune_word_pieces(
                 trunk_tokenizer(find_trunk(recipe.trunk)),
                 tqdm(texts, desc="counting word pieces", unit="text", mininterval=1.0),
+                recipe.tokenizer.vocab_size,
+                mask_handles=recipe.tokenizer.mask_handles,
+            )
+            np.save(kept_path, kept)
+        elif parent is not None:
+            tokenizer, kept = prune(
+                parent.tokenizer,
+                tqdm(texts, desc="counting tokens", unit="text", mininterval=1.0),
                 recipe.tokenizer.vocab_size,
                 mask_handles=recipe.tokenizer.mask_handles,
             )

@@ -1,3 +1,4 @@
+import json
 import unicodedata
 
 import numpy as np
@@ -5,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.tiny import tiny_tokenizer
 from training.errors import TrainingError
-from training.tokenizer import BOS, CHAT_TOKENS, EOS, PAD, learn_byte_bpe, prune_word_pieces, token_id
+from training.tokenizer import BOS, CHAT_TOKENS, EOS, PAD, learn_byte_bpe, prune, prune_word_pieces, token_id
 from training.trunk import trunk_tokenizer
 
 TEXTS = ["Ein kleiner Junge spielt.", "A small boy plays.", "A boy and a boy."] * 3
@@ -53,3 +55,36 @@ def test_handles_and_addresses_are_masked(trunk_package):
     tokenizer, _ = prune_word_pieces(trunk_tokenizer(folder), ["happy"], 250, mask_handles=True)
     masked = tokenizer.encode("@someone it\\u2019s http://t.co/xyz").tokens
     assert masked == tokenizer.encode("@user it's http").tokens
+
+
+BPE = learn_byte_bpe(TEXTS, 300, end_every_text=True, chat=False)
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"]), max_size=40), st.integers(259, 300))
+def test_pruned_bpe_writes_every_text(text, words):
+    pruned, kept = prune(BPE, TEXTS, words, mask_handles=False)
+    assert pruned.get_vocab_size() == len(kept) == min(words, BPE.get_vocab_size())
+    assert {BPE.id_to_token(old): new for new, old in enumerate(kept.tolist())} == pruned.get_vocab()
+    ids = pruned.encode(text).ids
+    assert ids[-1] == token_id(pruned, EOS) == 2
+    plain = BPE.decode(BPE.encode(text).ids)
+    assert pruned.decode(ids) == plain
+
+
+def test_pruned_bpe_keeps_what_is_frequent_and_splits_the_rest_into_its_parts():
+    parent = learn_byte_bpe(["low lower lowest"] * 9 + ["new newer newest"] * 9, 300, end_every_text=True, chat=False)
+    pruned, _ = prune(parent, ["low lower"] * 5, 267, mask_handles=False)
+    for word in ("low", "lower"):
+        assert pruned.encode(word).tokens == parent.encode(word).tokens
+    assert len(pruned.encode("newest").ids) > len(parent.encode("newest").ids)
+    # Every merge that is left makes a token that is left, of two that are left.
+    model = json.loads(pruned.to_str())["model"]
+    assert all({*pair, "".join(pair)} <= model["vocab"].keys() for pair in model["merges"])
+
+
+def test_what_is_small_enough_stays_and_what_cannot_be_pruned_is_said(trunk_package):
+    assert prune(BPE, [], 300, mask_handles=False)[0] is BPE
+    trunk = trunk_tokenizer(trunk_package[1])
+    assert prune(trunk, ["river"], 100, mask_handles=False)[0].get_vocab_size() == 100
+    with pytest.raises(TrainingError, match="a Unigram tokenizer cannot be pruned"):
+        prune(tiny_tokenizer(), [], 20, mask_handles=False)
