@@ -14,7 +14,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "energy": (),
     "models": (),
     "training": ("energy", "models"),
-    "service": ("energy", "models.manifest", "models.config", "models.sentences"),
+    "service": ("energy", "models.manifest", "models.config", "models.processor", "models.sentences"),
     "loadtests": ("energy.charts",),  # speaks HTTP, and draws with the same plots
 }
 # Engines are compared with engines, so one worker runs ours without HTTP, in a process of its own.
@@ -23,7 +23,7 @@ EXCEPTIONS: dict[str, tuple[str, ...]] = {
 }
 # What serving loads must stay light.
 HEAVY = ("torch", "transformers")
-LIGHT = ("energy", "service", "models.manifest", "models.config", "models.sentences")
+LIGHT = ("energy", "service", "models.manifest", "models.config", "models.processor", "models.sentences")
 
 
 def sources(part: str) -> list[Path]:

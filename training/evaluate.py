@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from models.manifest import Confidence, Manifest, Score
+from models.processor import keep_products_exact
 from models.sentences import split_sentences
 from training import scorers
 from training.data import clean, read_set
@@ -232,6 +233,7 @@ def negative_log_likelihood(folder: Path, text: str, block: int = 256, rows: int
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     options = ort.SessionOptions()
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    keep_products_exact(options)
     session = ort.InferenceSession(str(folder / "decoder.onnx"), options, providers=["CPUExecutionProvider"])
     ids = tokenizer.encode(text, add_special_tokens=False).ids
     blocks = [ids[start : start + block] for start in range(0, len(ids), block)]

@@ -28,6 +28,7 @@ from models.manifest import (
     TrainingEnergy,
     write_manifest,
 )
+from models.processor import keep_products_exact
 from models.transformer import Transformer
 from training.card import write_card
 from training.errors import TrainingError
@@ -235,6 +236,7 @@ def onnx_logits(folder: Path, config: TransformerConfig, batch: Batch) -> NDArra
 
 def _session(path: Path) -> ort.InferenceSession:
     options = ort.SessionOptions()
+    keep_products_exact(options)
     options.log_severity_level = 3  # else every layer would warn that its buffers are not updated in place here
     return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 

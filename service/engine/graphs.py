@@ -3,9 +3,8 @@
 ``models/graph.py`` writes the graphs and says what their inputs and outputs are.
 """
 
-import platform
 from collections.abc import Mapping, Sequence
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from models.config import TransformerConfig
+from models.processor import keep_products_exact
 from service.engine.batching import padded_width
 from service.engine.buffers import Buffers, Floats
 
@@ -29,8 +29,7 @@ def open_graph(path: Path, threads: int) -> ort.InferenceSession:
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     # Shapes differ from step to step: a plan of memory for each of them would only pile up.
     options.enable_mem_pattern = False
-    if not _multiplies_8_bits_exactly():
-        options.add_session_config_entry("session.x64quantprecision", "1")
+    keep_products_exact(options)
     return ort.InferenceSession(
         path,
         options,
@@ -38,21 +37,6 @@ def open_graph(path: Path, threads: int) -> ort.InferenceSession:
         # Its kernel is eight times slower than the two that it replaces.
         disabled_optimizers=["SkipLayerNormFusion"],
     )
-
-
-@cache
-def _multiplies_8_bits_exactly() -> bool:
-    """Whether products of unsigned and signed 8-bit integers are added without overflow.
-
-    x86 processors without VNNI add pairs of them in 16 bits. ONNX Runtime can avoid that, at half the speed.
-    """
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        return True
-    try:
-        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
-    except OSError:
-        return False
-    return "avx512_vnni" in flags or "avx_vnni" in flags
 
 
 def pad(rows: Sequence[Sequence[int]], value: int) -> tuple[Ids, Ids]:
