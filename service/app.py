@@ -24,6 +24,7 @@ from energy.sampler import Sampler
 from energy.types import Quality, SettledRecord, Step
 from models.manifest import CALIBRATION_NAME, ArtefactError, Manifest
 from service import __version__
+from service.admission import Admission
 from service.books import Books
 from service.core import Service
 from service.door import Door
@@ -81,7 +82,10 @@ def create_app(settings: Settings, build: Build | None = None) -> FastAPI:
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
-        middleware=[Middleware(Edge, max_body_bytes=settings.max_body_bytes)],
+        middleware=[
+            Middleware(Edge, max_body_bytes=settings.max_body_bytes),
+            Middleware(Admission, limit=settings.max_concurrent_requests),
+        ],
         exception_handlers={kind: _answer for kind in kinds},
         telemetry=None if tracing is None else tracing.fastapi_config,
     )

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from fastapi import Request
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from service.core import Listener, Receipt
 from service.errors import describe, is_foreseen, renaming
@@ -24,6 +24,9 @@ CLIENT_GONE = 499
 """Nobody reads this status; nginx's logs made it known."""
 KEEP_ALIVE_S = 10.0
 """Silence after which a comment is sent: proxies cut connections that seem dead."""
+
+STALL_S = 60.0
+"""How long a client may read nothing before its stream ends: what it has not read takes memory."""
 
 _HEADERS = [
     (b"content-type", f"{MEDIA_TYPE}; charset=utf-8".encode()),
@@ -42,7 +45,10 @@ def event(content: Any, name: str | None = None) -> bytes:
 
 def streamed(description: str) -> dict[int | str, dict[str, Any]]:
     """The OpenAPI response of an operation that can also stream."""
-    return {200: {"content": {MEDIA_TYPE: {"schema": {"type": "string", "description": description}}}}}
+    # The schema is of one event, as in OpenAPI 3.2.
+    fields = {"data": {"type": "string", "contentMediaType": "application/json"}, "event": {"type": "string"}}
+    schema = {"type": "object", "description": description, "properties": fields, "required": ["data"]}
+    return {200: {"content": {MEDIA_TYPE: {"schema": schema}}}}
 
 
 class Script(Protocol):
@@ -133,11 +139,14 @@ class _EventStream(Response):
             chunk = await self._chunks.get()
             if chunk is None:
                 await working
-            await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
+            await _sent(send, {"type": "http.response.start", "status": 200, "headers": _HEADERS})
             while chunk is not None:
-                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                await _sent(send, {"type": "http.response.body", "body": chunk, "more_body": True})
                 chunk = await self._next()
-            await send({"type": "http.response.body", "body": b""})
+            await _sent(send, {"type": "http.response.body", "body": b""})
+        except _Stalled:
+            # An answer that is not complete closes the connection.
+            _log.info("request %s ended: its client has read nothing for %g s", request_id, STALL_S)
         finally:
             working.cancel()
             await asyncio.gather(working, return_exceptions=True)
@@ -167,3 +176,15 @@ class _EventStream(Response):
                 return await self._chunks.get()
         except TimeoutError:
             return b": keep-alive\n\n"
+
+
+class _Stalled(Exception):
+    """A client does not read."""
+
+
+async def _sent(send: Send, message: Message) -> None:
+    try:
+        async with asyncio.timeout(STALL_S):
+            await send(message)
+    except TimeoutError:
+        raise _Stalled from None

@@ -60,6 +60,7 @@ class TaskRequest(BaseModel):
     energy_budget_j: float | None = Field(
         None,
         gt=0,
+        le=1e12,
         allow_inf_nan=False,
         description="Most joules (`allocated_j`) that the whole request may cost: refused where more is expected, "
         "ended with the `finish_reason` `energy_budget` where writing comes to cost more.",

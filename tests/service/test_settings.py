@@ -47,7 +47,7 @@ def test_several_folders_of_models(tmp_path: Path) -> None:
         ("ledger_max_days", "0"),
         ("ledger_max_mb", "0"),
         ("max_body_bytes", "0"),
-        ("max_client_batch_size", "513"),
+        ("max_client_batch_size", "100000"),
         ("threads", "0"),
     ],
 )

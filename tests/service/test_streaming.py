@@ -223,3 +223,22 @@ def test_streams_are_in_the_openapi_document(client: TestClient) -> None:
     }
     assert streaming >= {f"/v1/{task.name}" for task in WRITERS}
     assert not streaming & {"/v1/answer", "/v1/sentiment"}
+
+
+def test_a_client_that_never_reads_does_not_keep_its_stream(
+    client: TestClient, account: FakeAccount, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sse, "STALL_S", 0.05)
+
+    async def deaf(scope: Any, receive: Any, send: Any) -> None:
+        async def told(message: Any) -> None:
+            await send(message)
+            await asyncio.Event().wait()
+
+        await client.app(scope, receive, told)
+
+    sent = asyncio.run(asyncio.wait_for(call(deaf, path="/v1/generate", body=STREAMED), 5))
+    assert [message["type"] for message in sent] == ["http.response.start"]
+    # What it asked for is done and billed.
+    assert [record.request.status for record in account.records.values()] == ["ok"]
+    assert client.app.state.service.door.inside == 0

@@ -1,0 +1,352 @@
+"""Pushes a service of its own until something would give: overload, idle and leaving clients, slow readers, a soak.
+
+Speaks HTTP over raw sockets, to its own machine alone, and prints what it measured; knows nothing of how the service
+works. ``python -m loadtests.robustness overload`` and the like; the figures of the last runs are in ``docs/LOG.md``.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import re
+import resource
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+HOST = "127.0.0.1"
+START_S = 120.0
+ANSWER_S = 60.0
+"""Longest wait for an answer; one that comes later counts as lost."""
+TEXTS: dict[str, dict[str, Any]] = {
+    "sentiment": {"input": "A quiet film, and better than it seems."},
+    "translate": {"input": "Two men are talking at a table.", "beams": 1},
+    "generate": {"input": "Once upon a time", "max_tokens": 64},
+}
+IDLE_CONNECTIONS = 2_000
+LEAVERS = 1_000
+SLOW_READERS = 100
+CONSTANT_CLIENTS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """A running service."""
+
+    pid: int
+    port: int
+
+    def resident_mb(self) -> float:
+        """Memory that it occupies."""
+        status = Path(f"/proc/{self.pid}/status").read_text()
+        return int(status.partition("VmRSS:")[2].split()[0]) / 1000
+
+    def descriptors(self) -> int:
+        """Files and sockets that it has open."""
+        return len(os.listdir(f"/proc/{self.pid}/fd"))
+
+
+@contextmanager
+def served(*flags: str) -> Iterator[Served]:
+    """The starters, on a free port, until the block is left; says how the process ended."""
+    with TemporaryDirectory() as state:
+        command = [sys.executable, "-m", "wattle", "serve", "--port", "0", "--host", HOST, "--state", state, *flags]
+        log = Path(state) / "log"
+        with log.open("w") as errors, subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=errors) as it:
+            assert it.stdout is not None
+            address = re.search(rb":(\d+)$", it.stdout.readline().rstrip())
+            if address is None:
+                raise SystemExit(f"the service did not start: {log.read_text()}")
+            try:
+                yield Served(it.pid, int(address[1]))
+            finally:
+                it.send_signal(signal.SIGTERM)
+                began_s = time.monotonic()
+                it.wait(START_S)
+                print(f"SIGTERM: over after {time.monotonic() - began_s:.1f} s")
+        lines = log.read_text().splitlines()
+        print(f"log: {sum('Traceback' in line for line in lines)} tracebacks in {len(lines)} lines")
+
+
+class Connection:
+    """One connection that is kept; requests follow one another on it."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self._reader: asyncio.StreamReader | None = None
+        self._writer: asyncio.StreamWriter | None = None
+
+    async def open(self) -> None:
+        """Connect."""
+        self._reader, self._writer = await asyncio.open_connection(HOST, self._port)
+
+    async def send(self, method: str, path: str, body: object = None) -> None:
+        """Send a request, whatever comes of it."""
+        if self._writer is None:
+            await self.open()
+        assert self._writer is not None
+        content = b"" if body is None else json.dumps(body).encode()
+        head = f"{method} {path} HTTP/1.1\r\nhost: {HOST}\r\ncontent-type: application/json\r\n"
+        self._writer.write(f"{head}content-length: {len(content)}\r\n\r\n".encode() + content)
+        await self._writer.drain()
+
+    async def ask(self, method: str, path: str, body: object = None) -> tuple[int, bytes]:
+        """Status and body of the answer. Raises ``OSError`` or ``EOFError`` where none comes."""
+        async with asyncio.timeout(ANSWER_S):
+            await self.send(method, path, body)
+            assert self._reader is not None
+            head = (await self._reader.readuntil(b"\r\n\r\n")).lower()
+            length = re.search(rb"content-length: (\d+)", head)
+            content = await self._reader.readexactly(int(length[1]) if length else 0)
+            return int(head.split(None, 2)[1]), content
+
+    def close(self) -> None:
+        """Leave, whatever is under way."""
+        if self._writer is not None:
+            self._writer.transport.abort()
+        self._reader = self._writer = None
+
+
+@dataclass(slots=True)
+class Tally:
+    """What came of many requests."""
+
+    seconds: dict[int, list[float]] = field(default_factory=dict)
+    """Until the answer, by status."""
+    lost: int = 0
+    """Without an answer."""
+
+    async def ask(self, connection: Connection, path: str, body: object) -> int | None:
+        """Ask, and count what comes of it; returns the status."""
+        began_s = time.perf_counter()
+        try:
+            status, _ = await connection.ask("POST", path, body)
+        except (OSError, EOFError, TimeoutError):
+            self.lost += 1
+            connection.close()
+            return None
+        self.seconds.setdefault(status, []).append(time.perf_counter() - began_s)
+        return status
+
+    def line(self, elapsed_s: float) -> str:
+        """All of it, in milliseconds."""
+        parts = []
+        for status, seconds in sorted(self.seconds.items()):
+            figures = ", ".join(f"p{share} {1000 * quantile(seconds, share):.1f}" for share in (50, 95, 99))
+            parts.append(f"{status}: {len(seconds)} ({len(seconds) / elapsed_s:.1f}/s; ms {figures})")
+        return "; ".join([*parts, f"lost: {self.lost}"])
+
+
+def quantile(values: Sequence[float], percent: int) -> float:
+    """The value below which ``percent`` of ``values`` lie."""
+    return statistics.quantiles(values, n=100)[percent - 1] if len(values) > 1 else values[0]
+
+
+async def closed_loop(port: int, path: str, body: object, clients: int, seconds: float) -> tuple[Tally, float]:
+    """So many clients, each of which asks again as soon as it is answered; what came of it, and how long it took."""
+    tally, began_s = Tally(), time.perf_counter()
+
+    async def ask_on() -> None:
+        connection = Connection(port)
+        while time.perf_counter() - began_s < seconds:
+            await tally.ask(connection, path, body)
+        connection.close()
+
+    await asyncio.gather(*(ask_on() for _ in range(clients)))
+    return tally, time.perf_counter() - began_s
+
+
+async def open_loop(port: int, path: str, body: object, per_s: float, seconds: float) -> tuple[Tally, float]:
+    """So many requests a second at random moments (a Poisson process), whatever becomes of those before."""
+    tally, began_s, next_s = Tally(), time.perf_counter(), 0.0
+    free: list[Connection] = []
+    asking: set[asyncio.Task[None]] = set()
+    late_s: list[float] = []
+    chance = random.Random(1)
+
+    async def ask_once() -> None:
+        connection = free.pop() if free else Connection(port)
+        await tally.ask(connection, path, body)
+        free.append(connection)
+
+    while next_s < seconds:
+        await asyncio.sleep(max(0.0, began_s + next_s - time.perf_counter()))
+        late_s.append(time.perf_counter() - began_s - next_s)
+        task = asyncio.create_task(ask_once())
+        asking.add(task)
+        task.add_done_callback(asking.discard)
+        next_s += chance.expovariate(per_s)
+    elapsed_s = time.perf_counter() - began_s
+    late_ms = [1000 * quantile(late_s, share) for share in (50, 99)]
+    print(f"requests left late by ms p50 {late_ms[0]:.1f}, p99 {late_ms[1]:.1f}: so much is this program's own")
+    await asyncio.gather(*asking)
+    for connection in free:
+        connection.close()
+    return tally, elapsed_s
+
+
+async def metric(port: int, name: str) -> float:
+    """The sum of a metric's values."""
+    connection = Connection(port)
+    _, text = await connection.ask("GET", "/metrics")
+    connection.close()
+    lines = (line for line in text.decode().splitlines() if re.match(rf"{name}[ {{]", line))
+    return sum(float(line.rsplit(None, 1)[1]) for line in lines)
+
+
+async def until_idle(service: Served) -> float:
+    """Wait until nothing waits or runs; returns the seconds that took."""
+    began_s = time.perf_counter()
+    while await metric(service.port, "wattle_queue_size") + await metric(service.port, "wattle_running_size"):
+        await asyncio.sleep(0.05)
+    return time.perf_counter() - began_s
+
+
+async def overload(service: Served, options: argparse.Namespace) -> None:
+    """Three times as many requests as can be answered: those accepted keep their latency, the rest is told at once."""
+    path, body = f"/v1/{options.task}", TEXTS[options.task]
+    await closed_loop(service.port, path, body, CONSTANT_CLIENTS, 3)
+    tally, elapsed_s = await closed_loop(service.port, path, body, CONSTANT_CLIENTS, options.seconds)
+    print(f"closed loop of {CONSTANT_CLIENTS}: {tally.line(elapsed_s)}")
+    capacity = len(tally.seconds[200]) / elapsed_s
+    tally, elapsed_s = await open_loop(service.port, path, body, capacity, options.seconds)
+    print(f"at capacity, {capacity:.1f}/s: {tally.line(elapsed_s)}")
+    await until_idle(service)
+    tally, elapsed_s = await open_loop(service.port, path, body, 3 * capacity, options.seconds)
+    print(f"at three times capacity: {tally.line(elapsed_s)}")
+
+
+@asynccontextmanager
+async def connections(port: int, count: int) -> AsyncIterator[list[Connection]]:
+    """So many open connections."""
+    opened = [Connection(port) for _ in range(count)]
+    try:
+        for start in range(0, count, 100):
+            await asyncio.gather(*(each.open() for each in opened[start : start + 100]))
+        yield opened
+    finally:
+        for each in opened:
+            each.close()
+
+
+async def idle(service: Served, options: argparse.Namespace) -> None:
+    """Two thousand connections that say nothing, and others that are answered meanwhile; then all ask at once."""
+    body, before_mb = TEXTS["sentiment"], service.resident_mb()
+    alone, elapsed_s = await closed_loop(service.port, "/v1/sentiment", body, 4, options.seconds)
+    print(f"without them: {alone.line(elapsed_s)}")
+    async with connections(service.port, IDLE_CONNECTIONS) as opened:
+        print(f"{IDLE_CONNECTIONS} connections: {before_mb:.0f} MB before, {service.resident_mb():.0f} MB with them")
+        beside, elapsed_s = await closed_loop(service.port, "/v1/sentiment", body, 4, options.seconds)
+        print(f"beside them: {beside.line(elapsed_s)}")
+        everybody, began_s = Tally(), time.perf_counter()
+        await asyncio.gather(*(everybody.ask(each, "/v1/sentiment", body) for each in opened))
+        print(f"all at once: {everybody.line(time.perf_counter() - began_s)}")
+
+
+async def leavers(service: Served, options: argparse.Namespace) -> None:
+    """A thousand clients that leave at random moments, and what is left of them."""
+    chance, ends = random.Random(1), Counter[str]()
+
+    async def leave(number: int) -> None:
+        await asyncio.sleep(chance.uniform(0, options.seconds))
+        connection = Connection(service.port)
+        task = ("generate", "translate")[number % 2]
+        try:
+            await connection.send("POST", f"/v1/{task}", {**TEXTS[task], "stream": number % 4 < 2})
+            await asyncio.sleep(chance.uniform(0, 0.5))
+            ends["left"] += 1
+        except OSError:
+            ends["not let in"] += 1
+        finally:
+            connection.close()
+
+    for turn in (1, 2, 3):
+        await asyncio.gather(*(leave(number) for number in range(LEAVERS)))
+        emptied_s = await until_idle(service)
+        ended = await metric(service.port, "wattle_request_count_total")
+        print(
+            f"turn {turn}: {dict(ends)}; {ended:.0f} requests closed in all; rows free {emptied_s:.2f} s after the "
+            f"last; {service.resident_mb():.0f} MB, {service.descriptors()} descriptors"
+        )
+
+
+async def slow_readers(service: Served, options: argparse.Namespace) -> None:
+    """Clients that ask for streams and never read, beside one that does."""
+    alone, elapsed_s = await closed_loop(service.port, "/v1/sentiment", TEXTS["sentiment"], 2, options.seconds)
+    print(f"without them: {alone.line(elapsed_s)}; {service.resident_mb():.0f} MB")
+    async with connections(service.port, SLOW_READERS) as opened:
+        body = {"input": [TEXTS["generate"]["input"]] * 4, "max_tokens": 200, "stream": True}
+        for each in opened:
+            await each.send("POST", "/v1/generate", body)
+        emptied_s = await until_idle(service)
+        print(
+            f"{SLOW_READERS} streams nobody reads: rows free after {emptied_s:.1f} s, {service.resident_mb():.0f} MB"
+        )
+        beside, elapsed_s = await closed_loop(service.port, "/v1/sentiment", TEXTS["sentiment"], 2, options.seconds)
+        print(f"beside them: {beside.line(elapsed_s)}")
+
+
+async def soak(service: Served, options: argparse.Namespace) -> None:
+    """All tasks, whole and streamed, some clients leaving, for a long time; memory must stay flat."""
+    chance, tally, began_s = random.Random(1), Tally(), time.perf_counter()
+
+    async def ask_on() -> None:
+        connection = Connection(service.port)
+        while time.perf_counter() - began_s < options.seconds:
+            task, body = chance.choice(list(TEXTS.items()))
+            if chance.random() < 0.1:
+                await connection.send("POST", f"/v1/{task}", body)
+                await asyncio.sleep(chance.uniform(0, 0.2))
+                connection.close()
+            else:
+                await tally.ask(connection, f"/v1/{task}", body)
+        connection.close()
+
+    async def watch() -> None:
+        while (elapsed_s := time.perf_counter() - began_s) < options.seconds:
+            print(
+                f"{elapsed_s:5.0f} s: {service.resident_mb():.1f} MB, {service.descriptors()} descriptors", flush=True
+            )
+            await asyncio.sleep(options.seconds / 20)
+
+    await asyncio.gather(watch(), *(ask_on() for _ in range(8)))
+    emptied_s = await until_idle(service)
+    print(f"{tally.line(options.seconds)}; idle after {emptied_s:.2f} s; {service.resident_mb():.1f} MB")
+
+
+PROOFS: dict[str, Callable[[Served, argparse.Namespace], Coroutine[Any, Any, None]]] = {
+    "overload": overload,
+    "idle": idle,
+    "leavers": leavers,
+    "slow-readers": slow_readers,
+    "soak": soak,
+}
+
+
+def main() -> None:
+    """Run one of them against a service that is started for it."""
+    parser = argparse.ArgumentParser("python -m loadtests.robustness", description=__doc__)
+    parser.epilog = "Flags that are not its own are the service's."
+    parser.add_argument("proof", choices=PROOFS)
+    parser.add_argument("--seconds", type=float, default=10.0, help="Of each phase, or of the soak.")
+    parser.add_argument("--task", choices=TEXTS, default="translate", help="What overload asks for.")
+    options, flags = parser.parse_known_args()
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    with served(*flags) as service:
+        asyncio.run(PROOFS[options.proof](service, options))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,30 @@
+"""Refuses what is too much before anything is read of it: a refusal must cost next to nothing. Knows no tasks.
+
+The door behind it counts texts, which takes parsing; a request has at least one, so more requests than texts may be
+inside are known to be too many as soon as they come.
+"""
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from service.door import Door
+from service.engine.types import Overloaded
+from service.errors import render
+
+
+class Admission:
+    """ASGI middleware: at most ``limit`` requests that post something are inside at once."""
+
+    def __init__(self, app: ASGIApp, limit: int) -> None:
+        self._app = app
+        self._door = Door(limit)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request, or answer that there are too many."""
+        if scope["type"] != "http" or scope["method"] != "POST":
+            await self._app(scope, receive, send)
+            return
+        try:
+            with self._door.admit(1):
+                await self._app(scope, receive, send)
+        except Overloaded as overload:
+            await render(overload)(scope, receive, send)
