@@ -19,6 +19,7 @@ MANIFEST_NAME = "manifest.json"
 CALIBRATION_NAME = "energy.json"
 """May stand beside a manifest and is not in it: what a model's steps cost is a fact of the machine."""
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,63}$"
+StageKind = Literal["pretrain", "fine-tune", "distil"]
 Task = Literal["translate", "generate", "answer", "sentiment", "summarize"]
 
 
@@ -161,6 +162,32 @@ class TrainingEnergy(_Part):
     quality: Literal["measured", "apportioned", "estimated", "unavailable"]
 
 
+class Stage(_Part):
+    """One training run of those that led to the weights; its file in a run's folder has the same fields."""
+
+    name: str
+    kind: StageKind
+    parent: str | None = None
+    """Whose weights it began with; None for random ones."""
+    teacher: str | None = None
+    """Who wrote its targets, where no person did."""
+    data: tuple[str, ...]
+    parameters: int
+    steps: int
+    tokens: int
+    """Real ones that were trained on, an epoch's again in the next."""
+    elapsed_s: float
+    joules: float | None
+    """Of the machine, idle included; None where nothing was measured or estimated."""
+    gco2e: float | None
+    quality: Literal["measured", "apportioned", "estimated", "unavailable"]
+    device: str
+    loss: float | None
+    """At its end, an exponential mean over about 50 steps."""
+    teacher_joules: float | None = None
+    """What it cost to make the teacher's targets."""
+
+
 class Manifest(_Part):
     """Everything a server needs to know of a model besides its weights."""
 
@@ -190,6 +217,9 @@ class Manifest(_Part):
     training_data: tuple[TrainingData, ...] = ()
     scores: tuple[Score, ...] = ()
     training_energy: TrainingEnergy | None = None
+    """Of all stages of the lineage together, without what teachers cost."""
+    lineage: tuple[Stage, ...] = ()
+    """Every stage that led to the weights, the oldest first, the last one's included."""
     variants: tuple[Variant, ...] = ()
     """What was tried before this way to store it was chosen (``wattle quantise``)."""
     files: dict[str, FileRecord] = Field(default_factory=dict)

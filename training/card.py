@@ -1,8 +1,9 @@
 """The model card: the manifest told to a person. Knows nothing beyond the manifest."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
-from models.manifest import Load, Manifest
+from models.manifest import Load, Manifest, Stage
 
 
 def described(load: Load) -> str:
@@ -89,6 +90,8 @@ def write_card(folder: Path, manifest: Manifest) -> None:
     else:
         lines.append("Unknown here: see what its makers say.")
     lines += [f"| {d.name} | {d.rows:,} | {d.licence} | {d.where} |" for d in manifest.training_data]
+    if manifest.lineage:
+        lines += ["", "## Lineage", "", *_lineage(manifest.lineage)]
     energy = manifest.training_energy
     if energy is not None:
         lines += ["", "## Energy of training", ""]
@@ -100,3 +103,26 @@ def write_card(folder: Path, manifest: Manifest) -> None:
                 f"{energy.gco2e:.1f} gCO2e at the world's average grid, {energy.seconds / 60:.0f} minutes."
             )
     (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _lineage(stages: Sequence[Stage]) -> list[str]:
+    """A table of the stages and what they cost, teachers included."""
+    lines = [
+        "What was trained to get here, the oldest first.",
+        "",
+        "| stage | kind | from | teacher | data | parameters | steps | tokens | loss | minutes | kJ | gCO2e | on |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for stage in stages:
+        teacher = stage.teacher or "none"
+        if stage.teacher_joules is not None:
+            teacher += f" ({stage.teacher_joules / 1000:,.1f} kJ for its targets)"
+        loss = "unknown" if stage.loss is None else f"{stage.loss:.3f}"
+        cost = "unavailable" if stage.joules is None else f"{stage.joules / 1000:,.1f} ({stage.quality})"
+        grams = "unavailable" if stage.gco2e is None else f"{stage.gco2e:.1f}"
+        lines.append(
+            f"| {stage.name} | {stage.kind} | {stage.parent or 'random weights'} | {teacher} | "
+            f"{', '.join(stage.data)} | {stage.parameters:,} | {stage.steps:,} | {stage.tokens:,} | {loss} | "
+            f"{stage.elapsed_s / 60:.0f} | {cost} | {grams} | {stage.device} |"
+        )
+    return lines

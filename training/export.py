@@ -4,7 +4,7 @@ The graphs are first written in float32 and compared with PyTorch, then quantise
 """
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -17,13 +17,15 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from energy.carbon import Carbon
+from energy.requests import weakest
+from energy.types import Quality
 from models.config import TransformerConfig
 from models.graph import write_graphs
 from models.manifest import (
     Manifest,
     Quantisation,
     SpecialIds,
+    Stage,
     TrainingData,
     TrainingEnergy,
     write_manifest,
@@ -33,6 +35,7 @@ from models.transformer import Transformer
 from training.card import write_card
 from training.errors import TrainingError
 from training.recipe import Recipe, Storage
+from training.records import gco2e
 from training.tasks import TASKS, Batch, collate
 from training.tokenizer import BOS, EOS, PAD, token_id
 from training.train import PAD_ID, Trained, load_rows
@@ -138,8 +141,6 @@ def write_quantised(
 
 
 def _manifest(recipe: Recipe, trained: Trained, config: TransformerConfig, quantisation: Quantisation) -> Manifest:
-    progress = trained.progress
-    gco2e = None if progress.joules is None else Carbon().gco2e(round(progress.joules * 1e6), 0.0)
     return Manifest(
         name=recipe.name,
         revision=recipe.revision,
@@ -158,15 +159,23 @@ def _manifest(recipe: Recipe, trained: Trained, config: TransformerConfig, quant
         licence=recipe.licence,
         parent=trained.parent,
         training_data=tuple(
-            TrainingData(name=part.path, licence=part.licence, rows=trained.rows[part.path], where=part.where)
+            TrainingData(name=part.title, licence=part.licence, rows=trained.rows[part.title], where=part.where)
             for part in recipe.data
         ),
-        training_energy=TrainingEnergy(
-            joules=None if progress.joules is None else round(progress.joules, 1),
-            gco2e=None if gco2e is None else round(gco2e, 2),
-            seconds=round(progress.elapsed_s, 1),
-            quality=progress.quality,  # type: ignore[arg-type]
-        ),
+        training_energy=_training_energy(trained.lineage),
+        lineage=trained.lineage,
+    )
+
+
+def _training_energy(lineage: Sequence[Stage]) -> TrainingEnergy:
+    """All stages together; unknown where one of them is."""
+    joules = [stage.joules for stage in lineage if stage.joules is not None]
+    known = sum(joules) if len(joules) == len(lineage) else None
+    return TrainingEnergy(
+        joules=known,
+        gco2e=gco2e(known),
+        seconds=round(sum(stage.elapsed_s for stage in lineage), 1),
+        quality=weakest(Quality(stage.quality) for stage in lineage).value,
     )
 
 

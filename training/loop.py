@@ -4,7 +4,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -12,27 +12,12 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from energy.meters.base import Reading
 from energy.meters.choose import MeterSettings, choose_meter
-from energy.types import Quality
 from training.errors import TrainingError
 from training.recipe import FitRecipe
+from training.records import Progress, Recorder
 
 CHECKPOINT = "checkpoint.pt"
-
-
-@dataclass
-class Progress:
-    """How far a run is and what it has cost, over all of its restarts."""
-
-    step: int = 0
-    tokens: int = 0
-    elapsed_s: float = 0.0
-    joules: float | None = 0.0
-    """Of this machine while the run held it, idle included; None where there is no meter."""
-    quality: str = Quality.UNAVAILABLE.value
-    loss: float = math.nan
-    """Exponential mean over about 50 steps."""
 
 
 def learning_rate_factor(step: int, steps: int, fit: FitRecipe) -> float:
@@ -81,10 +66,8 @@ def fit_model(
     if (run / CHECKPOINT).exists():
         _, progress = load_checkpoint(run, model, optimisers)
         print(f"{run.name}: resumes at step {progress.step} of {steps}")
-    meter = choose_meter(MeterSettings()).meter
-    begun = meter.read()
-    started = saved = time.monotonic()
-    before = replace(progress)
+    recorder = Recorder(run, progress, choose_meter(MeterSettings()).meter)
+    logged = saved = time.monotonic()
     model.train()
     # An epoch's batch count varies by a few with its order, so an epoch is what its own list says.
     epoch, batches, consumed = 0, epoch_batches(0), 0
@@ -95,9 +78,10 @@ def fit_model(
                 epoch += 1
                 batches = epoch_batches(epoch)
             batch = batches[progress.step - consumed]
+            learning_rate = fit.learning_rate * learning_rate_factor(progress.step, steps, fit)
             for optimiser in optimisers:
                 for group in optimiser.param_groups:
-                    group["lr"] = fit.learning_rate * learning_rate_factor(progress.step, steps, fit)
+                    group["lr"] = learning_rate
             with torch.autocast("cpu", torch.bfloat16, enabled=fit.precision == "bfloat16"):
                 loss, tokens = loss_of(batch)
             value = loss.item()
@@ -114,27 +98,17 @@ def fit_model(
             progress.step += 1
             progress.tokens += tokens
             progress.loss = value if math.isnan(progress.loss) else 0.98 * progress.loss + 0.02 * value
-            progress.elapsed_s = before.elapsed_s + time.monotonic() - started
-            rate = (progress.tokens - before.tokens) / (time.monotonic() - started)
-            bar.set_postfix_str(f"loss {progress.loss:.3f}, {rate:,.0f} tokens/s", refresh=False)
+            if time.monotonic() - logged > fit.log_every_s or progress.step == steps:
+                recorder.write(progress, learning_rate)
+                logged = time.monotonic()
+            bar.set_postfix_str(f"loss {progress.loss:.3f}, {recorder.rates}", refresh=False)
             bar.update()
             if time.monotonic() - saved > fit.checkpoint_every_s or progress.step == steps:
-                _add_energy(progress, before, begun, meter.read())
+                recorder.update(progress)
                 _save(run, model, optimisers, steps, progress)
                 saved = time.monotonic()
     model.eval()
     return progress
-
-
-def _add_energy(progress: Progress, before: Progress, begun: Sequence[Reading], now: Sequence[Reading]) -> None:
-    """What the meter has counted since ``begun``, on top of what the run had cost ``before``."""
-    first = {reading.device: reading.energy_uj for reading in begun}
-    spent = [reading.energy_uj - first[reading.device] for reading in now if reading.device in first]
-    if not spent or before.joules is None:
-        progress.joules, progress.quality = None, Quality.UNAVAILABLE.value
-        return
-    progress.joules = before.joules + sum(spent) / 1e6
-    progress.quality = max((reading.quality for reading in now), key=list(Quality).index).value
 
 
 def _save(
@@ -175,7 +149,7 @@ def load_checkpoint(
     except (RuntimeError, ValueError, LookupError, EOFError, UnpicklingError) as error:
         raise TrainingError(
             f"{path}: not a checkpoint of this model ({str(error).splitlines()[0]}); "
-            "name another runs folder, or delete it to begin anew"
+            "name another runs folder, or delete this run's to begin anew"
         ) from error
     if optimisers is not None:
         torch.set_rng_state(state["rng"])

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from models.config import TransformerConfig
-from models.manifest import MANIFEST_NAME, ArtefactError, Manifest, load_manifest
+from models.manifest import MANIFEST_NAME, ArtefactError, Manifest, Stage, load_manifest
 from models.transformer import Transformer
 from models.weights import read_weights
 from training.errors import TrainingError
@@ -34,6 +34,8 @@ class ParentModel:
     labels: tuple[str, ...]
     model: Transformer
     tokenizer: Tokenizer
+    lineage: tuple[Stage, ...]
+    """The stages that led to it."""
 
 
 def find_folder(source: str) -> Path | None:
@@ -65,7 +67,8 @@ def _from_folder(folder: Path) -> ParentModel:
     }
     model.load_state_dict(weights)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    return ParentModel(manifest.name, manifest.licence, manifest.labels, _whole(model, tokenizer, folder), tokenizer)
+    model = _whole(model, tokenizer, folder)
+    return ParentModel(manifest.name, manifest.licence, manifest.labels, model, tokenizer, manifest.lineage)
 
 
 def _from_run(name: str, runs: Path) -> ParentModel:
@@ -74,7 +77,7 @@ def _from_run(name: str, runs: Path) -> ParentModel:
     recipe = run_recipe(name, runs)
     trained = load_trained(recipe, runs)
     model = _whole(trained.model.float(), trained.tokenizer, runs / name)
-    return ParentModel(name, recipe.licence, recipe.labels, model, trained.tokenizer)
+    return ParentModel(name, recipe.licence, recipe.labels, model, trained.tokenizer, trained.lineage)
 
 
 def run_recipe(name: str, runs: Path) -> Recipe:

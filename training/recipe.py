@@ -115,6 +115,11 @@ class DataRecipe(SetRecipe):
     teacher: TeacherRecipe | None = None
     """Who writes it, where nobody else has."""
 
+    @property
+    def title(self) -> str:
+        """Its name in records and on the card: the path, and the split unless that is ``train``."""
+        return self.path if self.split == "train" else f"{self.path} ({self.split})"
+
 
 class HeldOut(_Part):
     """Keeps passages out of training where the only file of a set serves training and validation."""
@@ -146,6 +151,7 @@ class FitRecipe(_Part):
     precision: Literal["bfloat16", "float32"] = "bfloat16"
     seed: int = 0
     checkpoint_every_s: float = 300.0
+    log_every_s: float = 10.0
 
 
 class Storage(_Part):

@@ -1,6 +1,7 @@
 """One stage: a recipe and a data folder in, a trained checkpoint in the run's folder out."""
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -12,15 +13,16 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from models.manifest import Parent
+from models.manifest import Parent, Stage, StageKind
 from models.transformer import Transformer
 from training.budget import sized
 from training.data import batches_by_tokens, read_set, take_share
 from training.errors import TrainingError
 from training.formats import Row
-from training.loop import CHECKPOINT, Progress, fit_model, load_checkpoint
+from training.loop import CHECKPOINT, fit_model, load_checkpoint
 from training.parents import RECIPE, ParentModel, begin_with, load_parent
 from training.recipe import DataRecipe, HeldOut, Recipe
+from training.records import Progress, gco2e, read_lineage, write_ancestors, write_stage
 from training.tasks import TASKS, Sample, TaskTraining, collate
 from training.tokenizer import learn_byte_bpe, prune, prune_word_pieces
 from training.trunk import find_trunk, load_trunk, trunk_tokenizer
@@ -41,9 +43,11 @@ class Trained:
     tokenizer: Tokenizer
     progress: Progress
     rows: dict[str, int]
-    """Rows seen of each data set."""
+    """Rows seen of each data set, by its title."""
     parent: Parent | None
     """Whose weights it started from."""
+    lineage: tuple[Stage, ...]
+    """The stages that led to the weights, this run's last."""
 
 
 def train(recipe: Recipe, data: Path, runs: Path) -> Trained:
@@ -74,14 +78,15 @@ def train(recipe: Recipe, data: Path, runs: Path) -> Trained:
 
     print(f"{recipe.name}: {model.n_parameters / 1e6:.1f} M parameters, {len(samples):,} samples, "
           f"{sum(lengths):,} tokens an epoch, {torch.get_num_threads()} threads")  # fmt: skip
-    (run / ROWS).write_text(json.dumps({each.path: len(part) for each, part in rows}), encoding="utf-8")
-    fit_model(
+    (run / ROWS).write_text(json.dumps({each.title: len(part) for each, part in rows}), encoding="utf-8")
+    progress = fit_model(
         model,
         recipe.fit,
         lambda epoch: batches_by_tokens(lengths, recipe.fit.batch_tokens, recipe.fit.seed, epoch),
         loss_of,
         run,
     )
+    write_stage(run, _stage(recipe, run, model, progress))
     return load_trained(recipe, runs)
 
 
@@ -95,6 +100,7 @@ def _begin(
         begin_with(model, parent, recipe.init, recipe.labels, kept)
         said = Parent(name=parent.name, relation="fine-tuned", licence=parent.licence)
         (run / PARENT).write_text(said.model_dump_json(), encoding="utf-8")
+        write_ancestors(run, parent.lineage)
     (run / RECIPE).write_text(recipe.model_dump_json(indent=1), encoding="utf-8")
 
 
@@ -108,8 +114,9 @@ def load_trained(recipe: Recipe, runs: Path) -> Trained:
     steps, progress = load_checkpoint(run, model)
     if progress.step < steps:
         raise TrainingError(f"{run}: at step {progress.step} of {steps}; `wattle train {recipe.name}` goes on with it")
-    rows = json.loads((run / ROWS).read_text(encoding="utf-8"))
-    return Trained(model.eval(), tokenizer, progress, rows, _parent(recipe, run))
+    # A run that ended before there were stages has its checkpoint to tell of it.
+    lineage = read_lineage(run) or (_stage(recipe, run, model, progress),)
+    return Trained(model.eval(), tokenizer, progress, _rows_seen(recipe, run), _parent(recipe, run), lineage)
 
 
 def _parent(recipe: Recipe, run: Path) -> Parent | None:
@@ -119,6 +126,35 @@ def _parent(recipe: Recipe, run: Path) -> Parent | None:
     if recipe.init is not None:
         return Parent.model_validate_json((run / PARENT).read_text(encoding="utf-8"))
     return None
+
+
+def _rows_seen(recipe: Recipe, run: Path) -> dict[str, int]:
+    """Rows of each data set by title; older runs name them by path alone."""
+    rows = json.loads((run / ROWS).read_text(encoding="utf-8"))
+    return {part.title: rows[part.title if part.title in rows else part.path] for part in recipe.data}
+
+
+def _stage(recipe: Recipe, run: Path, model: Transformer, progress: Progress) -> Stage:
+    """What the run was, for those who come after it."""
+    parent = _parent(recipe, run)
+    kind: StageKind = "pretrain" if recipe.task == "generate" and parent is None else "fine-tune"
+    teachers = sorted({Path(part.teacher.source).name for part in recipe.data if part.teacher is not None})
+    return Stage(
+        name=recipe.name,
+        kind="distil" if teachers else kind,
+        parent=None if parent is None else parent.name,
+        teacher=", ".join(teachers) or None,
+        data=tuple(part.title for part in recipe.data),
+        parameters=model.n_parameters,
+        steps=progress.step,
+        tokens=progress.tokens,
+        elapsed_s=round(progress.elapsed_s, 1),
+        joules=None if progress.joules is None else round(progress.joules, 1),
+        gco2e=gco2e(progress.joules),
+        quality=progress.quality,  # type: ignore[arg-type]
+        device=progress.device,
+        loss=None if math.isnan(progress.loss) else round(progress.loss, 4),
+    )
 
 
 def load_rows(recipe: Recipe, data: Path) -> list[tuple[DataRecipe, list[Row]]]:

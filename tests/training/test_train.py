@@ -13,7 +13,8 @@ from training.errors import TrainingError
 from training.export import PARITY_LIMIT, export
 from training.loop import CHECKPOINT
 from training.recipe import Recipe, load_recipe
-from training.train import held_out_passages, load_rows, load_trained, train
+from training.records import STAGE, read_lineage, write_ancestors, write_stage
+from training.train import ROWS, held_out_passages, load_rows, load_trained, train
 from training.trunk import find_trunk, load_trunk, trunk_tokenizer
 
 KINDS = ["sentiment", "answer", "translate", "summarize", "generate"]
@@ -31,10 +32,15 @@ def test_trains_and_exports(tmp_path, data, trunk_package, kind):
     assert loaded.quantisation.bits == 8
     assert loaded.quantisation.parity_cosine > 0.99
     assert {each.name: each.rows for each in loaded.training_data} == trained.rows
-    assert loaded.training_energy.joules > 0
+    (stage,) = loaded.lineage
+    assert loaded.training_energy.joules == stage.joules > 0
+    assert (stage.name, stage.steps, stage.tokens) == (recipe.name, trained.progress.step, trained.progress.tokens)
+    assert stage.data == tuple(part.title for part in recipe.data)
+    assert stage.parameters == trained.model.n_parameters
     card = (tmp_path / "out" / recipe.name / "README.md").read_text()
     assert "CC0" in card
     assert "Not yet measured" in card
+    assert f"| {recipe.name} | {stage.kind} | {stage.parent or 'random weights'} | none |" in card
 
     whole = recipe.model_copy(update={"export": recipe.export.model_copy(update={"scheme": "none"})})
     assert export(whole, trained, data, tmp_path / "whole").quantisation.parity_max_error <= PARITY_LIMIT
@@ -164,6 +170,32 @@ def test_a_bad_recipe_names_file_and_field(tmp_path, text, said):
 
 
 def test_rows_are_remembered_for_the_card(data, tmp_path):
-    recipe = recipes.generate()
+    part = {"path": "translation/numbers", "licence": "CC0", "where": "here"}
+    recipe = recipes.translate(data=[part, {**part, "split": "validation"}])
+    trained = train(recipe, data, tmp_path)
+    assert trained.rows == {"translation/numbers": 25, "translation/numbers (validation)": 4}
+    card = export(recipe, trained, data, tmp_path / "out")
+    assert [(each.name, each.rows) for each in card.training_data] == list(trained.rows.items())
+    # Runs were once written without their splits, and without a stage.
+    (tmp_path / recipe.name / ROWS).write_text(json.dumps({"translation/numbers": 29}))
+    (tmp_path / recipe.name / STAGE).unlink()
+    old = load_trained(recipe, tmp_path)
+    assert set(old.rows.values()) == {29}
+    assert old.lineage == trained.lineage
+
+
+def test_the_lineage_holds_every_stage_and_their_energy(data, tmp_path):
+    recipe = recipes.translate()
     train(recipe, data, tmp_path)
-    assert json.loads((tmp_path / recipe.name / "rows.json").read_text()) == {"text/days": 12, "chat/short": 4}
+    run = tmp_path / recipe.name
+    (stage,) = read_lineage(run)
+    first = stage.model_copy(update={"name": "first", "kind": "pretrain", "joules": 1000.0, "quality": "measured"})
+    write_ancestors(run, [first])
+    write_stage(run, stage.model_copy(update={"parent": "first", "teacher": "big", "teacher_joules": 2500.0}))
+    manifest = export(recipe, load_trained(recipe, tmp_path), data, tmp_path / "out")
+    assert [each.name for each in manifest.lineage] == ["first", recipe.name]
+    assert manifest.training_energy.joules == pytest.approx(1000 + stage.joules)
+    assert manifest.training_energy.quality == stage.quality
+    card = (tmp_path / "out" / recipe.name / "README.md").read_text()
+    assert "| first | pretrain | random weights | none |" in card
+    assert "| first | big (2.5 kJ for its targets) |" in card
