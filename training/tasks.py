@@ -1,7 +1,7 @@
 """What each task reads, writes and minimises. Knows nothing of optimisers, files or export.
 
 A *sample* is one encoded example; a *batch* is its samples, right-padded, as tensors. Every task is one class with
-the same four verbs, and one line in ``TASKS``.
+the same five verbs, and one line in ``TASKS``.
 """
 
 import re
@@ -64,8 +64,25 @@ class TaskTraining(Protocol):
     def samples(self, row: Row) -> Iterator[Sample]:
         """Encode a row; a long one may give several samples, a useless one none."""
 
-    def loss(self, model: Transformer, batch: Batch) -> Tensor:
-        """Mean loss over the batch's targets, a float32 scalar."""
+    def count(self, batch: Batch) -> Sequence[float]:
+        """Targets of each part of the loss in a batch, weighed as the loss weighs them.
+
+        The loss that is minimised is, over all that make up one step, each part's sum over its count, added up: so a
+        step is the same in however many batches, on however many devices, it is computed.
+        """
+
+    def loss(self, model: Transformer, batch: Batch) -> Sequence[Tensor]:
+        """Each part of the loss, summed over its targets: float32 scalars.
+
+        A part without targets in this batch is a zero that was computed with the same weights, so that every device
+        waits for the same gradients. Every tensor is made on the batch's device.
+        """
+
+
+def mean_loss(task: TaskTraining, model: Transformer, batch: Batch) -> Tensor:
+    """The loss of a batch that is a whole step by itself."""
+    parts = zip(task.loss(model, batch), task.count(batch), strict=True)
+    return torch.stack([total / (count or 1.0) for total, count in parts]).sum()
 
 
 def pad(rows: Sequence[Sequence[int]], value: int) -> Tensor:
@@ -113,11 +130,19 @@ class Sentiment:
         ids = self.tokenizer.encode(clean(row["text"])).ids
         yield Sample(ids=[*ids[: self.max_tokens - 1], ids[-1]] if len(ids) > self.max_tokens else ids, labels=[label])
 
-    def loss(self, model: Transformer, batch: Batch) -> Tensor:
+    def _weights(self) -> Tensor:
+        return self.counts.sum() / (len(self.labels) * self.counts.clamp(min=1))
+
+    def count(self, batch: Batch) -> Sequence[float]:
+        """The labels' weights."""
+        return [self._weights().to(batch["labels"].device)[batch["labels"][:, 0]].sum().item()]
+
+    def loss(self, model: Transformer, batch: Batch) -> Sequence[Tensor]:
         """Weighted cross-entropy of the labels."""
-        logits = model.label_logits(model.encode(batch["ids"], batch["lengths"]), batch["lengths"])
-        weight = self.counts.sum() / (len(self.labels) * self.counts.clamp(min=1))
-        return F.cross_entropy(logits.float(), batch["labels"][:, 0], weight, label_smoothing=self.smoothing)
+        logits = model.label_logits(model.encode(batch["ids"], batch["lengths"]), batch["lengths"]).float()
+        weights = self._weights().to(logits.device)
+        smoothing = self.smoothing
+        return [F.cross_entropy(logits, batch["labels"][:, 0], weights, label_smoothing=smoothing, reduction="sum")]
 
 
 class Answer:
@@ -163,15 +188,19 @@ class Answer:
             if row["answers"]:
                 return
 
-    def loss(self, model: Transformer, batch: Batch) -> Tensor:
+    def count(self, batch: Batch) -> Sequence[float]:
+        """A start and an end of each sample."""
+        return [batch["labels"].numel()]
+
+    def loss(self, model: Transformer, batch: Batch) -> Sequence[Tensor]:
         """Cross-entropy of start and end over [CLS] and the context's tokens."""
         logits = model.span_logits(model.encode(batch["ids"], batch["lengths"], batch["types"])).float()
-        position = torch.arange(logits.size(1))
+        position = torch.arange(logits.size(1), device=logits.device)
         # The last real token is [SEP], type 1 like the context, and no answer either.
         allowed = (batch["types"] == 1) & (position < batch["lengths"][:, None] - 1)
         allowed[:, 0] = True
         logits = logits.masked_fill(~allowed[..., None], -1e4)
-        return F.cross_entropy(logits.transpose(1, 2).flatten(0, 1), batch["labels"].flatten())
+        return [F.cross_entropy(logits.transpose(1, 2).flatten(0, 1), batch["labels"].flatten(), reduction="sum")]
 
 
 class Translate:
@@ -196,15 +225,19 @@ class Translate:
         if target and 1 < len(source) <= self.recipe.max_tokens and len(target) < self.recipe.max_target_tokens:
             yield Sample(source, target=[self.bos, *target, self.eos])
 
-    def loss(self, model: Transformer, batch: Batch) -> Tensor:
+    def count(self, batch: Batch) -> Sequence[float]:
+        """Written tokens, the end mark too."""
+        return [int((batch["target_lengths"] - 1).sum())]
+
+    def loss(self, model: Transformer, batch: Batch) -> Sequence[Tensor]:
         """Cross-entropy of each target token given those before it."""
         memory = model.encode(batch["ids"], batch["lengths"])
         target, lengths = batch["target"], batch["target_lengths"]
         hidden = model.decode(target[:, :-1], memory=memory, memory_lengths=batch["lengths"])
-        real = torch.arange(target.size(1) - 1) < lengths[:, None] - 1
+        real = torch.arange(target.size(1) - 1, device=target.device) < lengths[:, None] - 1
         logits = model.word_logits(hidden[real]).float()
         smoothing = self.recipe.fit.label_smoothing if model.training else 0.0
-        return F.cross_entropy(logits, target[:, 1:][real], label_smoothing=smoothing)
+        return [F.cross_entropy(logits, target[:, 1:][real], label_smoothing=smoothing, reduction="sum")]
 
 
 class Summarize:
@@ -255,21 +288,27 @@ class Summarize:
                 labels[position] = int("".join(filter(str.isalnum, document[start:end])) in told)
         yield Sample(ids, types=[0] * len(ids), prefix=len(ids), labels=labels, extract=True)
 
-    def loss(self, model: Transformer, batch: Batch) -> Tensor:
+    @staticmethod
+    def _targets(batch: Batch) -> tuple[Tensor, Tensor]:
+        """Where words are written, and where sentences are marked: ``(b, s)``."""
+        counted = batch["labels"] != IGNORED
+        return counted & ~batch["extract"][:, None], counted & batch["extract"][:, None]
+
+    def count(self, batch: Batch) -> Sequence[float]:
+        """Written words, and sentences."""
+        return [int(targets.sum()) for targets in self._targets(batch)]
+
+    def loss(self, model: Transformer, batch: Batch) -> Sequence[Tensor]:
         """Cross-entropy of the summary's words, and of the marks on sentences."""
         hidden = model.decode(batch["ids"], prefix_lengths=batch["prefix"], token_types=batch["types"])
-        labels, counted = batch["labels"], batch["labels"] != IGNORED
-        loss = hidden.new_zeros((), dtype=torch.float32)
-        words = counted & ~batch["extract"][:, None]
-        if words.any():
-            smoothing = self.recipe.fit.label_smoothing if model.training else 0.0
-            logits = model.word_logits(hidden[words]).float()
-            loss = loss + F.cross_entropy(logits, labels[words], label_smoothing=smoothing)
-        marks = counted & batch["extract"][:, None]
-        if marks.any():
-            logits = model.extract_logits(hidden)[marks].float()
-            loss = loss + F.binary_cross_entropy_with_logits(logits, labels[marks].float())
-        return loss
+        labels, (words, marks) = batch["labels"], self._targets(batch)
+        smoothing = self.recipe.fit.label_smoothing if model.training else 0.0
+        logits = model.word_logits(hidden[words]).float()
+        found = model.extract_logits(hidden)[marks].float()
+        return [
+            F.cross_entropy(logits, labels[words], label_smoothing=smoothing, reduction="sum"),
+            F.binary_cross_entropy_with_logits(found, labels[marks].float(), reduction="sum"),
+        ]
 
 
 _LOOSE = re.compile(r" +([.,!?;:)%])| ([’']) ?(?=(?:s|t|re|m|ve|ll|d)\b)")
@@ -320,10 +359,14 @@ class Generate:
             ids += [role, *self.tokenizer.encode(turn.strip()).ids, self.eos]
         return ids
 
-    def loss(self, model: Transformer, batch: Batch) -> Tensor:
+    def count(self, batch: Batch) -> Sequence[float]:
+        """Every token."""
+        return [batch["labels"].numel()]
+
+    def loss(self, model: Transformer, batch: Batch) -> Sequence[Tensor]:
         """Cross-entropy of every next token."""
         logits = model.word_logits(model.decode(batch["ids"])).float()
-        return F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten())
+        return [F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), reduction="sum")]
 
 
 TASKS: dict[str, type[TaskTraining]] = {

@@ -23,7 +23,7 @@ from training.loop import CHECKPOINT, fit_model, load_checkpoint
 from training.parents import RECIPE, ParentModel, begin_with, load_parent
 from training.recipe import DataRecipe, HeldOut, Recipe
 from training.records import Progress, gco2e, read_lineage, write_ancestors, write_stage
-from training.tasks import TASKS, Sample, TaskTraining, collate
+from training.tasks import TASKS, Sample, TaskTraining, collate, mean_loss
 from training.tokenizer import learn_byte_bpe, prune, prune_word_pieces
 from training.trunk import find_trunk, load_trunk, trunk_tokenizer
 
@@ -74,7 +74,7 @@ def train(recipe: Recipe, data: Path, runs: Path) -> Trained:
 
     def loss_of(batch: Sequence[int]) -> tuple[torch.Tensor, int]:
         members = [samples[index] for index in batch]
-        return task.loss(model, collate(members, PAD_ID)), sum(sample.length for sample in members)
+        return mean_loss(task, model, collate(members, PAD_ID)), sum(sample.length for sample in members)
 
     print(f"{recipe.name}: {model.n_parameters / 1e6:.1f} M parameters, {len(samples):,} samples, "
           f"{sum(lengths):,} tokens an epoch, {torch.get_num_threads()} threads")  # fmt: skip

@@ -4,8 +4,20 @@ import pytest
 import torch
 
 from models.transformer import Transformer
+from tests.tiny import tiny_transformer
 from tests.training import recipes
-from training.tasks import IGNORED, TASKS, Answer, Generate, Sample, Sentiment, Summarize, Translate, collate
+from training.tasks import (
+    IGNORED,
+    TASKS,
+    Answer,
+    Generate,
+    Sample,
+    Sentiment,
+    Summarize,
+    Translate,
+    collate,
+    mean_loss,
+)
 from training.tokenizer import learn_byte_bpe, prune_word_pieces
 from training.trunk import trunk_tokenizer
 
@@ -72,7 +84,7 @@ def test_rare_labels_weigh_more(pieces):
     logits = model.label_logits(model.encode(batch["ids"], batch["lengths"]), batch["lengths"])
     losses = torch.nn.functional.cross_entropy(logits, batch["labels"][:, 0], reduction="none")
     by_label = torch.stack([losses[:8].mean(), losses[8], losses[9]]).mean()
-    assert torch.allclose(task.loss(model, batch), by_label, atol=1e-5)
+    assert torch.allclose(mean_loss(task, model, batch), by_label, atol=1e-5)
 
 
 def test_a_translation_begins_and_ends(bytes_pair):
@@ -128,3 +140,61 @@ def test_a_chat_ends_with_the_assistant():
 @pytest.mark.parametrize("name", TASKS)
 def test_every_task_has_a_recipe_for_tests(name):
     assert getattr(recipes, name)().task == name
+
+
+ROWS = {
+    "sentiment": [
+        {"text": "the river " * n, "label": label} for n, label in enumerate(["neutral", "positive"] * 3, 1)
+    ],
+    "answer": [
+        {"context": "the river rises in a day", "question": "where " * n, "answers": [{"text": "rises", "start": 10}]}
+        for n in range(1, 7)
+    ],
+    "translate": [{"source": "one " * n, "target": "zwei " * (7 - n)} for n in range(1, 7)],
+    "summarize": [
+        {"document": "The river rises. " * n, "summary": "The rain fell. " * n, "extractive": n > 4}
+        for n in range(1, 7)
+    ],
+    "generate": [{"text": "one two three " * 9}] * 3,
+}
+
+
+def gradients(task, model, parts):
+    """Of one step over all parts together, as the loop computes it."""
+    counts = [sum(each) for each in zip(*(task.count(part) for part in parts), strict=True)]
+    model.zero_grad()
+    for part in parts:
+        sums = task.loss(model, part)
+        sum(total / (count or 1) for total, count in zip(sums, counts, strict=True)).backward()
+    return {name: weight.grad for name, weight in model.named_parameters()}
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_batch_in_parts_is_the_same_batch(name, pieces, bytes_pair):
+    torch.manual_seed(0)
+    recipe = getattr(recipes, name)()
+    tokenizer = bytes_pair if recipe.tokenizer.kind == "byte-bpe" else pieces
+    task = TASKS[name](recipe, tokenizer)
+    samples = [sample for row in ROWS[name] for sample in task.samples(row)]
+    model = tiny_transformer(recipe.model).train()
+    whole = gradients(task, model, [collate(samples, 0)])
+    # The parts differ in size, in length and in what they hold: of summaries, only the last marks sentences.
+    parts = [collate(samples[start:end], 0) for start, end in [(0, 1), (1, 4), (4, len(samples))]]
+    in_parts = gradients(task, model, parts)
+    for weight, grad in whole.items():
+        assert torch.allclose(in_parts[weight], grad, rtol=1e-5, atol=1e-5), weight
+    # Every part of the model takes part in every batch: all devices wait for the same gradients.
+    assert all(grad is not None for grad in gradients(task, model, parts[:1]).values())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", TASKS)
+def test_a_gpu_computes_the_same_loss(name, pieces, bytes_pair):
+    recipe = getattr(recipes, name)()
+    tokenizer = bytes_pair if recipe.tokenizer.kind == "byte-bpe" else pieces
+    task = TASKS[name](recipe, tokenizer)
+    batch = collate([sample for row in ROWS[name] for sample in task.samples(row)], 0)
+    model = tiny_transformer(recipe.model)
+    here = mean_loss(task, model, batch)
+    there = mean_loss(task, model.cuda(), {field: tensor.cuda() for field, tensor in batch.items()})
+    assert torch.allclose(here, there.cpu(), atol=1e-4)
