@@ -58,7 +58,8 @@ from models.config import TransformerConfig
 
 WEIGHTS_NAME = "weights.bin"
 _OPSETS = {"": 24, "com.microsoft": 1}
-_EMBEDDING_BLOCK = 64
+EMBEDDING_BLOCK = 64
+"""Numbers of a table that share a scale in the blockwise scheme."""
 _ALIGNMENT = 64
 
 KEY_BLOCK = 16
@@ -118,7 +119,8 @@ def quantize_rows(weight: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArra
     return np.rint(weight / scale[:, None]).astype(np.int8), scale
 
 
-def _fitting_block_size(width: int, block_size: int) -> int:
+def fitting_block_size(width: int, block_size: int) -> int:
+    """The largest half, quarter, ... of ``block_size`` that cuts a row of ``width`` numbers without a rest."""
     while width % block_size:
         block_size //= 2
     if block_size < 16:
@@ -175,7 +177,7 @@ class _Store:
 
     def table(self, name: str) -> _Blocks:
         """An embedding, which always has 8 bits."""
-        return self._quantised(name, 8, _EMBEDDING_BLOCK)
+        return self._quantised(name, 8, EMBEDDING_BLOCK)
 
     def rows(self, name: str, *, transposed: bool = False) -> _Rows:
         """A matrix with a scale per row."""
@@ -191,7 +193,7 @@ class _Store:
     def _quantised(self, name: str, bits: int, block_size: int) -> _Blocks:
         if name not in self._blocks:
             weight = self.weights[name]
-            block_size = _fitting_block_size(weight.shape[1], block_size)
+            block_size = fitting_block_size(weight.shape[1], block_size)
             codes, scales = quantize(weight, bits, block_size)
             key = name + ".codes"
             self._blocks[name] = _Blocks(

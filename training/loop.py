@@ -4,6 +4,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from pickle import UnpicklingError
@@ -51,11 +52,13 @@ def fit_model(
     epoch_batches: Callable[[int], Sequence[Sequence[int]]],
     loss_of: Callable[[Sequence[int]], tuple[Tensor, int]],
     run: Path,
+    late: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> Progress:
     """Train ``model`` in place for ``fit.epochs``, resuming from ``run``'s checkpoint where there is one.
 
     ``epoch_batches(epoch)`` gives the batches of sample indices, the same at every call; ``loss_of(batch)`` a scalar
-    loss and the batch's real tokens. A checkpoint is written every ``fit.checkpoint_every_s`` and at the end.
+    loss and the batch's real tokens; the last ``fit.quantise_last`` of the losses are computed within ``late()``. A
+    checkpoint is written every ``fit.checkpoint_every_s`` and at the end.
     Raises ``TrainingError`` on a loss that is not a number: the last good checkpoint stays.
     """
     torch.manual_seed(fit.seed)
@@ -82,7 +85,8 @@ def fit_model(
             for optimiser in optimisers:
                 for group in optimiser.param_groups:
                     group["lr"] = learning_rate
-            with torch.autocast("cpu", torch.bfloat16, enabled=fit.precision == "bfloat16"):
+            phase = late() if progress.step >= steps - round(fit.quantise_last * steps) else nullcontext()
+            with torch.autocast("cpu", torch.bfloat16, enabled=fit.precision == "bfloat16"), phase:
                 loss, tokens = loss_of(batch)
             value = loss.item()
             if not math.isfinite(value):

@@ -45,6 +45,23 @@ class InitRecipe(_Part):
         return self.layers.get(stack, ()) if isinstance(self.layers, dict) else self.layers
 
 
+class DistilRecipe(_Part):
+    """What a student learns from a teacher that computes beside it (``training.distil``)."""
+
+    teacher: str
+    """A run, or the folder of an exported model."""
+    kinds: tuple[Literal["logits", "relations"], ...] = Field(("logits",), min_length=1)
+    """Its logits (Hinton et al. 2015), the relations among its tokens (MiniLMv2, Wang et al. 2021), or both."""
+    weight: float = Field(0.5, ge=0, le=1)
+    """Share of the loss that is the teacher's; the rest is the task's own."""
+    temperature: float = Field(2.0, gt=0)
+    """What logits are divided by before they are compared."""
+    layer: int | None = Field(default=None, ge=0)
+    """Which of its layers the student's last one is to relate tokens like, counted from 0; unset, its last."""
+    relation_heads: int = Field(12, ge=1)
+    """How many relations of each sort; a divisor of both widths."""
+
+
 class TokenizerRecipe(_Part):
     """How text becomes ids: the trunk's WordPieces or the tokenizer of ``[init]``, each pruned to what the data uses,
     or byte-level BPE learned from the training data."""
@@ -145,6 +162,8 @@ class FitRecipe(_Part):
     """Share of the steps over which the learning rate rises."""
     decay: float = 0.95
     """Share of the steps over which it falls to zero, linearly; between the two it stands still."""
+    quantise_last: float = Field(0.0, ge=0, le=1)
+    """Share of the steps, the last ones, that compute as the quantised graphs of ``[export]`` will."""
     dropout: float = 0.0
     label_smoothing: float = 0.0
     clip_norm: float = 1.0
@@ -205,6 +224,7 @@ class Recipe(_Part):
     budget: BudgetRecipe = BudgetRecipe()
     trunk: TrunkRecipe | None = None
     init: InitRecipe | None = None
+    distil: DistilRecipe | None = None
     tokenizer: TokenizerRecipe
     labels: tuple[str, ...] = ()
     max_tokens: int
@@ -222,6 +242,12 @@ class Recipe(_Part):
         model = self.model
         if model.style not in ("modern", "bert") or model.pooling != "mean" or model.head == "embed":
             raise ValueError("model: llama and marian, pooling of a first token and embed heads are only imported")
+        return self
+
+    @model_validator(mode="after")
+    def _codes_to_feel(self) -> Self:
+        if self.fit.quantise_last and self.export.scheme == "none":
+            raise ValueError("fit.quantise_last: export.scheme is 'none', so there are no codes to train for")
         return self
 
     @property

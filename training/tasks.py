@@ -49,20 +49,8 @@ class Sample:
         return len(self.ids) + (len(self.target) if self.target else 0)
 
 
-class TaskTraining(Protocol):
-    """The seam between a task and the loop."""
-
-    fields: ClassVar[Fields]
-    """What every row must have; of several sets of fields, the first that it has."""
-
-    def __init__(self, recipe: Recipe, tokenizer: Tokenizer) -> None: ...
-
-    @staticmethod
-    def texts(row: Row) -> Iterator[str]:
-        """The texts of a row that the tokenizer learns from."""
-
-    def samples(self, row: Row) -> Iterator[Sample]:
-        """Encode a row; a long one may give several samples, a useless one none."""
+class Loss(Protocol):
+    """What is minimised."""
 
     def count(self, batch: Batch) -> Sequence[float]:
         """Targets of each part of the loss in a batch, weighed as the loss weighs them.
@@ -79,7 +67,23 @@ class TaskTraining(Protocol):
         """
 
 
-def mean_loss(task: TaskTraining, model: Transformer, batch: Batch) -> Tensor:
+class TaskTraining(Loss, Protocol):
+    """The seam between a task and the loop."""
+
+    fields: ClassVar[Fields]
+    """What every row must have; of several sets of fields, the first that it has."""
+
+    def __init__(self, recipe: Recipe, tokenizer: Tokenizer) -> None: ...
+
+    @staticmethod
+    def texts(row: Row) -> Iterator[str]:
+        """The texts of a row that the tokenizer learns from."""
+
+    def samples(self, row: Row) -> Iterator[Sample]:
+        """Encode a row; a long one may give several samples, a useless one none."""
+
+
+def mean_loss(task: Loss, model: Transformer, batch: Batch) -> Tensor:
     """The loss of a batch that is a whole step by itself."""
     parts = zip(task.loss(model, batch), task.count(batch), strict=True)
     return torch.stack([total / (count or 1.0) for total, count in parts]).sum()
@@ -195,12 +199,18 @@ class Answer:
     def loss(self, model: Transformer, batch: Batch) -> Sequence[Tensor]:
         """Cross-entropy of start and end over [CLS] and the context's tokens."""
         logits = model.span_logits(model.encode(batch["ids"], batch["lengths"], batch["types"])).float()
-        position = torch.arange(logits.size(1), device=logits.device)
-        # The last real token is [SEP], type 1 like the context, and no answer either.
-        allowed = (batch["types"] == 1) & (position < batch["lengths"][:, None] - 1)
-        allowed[:, 0] = True
-        logits = logits.masked_fill(~allowed[..., None], -1e4)
+        logits = logits.masked_fill(~span_positions(batch)[..., None], -1e4)
         return [F.cross_entropy(logits.transpose(1, 2).flatten(0, 1), batch["labels"].flatten(), reduction="sum")]
+
+
+def span_positions(batch: Batch) -> Tensor:
+    """Where an answer can start or end, and [CLS], which stands for none: ``(b, s)``."""
+    types = batch["types"]
+    position = torch.arange(types.size(1), device=types.device)
+    # The last real token is [SEP], type 1 like the context, and no answer either.
+    allowed = (types == 1) & (position < batch["lengths"][:, None] - 1)
+    allowed[:, 0] = True
+    return allowed
 
 
 class Translate:

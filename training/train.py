@@ -4,8 +4,10 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -17,13 +19,16 @@ from models.manifest import Parent, Stage, StageKind
 from models.transformer import Transformer
 from training.budget import sized
 from training.data import batches_by_tokens, read_set, take_share
+from training.distil import with_teacher
 from training.errors import TrainingError
+from training.fake_quantise import FakeQuantised
 from training.formats import Row
 from training.loop import CHECKPOINT, fit_model, load_checkpoint
 from training.parents import RECIPE, ParentModel, begin_with, load_parent
 from training.recipe import DataRecipe, HeldOut, Recipe
 from training.records import Progress, gco2e, read_lineage, write_ancestors, write_stage
-from training.tasks import TASKS, Sample, TaskTraining, collate, mean_loss
+from training.targets import read_targets
+from training.tasks import TASKS, Loss, Sample, TaskTraining, collate, mean_loss
 from training.tokenizer import learn_byte_bpe, prune, prune_word_pieces
 from training.trunk import find_trunk, load_trunk, trunk_tokenizer
 
@@ -60,12 +65,17 @@ def train(recipe: Recipe, data: Path, runs: Path) -> Trained:
     rows = load_rows(recipe, data)
     fresh = not (run / CHECKPOINT).exists()
     parent = load_parent(recipe.init.source, runs) if recipe.init is not None and fresh else None
+    teacher = None if recipe.distil is None else load_parent(recipe.distil.teacher, runs)
     tokenizer, kept = _tokenizer(recipe, rows, run, parent)
     torch.manual_seed(recipe.fit.seed)
     model = Transformer(sized(recipe, tokenizer.get_vocab_size()), recipe.fit.dropout)
     if fresh:
         _begin(model, recipe, run, parent, kept)
+        _remember(recipe, run, parent or teacher)
     task = TASKS[recipe.task](recipe, tokenizer)
+    learned: Loss = task
+    if recipe.distil is not None and teacher is not None:
+        learned = with_teacher(task, model, tokenizer, teacher, recipe.distil)
     samples = _encode(task, [row for _, each in rows for row in each], recipe)
     lengths = [sample.length for sample in samples]
     longest = max(lengths)
@@ -74,7 +84,7 @@ def train(recipe: Recipe, data: Path, runs: Path) -> Trained:
 
     def loss_of(batch: Sequence[int]) -> tuple[torch.Tensor, int]:
         members = [samples[index] for index in batch]
-        return mean_loss(task, model, collate(members, PAD_ID)), sum(sample.length for sample in members)
+        return mean_loss(learned, model, collate(members, PAD_ID)), sum(sample.length for sample in members)
 
     print(f"{recipe.name}: {model.n_parameters / 1e6:.1f} M parameters, {len(samples):,} samples, "
           f"{sum(lengths):,} tokens an epoch, {torch.get_num_threads()} threads")  # fmt: skip
@@ -85,23 +95,45 @@ def train(recipe: Recipe, data: Path, runs: Path) -> Trained:
         lambda epoch: batches_by_tokens(lengths, recipe.fit.batch_tokens, recipe.fit.seed, epoch),
         loss_of,
         run,
+        partial(FakeQuantised, model, recipe.export),
     )
-    write_stage(run, _stage(recipe, run, model, progress))
+    write_stage(run, _stage(recipe, run, model, progress, _teacher_joules(recipe, data)))
     return load_trained(recipe, runs)
 
 
 def _begin(
     model: Transformer, recipe: Recipe, run: Path, parent: ParentModel | None, kept: NDArray[np.int64] | None
 ) -> None:
-    """Give ``model`` the weights that the recipe starts from, and the run's folder what it is to remember of them."""
+    """Give ``model`` the weights that the recipe starts from."""
     if recipe.trunk is not None and kept is not None:
         load_trunk(model, find_trunk(recipe.trunk), kept)
     if recipe.init is not None and parent is not None and kept is not None:
         begin_with(model, parent, recipe.init, recipe.labels, kept)
-        said = Parent(name=parent.name, relation="fine-tuned", licence=parent.licence)
-        (run / PARENT).write_text(said.model_dump_json(), encoding="utf-8")
         write_ancestors(run, parent.lineage)
+
+
+def _remember(recipe: Recipe, run: Path, origin: ParentModel | None) -> None:
+    """Leave in the run's folder what it carries out, and which model it comes from."""
+    if origin is not None:
+        relation: Literal["distilled", "fine-tuned"] = "distilled" if _teachers(recipe) else "fine-tuned"
+        said = Parent(name=origin.name, relation=relation, licence=origin.licence)
+        (run / PARENT).write_text(said.model_dump_json(), encoding="utf-8")
     (run / RECIPE).write_text(recipe.model_dump_json(indent=1), encoding="utf-8")
+
+
+def _teachers(recipe: Recipe) -> list[str]:
+    """Names of all that the recipe has its model learn from."""
+    sources = [part.teacher.source for part in recipe.data if part.teacher is not None]
+    sources += [] if recipe.distil is None else [recipe.distil.teacher]
+    return sorted({Path(source).name for source in sources})
+
+
+def _teacher_joules(recipe: Recipe, data: Path) -> float | None:
+    """What the targets that teachers have written cost; None where there are none, or one of them does not say."""
+    parts = [part for part in recipe.data if part.teacher is not None]
+    found = [read_targets(data / part.path / f"{part.split}.jsonl.gz") for part in parts]
+    joules = [each.joules for each in found if each is not None and each.joules is not None]
+    return round(sum(joules), 1) if parts and len(joules) == len(parts) else None
 
 
 def load_trained(recipe: Recipe, runs: Path) -> Trained:
@@ -123,7 +155,7 @@ def _parent(recipe: Recipe, run: Path) -> Parent | None:
     if recipe.trunk is not None:
         trunk = recipe.trunk
         return Parent(name=trunk.name, relation="fine-tuned", licence=trunk.licence, note=trunk.note)
-    if recipe.init is not None:
+    if recipe.init is not None or recipe.distil is not None:
         return Parent.model_validate_json((run / PARENT).read_text(encoding="utf-8"))
     return None
 
@@ -134,11 +166,13 @@ def _rows_seen(recipe: Recipe, run: Path) -> dict[str, int]:
     return {part.title: rows[part.title if part.title in rows else part.path] for part in recipe.data}
 
 
-def _stage(recipe: Recipe, run: Path, model: Transformer, progress: Progress) -> Stage:
+def _stage(
+    recipe: Recipe, run: Path, model: Transformer, progress: Progress, teacher_joules: float | None = None
+) -> Stage:
     """What the run was, for those who come after it."""
     parent = _parent(recipe, run)
     kind: StageKind = "pretrain" if recipe.task == "generate" and parent is None else "fine-tune"
-    teachers = sorted({Path(part.teacher.source).name for part in recipe.data if part.teacher is not None})
+    teachers = _teachers(recipe)
     return Stage(
         name=recipe.name,
         kind="distil" if teachers else kind,
@@ -154,6 +188,7 @@ def _stage(recipe: Recipe, run: Path, model: Transformer, progress: Progress) ->
         quality=progress.quality,  # type: ignore[arg-type]
         device=progress.device,
         loss=None if math.isnan(progress.loss) else round(progress.loss, 4),
+        teacher_joules=teacher_joules,
     )
 
 

@@ -151,7 +151,15 @@ def test_a_recipe_trains_what_the_reference_computes():
 
 
 def test_shipped_recipes_are_valid():
-    names = ["sentiment-en", "answer-en", "translate-en-de", "summarize-en", "generate-en", "translate-en-de-small"]
+    names = [
+        "sentiment-en",
+        "answer-en",
+        "translate-en-de",
+        "summarize-en",
+        "generate-en",
+        "translate-en-de-small",
+        "sentiment-en-small",
+    ]
     assert [load_recipe(name).name for name in names] == names
     with pytest.raises(TrainingError, match=r"no recipe 'nothing'; shipped are answer-en, "):
         load_recipe("nothing")
