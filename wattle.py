@@ -28,16 +28,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def serve(flags: dict[str, str]) -> int:
     """Serve the models over HTTP until SIGTERM or SIGINT."""
+    from service.keys import KeysFileError
     from service.server import CannotListen
     from service.server import serve as run
     from service.settings import read_settings
 
     try:
         return run(read_settings(**flags))
-    except CannotListen as error:
+    except (CannotListen, KeysFileError) as error:
         return _fail(str(error), 1)
     except ValueError as error:
         return _fail(str(error), 2)
+
+
+def make_key(flags: dict[str, Any]) -> int:
+    """Make an API key, add its hash to the file of keys, and print the key, once."""
+    from service.keys import KeysFileError, add_key
+    from service.settings import read_settings
+
+    name, file = flags.pop(SUBJECT), flags.pop("api_keys_file", None)
+    try:
+        path = read_settings(**({} if file is None else {"api_keys_file": file})).api_keys_file
+        if path is None:
+            return _fail("say which file keeps the keys: --api-keys-file FILE, or WATTLE_API_KEYS_FILE", 2)
+        print(add_key(path, name, flags))
+    except KeysFileError as error:
+        return _fail(str(error), 1)
+    except ValueError as error:
+        return _fail(str(error), 2)
+    print(f"This is the key of {name}. It is shown this once: {path} keeps only its hash.", file=sys.stderr)
+    return 0
 
 
 def models(flags: dict[str, str]) -> int:
@@ -284,6 +304,23 @@ SCORED = ("data", "recipe", "limit", "write")
 RECIPE = "Name of a shipped recipe, or path of a TOML file."
 COMMANDS = {
     "serve": Command(serve, "service"),
+    "add-key": Command(
+        make_key,
+        "service",
+        ("api_keys_file",),
+        "Name of the key's holder, for bills and logs: letters, digits, - and _.",
+        options={
+            "admin": {"action": "store_true", "default": None, "help": "See every key's bills, and load models."},
+            "requests-per-minute": {"type": int, "metavar": "N", "help": "Texts asked for in a minute, at most."},
+            "tokens-per-minute": {
+                "type": int,
+                "metavar": "N",
+                "help": "Tokens read and written in a minute, at most.",
+            },
+            "concurrency": {"type": int, "metavar": "N", "help": "Texts waiting or running at once, at most."},
+            "daily-budget-j": {"type": float, "metavar": "J", "help": "Joules in a day (UTC), at most."},
+        },
+    ),
     "models": Command(models, "service", ("models",)),
     "calibrate": Command(calibrate, "service", ("models", "state", "threads", "max_batch_tokens")),
     "meters": Command(

@@ -6,7 +6,6 @@ limit; none begins after it.
 
 import threading
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from energy.clock import Clock
@@ -33,10 +32,9 @@ class Standing:
 
 
 class DailyBudgets:
-    """Limits by key, in microjoules of allocated energy; its methods may be called from any thread."""
+    """What keys have spent today, in microjoules of allocated energy; its methods may be called from any thread."""
 
-    def __init__(self, limits_uj: Mapping[str, int], clock: Clock | None = None) -> None:
-        self._limits_uj = dict(limits_uj)
+    def __init__(self, clock: Clock | None = None) -> None:
         self._clock = clock or Clock()
         self._lock = threading.Lock()
         self._day = self.day
@@ -59,19 +57,19 @@ class DailyBudgets:
             if int(time_s // _S_PER_DAY) == self._day:
                 self._spent_uj[key] += energy_uj
 
-    def settled(self, key: str, record: SettledRecord) -> None:
-        """Count a bill; one that is not known counts nothing."""
+    def settled(self, record: SettledRecord) -> None:
+        """Count a bill for everyone and for its key; one that is not known counts nothing."""
         if record.bill.allocated_uj is not None:
-            self.spend(key, record.bill.allocated_uj, record.time_s)
+            self.spend(EVERYONE, record.bill.allocated_uj, record.time_s)
+            if record.request.key is not None:
+                self.spend(record.request.key, record.bill.allocated_uj, record.time_s)
 
-    def standing(self, key: str) -> Standing | None:
-        """None for a key without a limit."""
-        if key not in self._limits_uj:
-            return None
+    def standing(self, key: str, limit_uj: int) -> Standing:
+        """Where a key stands that may spend ``limit_uj`` in a day."""
         with self._lock:
             self._turn()
             resets_in_s = (self._day + 1) * _S_PER_DAY - self._clock.unix_s()
-            return Standing(self._limits_uj[key], self._spent_uj[key], resets_in_s)
+            return Standing(limit_uj, self._spent_uj[key], resets_in_s)
 
     def _turn(self) -> None:
         """Begin a new day, if it has come."""

@@ -83,23 +83,27 @@ class Ledger:
             row = database.execute(f"{SELECT} WHERE request_id = ?", (request_id,)).fetchone()
         return None if row is None else from_row(row)
 
-    def latest(self, count: int) -> list[SettledRecord]:
-        """The last ``count`` requests, newest first, written or not. Raises ``LedgerUnreadable``."""
-        with self._lock:
-            waiting = dict(self._waiting)
-        with open_to_read(self.path) as database:
-            written = [from_row(row) for row in database.execute(f"{SELECT} ORDER BY time_s DESC LIMIT ?", (count,))]
-        records = {record.request.request_id: record for record in written} | waiting
-        return sorted(records.values(), key=lambda record: record.time_s, reverse=True)[:count]
-
-    def allocated_uj(self, since_s: float) -> int:
-        """Energy of all requests that are written and were over at ``since_s`` or later (seconds since 1970).
+    def latest(self, count: int, key: str | None = None) -> list[SettledRecord]:
+        """The last ``count`` requests, of ``key`` alone where one is named, newest first, written or not.
 
         Raises ``LedgerUnreadable``.
         """
+        with self._lock:
+            waiting = {name: record for name, record in self._waiting.items() if key in (None, record.request.key)}
+        query = f'{SELECT} WHERE (:key IS NULL OR "key" = :key) ORDER BY time_s DESC LIMIT :count'
         with open_to_read(self.path) as database:
-            row = database.execute("SELECT sum(allocated_uj) FROM requests WHERE time_s >= ?", (since_s,)).fetchone()
-        return row[0] or 0
+            written = [from_row(row) for row in database.execute(query, {"key": key, "count": count})]
+        records = {record.request.request_id: record for record in written} | waiting
+        return sorted(records.values(), key=lambda record: record.time_s, reverse=True)[:count]
+
+    def allocated_uj(self, since_s: float) -> dict[str | None, int]:
+        """Energy by key of all requests that are written and were over at ``since_s`` or later (seconds since 1970).
+
+        Raises ``LedgerUnreadable``.
+        """
+        query = 'SELECT "key", sum(allocated_uj) FROM requests WHERE time_s >= ? GROUP BY 1'
+        with open_to_read(self.path) as database:
+            return {key: energy_uj or 0 for key, energy_uj in database.execute(query, (since_s,))}
 
     def close(self) -> None:
         """Write what waits and end the writer."""

@@ -17,6 +17,8 @@ from energy.types import Phase, Quality
 
 Parts = Counter[tuple[str, str]]
 """Allocated energy by device and phase."""
+Span = Mapping[str, float | str | None]
+"""Which requests, as SQLite's named parameters."""
 By = Literal["task", "model", "key", "hour", "day"]
 _EXPRESSIONS: Mapping[str, str] = {
     "task": "task",
@@ -29,7 +31,7 @@ _AGES = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"
 _KNOWN = "allocated_uj IS NOT NULL"
 _ANSWERED = f"status = 'ok' AND {_KNOWN}"
 _QUALITIES = ", ".join(f"count(*) FILTER (WHERE quality = '{quality}')" for quality in Quality)
-_BETWEEN = "time_s >= :since AND time_s < :until"
+_BETWEEN = 'time_s >= :since AND time_s < :until AND (:key IS NULL OR requests."key" = :key)'
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,9 +91,9 @@ def read_moment(text: str, now_s: float) -> float:
     return max(0.0, (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp())
 
 
-def read_report(path: Path, since_s: float, until_s: float, by: By) -> Report:
-    """The report over the ledger at ``path``. Raises ``LedgerUnreadable``."""
-    span = {"since": since_s, "until": until_s}
+def read_report(path: Path, since_s: float, until_s: float, by: By, key: str | None = None) -> Report:
+    """The report over the ledger at ``path``, of ``key`` alone where one is named. Raises ``LedgerUnreadable``."""
+    span: Span = {"since": since_s, "until": until_s, "key": key}
     with open_to_read(path) as database:
         # One snapshot, so that the parts add up.
         database.execute("BEGIN")
@@ -105,9 +107,7 @@ def read_report(path: Path, since_s: float, until_s: float, by: By) -> Report:
 _EMPTY = Group("total", 0, 0, 0, 0, None, None, None, None, None, None, None, dict.fromkeys(Quality, 0), {}, {})
 
 
-def _groups(
-    database: sqlite3.Connection, name: str, span: Mapping[str, float], parts: Mapping[str | None, Parts]
-) -> Iterator[Group]:
+def _groups(database: sqlite3.Connection, name: str, span: Span, parts: Mapping[str | None, Parts]) -> Iterator[Group]:
     """The groups that share the value of the expression ``name``, in its order."""
     percentiles = _percentiles(database, name, span)
     sums = f"""
@@ -145,9 +145,7 @@ def _groups(
         )
 
 
-def _percentiles(
-    database: sqlite3.Connection, name: str, span: Mapping[str, float]
-) -> dict[str | None, tuple[int, int]]:
+def _percentiles(database: sqlite3.Connection, name: str, span: Span) -> dict[str | None, tuple[int, int]]:
     """Median and 95th percentile of the energy per answered request, by nearest rank: figures of real requests."""
     query = f"""
         WITH ranked AS (
@@ -162,7 +160,7 @@ def _percentiles(
     return {group: (p50, p95) for group, p50, p95 in database.execute(query, span)}
 
 
-def _parts(database: sqlite3.Connection, name: str, span: Mapping[str, float]) -> dict[str | None, Parts]:
+def _parts(database: sqlite3.Connection, name: str, span: Span) -> dict[str | None, Parts]:
     """Allocated energy by group, device and phase."""
     query = f"""
         SELECT {name}, json_extract(part.value, '$[0]'), json_extract(part.value, '$[1]'),

@@ -6,17 +6,19 @@ inside are known to be too many as soon as they come.
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from service.caller import caller
 from service.door import Door
 from service.engine.types import Overloaded
-from service.errors import render
+from service.errors import TooManyAtOnce, render
 
 
 class Admission:
-    """ASGI middleware: at most ``limit`` requests that post something are inside at once."""
+    """ASGI middleware: at most ``limit`` requests that post something are inside at once, and ``key_share`` of them are
+    one key's."""
 
-    def __init__(self, app: ASGIApp, limit: int) -> None:
+    def __init__(self, app: ASGIApp, limit: int, key_share: float) -> None:
         self._app = app
-        self._door = Door(limit)
+        self._door = Door(limit, key_share=key_share)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request, or answer that there are too many."""
@@ -24,7 +26,7 @@ class Admission:
             await self._app(scope, receive, send)
             return
         try:
-            with self._door.admit(1):
+            with self._door.admit(1, key=caller().key):
                 await self._app(scope, receive, send)
-        except Overloaded as overload:
-            await render(overload)(scope, receive, send)
+        except (Overloaded, TooManyAtOnce) as refusal:
+            await render(refusal)(scope, receive, send)

@@ -11,6 +11,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
 from energy.account import Account
@@ -28,9 +29,11 @@ from service.admission import Admission
 from service.books import Books
 from service.core import Service
 from service.door import Door
-from service.edge import Edge
+from service.edge import Bounds, Edge
 from service.engine.engine import Engine, engine_settings
 from service.errors import TABLE, WattleError, render
+from service.gate import TIMEOUT_HEADER, Gate, document_gate
+from service.keys import Keyring
 from service.knowledge.bases import Knowledge, find_embedder
 from service.metrics import Metrics
 from service.models import Model, Models, load_models
@@ -56,9 +59,15 @@ Build = Callable[[Settings], AbstractContextManager[Service]]
 
 
 def create_app(settings: Settings, build: Build | None = None) -> FastAPI:
-    """The application. ``build`` makes the service at start-up and takes it down at shutdown."""
+    """The application. ``build`` makes the service at start-up and takes it down at shutdown.
+
+    Raises ``KeysFileError`` where there should be keys and cannot be read.
+    """
 
     tracing = open_tracing() if wants_traces() else None
+    keyring = None if settings.api_keys_file is None else Keyring(settings.api_keys_file)
+    gate = Gate(keyring, settings.public_pages)
+    bounds = Bounds(settings.max_body_bytes, settings.max_header_bytes, settings.max_json_depth)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -83,8 +92,9 @@ def create_app(settings: Settings, build: Build | None = None) -> FastAPI:
         redoc_url=None,
         redirect_slashes=False,
         middleware=[
-            Middleware(Edge, max_body_bytes=settings.max_body_bytes),
-            Middleware(Admission, limit=settings.max_concurrent_requests),
+            *_cors(settings),
+            Middleware(Edge, bounds=bounds, gate=gate),
+            Middleware(Admission, limit=settings.max_concurrent_requests, key_share=settings.max_key_share),
         ],
         exception_handlers={kind: _answer for kind in kinds},
         telemetry=None if tracing is None else tracing.fastapi_config,
@@ -93,7 +103,27 @@ def create_app(settings: Settings, build: Build | None = None) -> FastAPI:
     energy = (estimate_routes(), energy_routes(), dashboard_routes())
     for routes in (task_routes(), knowledge_routes(), *dialects, *energy, operations_routes()):
         app.include_router(routes)
+    app.state.gate = gate
+    describe = app.openapi
+    app.openapi = lambda: app.openapi_schema or document_gate(describe())  # type: ignore[method-assign]
     return app
+
+
+def _cors(settings: Settings) -> list[Middleware]:
+    """What lets pages of other origins call the service; nothing unless asked for."""
+    if not settings.cors_origins:
+        return []
+    told = ("retry-after", "retry-after-ms", "x-request-id", "x-queue-time", "x-inference-time")
+    energy = ("x-energy-joules", "x-energy-quality", "x-energy-gco2e")
+    return [
+        Middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=("GET", "POST", "PUT", "DELETE"),
+            allow_headers=("authorization", "content-type", "x-api-key", "x-request-id", TIMEOUT_HEADER),
+            expose_headers=(*told, *energy),
+        )
+    ]
 
 
 @contextmanager
@@ -138,7 +168,7 @@ def build_service(settings: Settings) -> Iterator[Service]:
                     ledger=ledger,
                     metrics=metrics,
                     books=books,
-                    door=Door(settings.max_concurrent_requests),
+                    door=Door(settings.max_concurrent_requests, settings.max_queue_tokens, settings.max_key_share),
                     max_client_batch_size=settings.max_client_batch_size,
                     request_timeout_s=settings.request_timeout_s,
                     knowledge=knowledge,

@@ -9,6 +9,7 @@ from energy.ledger import Ledger, LedgerUnreadable
 from energy.live import Live
 from energy.prediction import Predictor
 from energy.types import SettledRecord
+from service.keys import Key
 from service.metrics import UJ_PER_J, Metrics
 
 _log = logging.getLogger(__name__)
@@ -26,11 +27,11 @@ class Books:
         coefficients: Mapping[str, Coefficients] | None = None,
     ) -> None:
         """``daily_budget_j`` is for all requests together; None is no limit. ``coefficients`` are by model."""
-        limits_uj = {} if daily_budget_j is None else {EVERYONE: round(daily_budget_j * UJ_PER_J)}
         self._metrics = metrics
+        self._daily_budget_j = daily_budget_j
         self.predictor = Predictor(coefficients)
         self.live = Live()
-        self._daily_budgets = DailyBudgets(limits_uj)
+        self._daily_budgets = DailyBudgets()
 
     def restore(self, ledger: Ledger) -> None:
         """Take over what earlier processes have written; where that cannot be read, begin anew and say so."""
@@ -41,11 +42,14 @@ class Books:
             _log.warning("predictions and the day's budget begin anew: %s", error)
             return
         self.predictor.learn_past(reversed(past))
-        self._daily_budgets.spend(EVERYONE, spent_uj, began_s)
+        for key, energy_uj in spent_uj.items():
+            self._daily_budgets.spend(EVERYONE, energy_uj, began_s)
+            if key is not None:
+                self._daily_budgets.spend(key, energy_uj, began_s)
 
     def settled(self, record: SettledRecord) -> None:
         """Enter a final bill."""
-        self._daily_budgets.settled(EVERYONE, record)
+        self._daily_budgets.settled(record)
         self.live.settled(record)
         relative_error = self.predictor.settled(record)
         if relative_error is not None:
@@ -53,4 +57,11 @@ class Books:
 
     def today(self) -> Standing | None:
         """Where the service stands in its daily budget; None where it has none."""
-        return self._daily_budgets.standing(EVERYONE)
+        return self._standing(EVERYONE, self._daily_budget_j)
+
+    def today_of(self, key: Key) -> Standing | None:
+        """Where a key stands in its own; None where it has none."""
+        return self._standing(key.name, key.daily_budget_j)
+
+    def _standing(self, key: str, limit_j: float | None) -> Standing | None:
+        return None if limit_j is None else self._daily_budgets.standing(key, round(limit_j * UJ_PER_J))

@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
-from contextlib import aclosing, asynccontextmanager, contextmanager
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol, TypeVar
@@ -17,8 +17,9 @@ from energy.settlement import BESIDE
 from energy.types import Bill, Phase, Quality, RequestRecord, Step, Work
 from service.books import Books
 from service.budgets import keep_within, to_learn, to_predict
+from service.caller import Count, caller
 from service.door import Door
-from service.engine.types import EngineClosed, Item, Output, Overloaded, Ticket, WriteOutput
+from service.engine.types import EngineClosed, Item, Output, Overloaded, Ticket, WriteItem, WriteOutput
 from service.errors import (
     DailyBudgetSpent,
     DeadlineExceeded,
@@ -45,8 +46,8 @@ T = TypeVar("T")
 class Engine(Protocol):
     """What the service asks of an engine."""
 
-    def submit(self, model: str, items: Sequence[Item]) -> list[Ticket]:
-        """Queue all items or none; raises ``Overloaded`` or ``EngineClosed``. Thread-safe."""
+    def submit(self, model: str, items: Sequence[Item], key: str = "") -> list[Ticket]:
+        """Queue all items or none, for a ``key``'s holder; raises ``Overloaded`` or ``EngineClosed``. Thread-safe."""
 
     def queue_depth(self) -> int:
         """Items that wait for their first step."""
@@ -151,13 +152,16 @@ class Service:
         self._require_budget(request)
         # A reading close to the start of the request's steps makes its figure sharp.
         self.account.wake()
-        with self.door.admit(texts), self._billed(Receipt(request_id, task.name, model.name, model=model)) as receipt:
-            async with _deadline(self.request_timeout_s), self.repository.use(model) as model:
+        receipt = Receipt(request_id, task.name, model.name, model=model)
+        with self._admitted(texts) as count, self._billed(receipt):
+            async with self._deadline(request.timeout_s), self.repository.use(model) as model:
                 receipt.model = model
                 grounded = await self._ground(task, request, request_id)
                 encode = partial(task.encode, grounded, model, request_id)
                 encoded = await self._beside(receipt, Phase.PREPROCESS, encode)
                 receipt.input_tokens = sum(len(item.input_ids) for item in encoded.items)
+                # A text that its client breaks off counts as if it had been written to its end.
+                count.correct(receipt.input_tokens + _most_written(encoded.items))
                 encoded = replace(encoded, items=self._foresee(task, request, model, encoded.items, request_id))
                 items = encoded.items if listener is None else await _overheard(task, encoded, model, listener)
                 with self._submitted(model, items) as tickets:
@@ -165,6 +169,7 @@ class Service:
                         listener.accepted(receipt)
                     receipt.outputs = await _outputs(tickets)
                 receipt.computed_s = time.monotonic()
+                count.correct(receipt.input_tokens + receipt.output_tokens)
                 self.books.predictor.wrote(request_id, to_learn(receipt.outputs))
                 decode = partial(task.decode, encoded.plan, model, receipt.outputs)
                 receipt.results = await self._beside(receipt, Phase.POST, decode)
@@ -175,17 +180,35 @@ class Service:
         model, texts = self._choose(task, request)
         if task.lookup(request) is not None:
             raise InvalidValue("knowledge_base", "what is read is known only once it was searched; estimate a context")
-        with self.door.admit(texts):
-            async with _deadline(self.request_timeout_s):
+        with self._admitted(texts):
+            async with self._deadline(request.timeout_s):
                 encoded = await asyncio.to_thread(task.encode, request, model, request_id)
         forecast = self.books.predictor.predict(task.name, model.name, to_predict(encoded.items))
         return Estimate(model, sum(len(item.input_ids) for item in encoded.items), forecast)
 
+    @contextmanager
+    def _admitted(self, texts: int, requests: int | None = None) -> Iterator[Count]:
+        """Hold places for ``texts`` texts, and count them or so many ``requests`` for their key: the way to all work.
+
+        Raises ``Overloaded``, ``TooManyAtOnce`` and ``RateExceeded``.
+        """
+        who = caller()
+        counting = who.counting(texts if requests is None else requests)
+        with self.door.admit(texts, who.tokens, who.key), counting as count:
+            yield count
+
+    def _deadline(self, asked_s: float | None = None) -> AbstractAsyncContextManager[None]:
+        """The time that a request may take: the least of what its body and its header ask for, and of ours."""
+        limits_s = (self.request_timeout_s, asked_s, caller().timeout_s)
+        return _deadline(min(limit_s for limit_s in limits_s if limit_s is not None))
+
     def _require_day(self) -> None:
-        """Raise ``DailyBudgetSpent`` where the day has no joules left."""
-        standing = self.books.today()
-        if standing is not None and standing.is_spent:
-            raise DailyBudgetSpent(standing.limit_uj / UJ_PER_J, standing.resets_in_s)
+        """Raise ``DailyBudgetSpent`` where the day has no joules left, or the caller's key has none."""
+        key = caller().key
+        own = None if key is None else self.books.today_of(key)
+        for standing, name in ((self.books.today(), None), (own, caller().name)):
+            if standing is not None and standing.is_spent:
+                raise DailyBudgetSpent(standing.limit_uj / UJ_PER_J, standing.resets_in_s, name)
 
     def _require_budget(self, request: TaskRequest) -> None:
         """Raise ``DailyBudgetSpent``, or ``InvalidValue`` for a budget without meter."""
@@ -209,12 +232,14 @@ class Service:
             raise EnergyBudgetExceeded(request.energy_budget_j, forecast.allocated_uj / UJ_PER_J, interval_j)
         return keep_within(items, budget_uj, lambda: self.account.bill(request_id).allocated_uj)
 
-    async def search(self, base: str, question: str, passages: int, request_id: str) -> tuple[Charge, list[Passage]]:
+    async def search(
+        self, base: str, question: str, passages: int, request_id: str, timeout_s: float | None = None
+    ) -> tuple[Charge, list[Passage]]:
         """The passages of a knowledge base that bear most on ``question``, and what finding them cost."""
         self._require_day()
         self.account.wake()
-        with self.door.admit(1), self._billed(Charge(request_id, "search", self.knowledge.name)) as charge:
-            async with _deadline(self.request_timeout_s):
+        with self._admitted(1), self._billed(Charge(request_id, "search", self.knowledge.name)) as charge:
+            async with self._deadline(timeout_s):
                 (found,) = await self.knowledge.search(base, [question], passages, request_id)
         return charge, found
 
@@ -223,13 +248,20 @@ class Service:
     ) -> AsyncGenerator[Progress | Charge]:
         """Put ``documents`` into a knowledge base: tells its progress, and at the end what it cost.
 
-        It may take as long as it shows progress. Whoever stops it keeps the documents that are stored.
+        It may take as long as it shows progress, each step within the time of a request. Whoever stops it keeps the
+        documents that are stored. For its key's rate, every document is a request.
         """
         self._require_day()
         self.account.wake()
-        with self.door.admit(1), self._billed(Charge(request_id, "ingest", self.knowledge.name)) as charge:
+        charge = Charge(request_id, "ingest", self.knowledge.name)
+        # One place at the door: however many they are, documents are worked on one after the other.
+        with self._admitted(1, len(documents)), self._billed(charge):
             async with aclosing(self.knowledge.ingest(base, documents, request_id)) as steps:
-                async for progress in steps:
+                while True:
+                    async with self._deadline():
+                        progress = await anext(steps, None)
+                    if progress is None:
+                        break
                     yield progress
         yield charge
 
@@ -246,8 +278,11 @@ class Service:
         if not self.models.served:
             raise NotReady("no model is loaded")
         texts = task.size(request)
-        if texts > self.max_client_batch_size:
-            raise InvalidValue(task.texts, f"holds {texts} texts; at most {self.max_client_batch_size} are allowed")
+        key = caller().key
+        # More than a key may have at once would be refused for ever.
+        most = min(self.max_client_batch_size, (key and key.concurrency) or self.max_client_batch_size)
+        if texts > most:
+            raise InvalidValue(task.texts, f"holds {texts} texts; at most {most} are allowed")
         return task.choose(request, self.models), texts
 
     async def _beside(self, receipt: Receipt, phase: Phase, work: Callable[[], T]) -> T:
@@ -266,7 +301,7 @@ class Service:
 
     @contextmanager
     def _submitted(self, model: Model, items: Sequence[Item]) -> Iterator[list[Ticket]]:
-        tickets = self.engine.submit(model.key, items)
+        tickets = self.engine.submit(model.key, items, caller().name or "")
         try:
             yield tickets
         finally:
@@ -278,7 +313,7 @@ class Service:
     def _billed(self, charge: ChargeT) -> Iterator[ChargeT]:
         """Close the account of a request, however it ends."""
         status = "failed"
-        started_s = time.monotonic()
+        key, started_s = caller().name, time.monotonic()
         try:
             yield charge
             status = "ok"
@@ -302,6 +337,7 @@ class Service:
                     output_tokens=charge.output_tokens,
                     queue_ms=charge.queue_ms,
                     compute_ms=charge.compute_ms,
+                    key=key,
                 )
             )
             self.metrics.request_over(charge, status, time.monotonic() - started_s)
@@ -315,6 +351,10 @@ async def _overheard(task: Task[Any, Any], encoded: Encoded[Any], model: Model, 
 
     transcripts = await asyncio.to_thread(transcribe)
     return list(overhear(encoded.items, transcripts, listener.wrote))
+
+
+def _most_written(items: Sequence[Item]) -> int:
+    return sum(item.sampling.max_tokens for item in items if isinstance(item, WriteItem))
 
 
 async def _outputs(tickets: Sequence[Ticket]) -> list[Output]:

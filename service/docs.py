@@ -1,5 +1,7 @@
 """The page at `/docs`: the OpenAPI document as HTML that needs nothing from anywhere else. Knows no routes."""
 
+import base64
+import hashlib
 import json
 import re
 import shlex
@@ -13,6 +15,7 @@ from markupsafe import Markup, escape
 
 Schema = Mapping[str, Any]
 _HTML = Path(__file__).with_name("docs.html")
+_STYLE = re.compile(r"<style>(.*?)</style>", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +44,17 @@ class Operation:
     errors: list[tuple[str, str]]
 
 
-def docs_page(openapi: Schema, base_url: str) -> str:
-    """The whole page. Everything from the document is escaped."""
+def docs_page(openapi: Schema, base_url: str) -> tuple[str, str]:
+    """The whole page, in which everything from the document is escaped; and the content security policy that lets it
+    have its own style, and nothing else."""
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["code"] = _code
     template = environment.from_string(_HTML.read_text(encoding="utf-8"))
-    return template.render(info=openapi["info"], operations=list(_operations(openapi, base_url)))
+    page = template.render(info=openapi["info"], operations=list(_operations(openapi, base_url)))
+    (style,) = _STYLE.findall(page)
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    policy = f"default-src 'none'; style-src 'sha256-{digest}'; img-src data:; base-uri 'none'; form-action 'none'"
+    return page, f"{policy}; frame-ancestors 'none'"
 
 
 def _code(text: str) -> Markup:

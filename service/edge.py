@@ -1,16 +1,40 @@
-"""The outermost layer: every request gets an id and a bounded body, every failure an answer. Knows no routes."""
+"""The outermost layer: every request gets an id, a caller and bounds, every failure an answer. Knows no routes."""
 
 import logging
 import re
 import uuid
+from dataclasses import dataclass, replace
 
+import numpy as np
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.errors import BodyTooLarge, render
+from service.caller import Caller, calling
+from service.errors import BodyTooLarge, HeadersTooLarge, MalformedBody, is_foreseen, render
+from service.gate import Gate
 
 _SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+# One that never ends goes to the end: nothing is ever looked at twice.
+_STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+\\?+(?:"|\Z)', re.DOTALL)
+_NO_BRACKET = bytes(set(range(256)) - set(b"[]{}"))
+# Whatever is answered is no page unless it says so itself, and is what its content-type says.
+_SECURITY = {
+    "content-security-policy": "default-src 'none'; frame-ancestors 'none'",
+    "referrer-policy": "no-referrer",
+    "x-content-type-options": "nosniff",
+}
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """How large a request may be."""
+
+    body_bytes: int
+    header_bytes: int
+    """Of all headers, and of the path and query."""
+    json_depth: int
+    """Levels of lists and objects inside each other."""
 
 
 class Edge:
@@ -20,9 +44,8 @@ class Edge:
     caller's own where it sent a sane one, else it is ours.
     """
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
-        self._app = app
-        self._max_body_bytes = max_body_bytes
+    def __init__(self, app: ASGIApp, bounds: Bounds, gate: Gate) -> None:
+        self._app, self._bounds, self._gate = app, bounds, gate
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -31,43 +54,82 @@ class Edge:
             return
         request_id = f"req-{uuid.uuid4().hex}"
         scope.setdefault("state", {})["request_id"] = request_id
-        callers = Headers(scope=scope).get("x-request-id", "")
+        headers = Headers(scope=scope)
+        callers = headers.get("x-request-id", "")
         shown = callers if _SANE_ID.fullmatch(callers) else request_id
         started = False
+        who = Caller()
 
-        async def send_with_id(message: Message) -> None:
+        async def send_dressed(message: Message) -> None:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
-                MutableHeaders(scope=message)["x-request-id"] = shown
+                told = MutableHeaders(scope=message)
+                told["x-request-id"] = shown
+                for name, value in _SECURITY.items():
+                    told.setdefault(name, value)
             await send(message)
 
         try:
-            body = await self._read(scope, receive)
-            if body is not None:
-                await self._app(scope, _replay(body, receive), send_with_id)
+            self._check_headers(scope)
+            # Whoever may not enter is told so before the body is read, unless that brings the key.
+            waits = self._gate.waits_for_body(scope["path"], headers)
+            if not waits:
+                who = self._gate.admit(scope["method"], scope["path"], headers)
+            body = await self._read(headers, receive)
+            if body is None:
+                return
+            if waits:
+                who = self._gate.admit(scope["method"], scope["path"], headers, body)
+            with calling(replace(who, body_bytes=len(body))):
+                await self._app(scope, _replay(body, receive), send_dressed)
         except Exception as error:
-            if not isinstance(error, BodyTooLarge):
-                _log.exception("request %s (%s) failed", request_id, shown)
+            if not is_foreseen(error):
+                _log.exception("request %s (%s) of %s failed", request_id, shown, who.name or "anyone")
             if started:
                 raise
-            await render(error)(scope, receive, send_with_id)
+            await render(error)(scope, receive, send_dressed)
 
-    async def _read(self, scope: Scope, receive: Receive) -> bytes | None:
-        """The whole body, or None if the caller has gone. Raises ``BodyTooLarge`` as soon as that is known."""
-        declared = Headers(scope=scope).get("content-length", "")
-        if declared.isdecimal() and int(declared[:20]) > self._max_body_bytes:
-            raise BodyTooLarge(self._max_body_bytes)
+    def _check_headers(self, scope: Scope) -> None:
+        size = sum(len(name) + len(value) for name, value in scope["headers"])
+        size += len(scope.get("raw_path") or b"") + len(scope.get("query_string") or b"")
+        if size > self._bounds.header_bytes:
+            raise HeadersTooLarge(self._bounds.header_bytes)
+
+    async def _read(self, headers: Headers, receive: Receive) -> bytes | None:
+        """The whole body, or None if the caller has gone.
+
+        Raises ``BodyTooLarge`` as soon as that is known, and ``MalformedBody`` for JSON that is nested too deeply.
+        """
+        declared = headers.get("content-length", "")
+        if declared.isdecimal() and int(declared[:20]) > self._bounds.body_bytes:
+            raise BodyTooLarge(self._bounds.body_bytes)
         body = bytearray()
         while True:
             message = await receive()
             if message["type"] == "http.disconnect":
                 return None
             body += message.get("body", b"")
-            if len(body) > self._max_body_bytes:
-                raise BodyTooLarge(self._max_body_bytes)
+            if len(body) > self._bounds.body_bytes:
+                raise BodyTooLarge(self._bounds.body_bytes)
             if not message.get("more_body", False):
-                return bytes(body)
+                break
+        if "json" in headers.get("content-type", "") and nesting(body, self._bounds.json_depth) > (
+            self._bounds.json_depth
+        ):
+            raise MalformedBody(f"the body is nested deeper than the {self._bounds.json_depth} levels allowed")
+        return bytes(body)
+
+
+def nesting(body: bytes | bytearray, enough: int) -> int:
+    """How many brackets of a JSON text are open at once, at most; not counted further where fewer than ``enough``
+    open at all. Brackets in strings are none."""
+    opened = body.count(b"[") + body.count(b"{")
+    if opened <= enough:
+        return opened
+    brackets = np.frombuffer(_STRING.sub(b"", body).translate(None, _NO_BRACKET), dtype=np.uint8)
+    opens = (brackets == ord("[")) | (brackets == ord("{"))
+    return int(np.where(opens, 1, -1).cumsum().max(initial=0))
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

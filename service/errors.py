@@ -28,6 +28,21 @@ class MalformedBody(WattleError):
     """The body is not what its content-type says."""
 
 
+class HeadersTooLarge(WattleError):
+    """Headers and address are over the limit."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(f"the headers and the address are larger than the {limit} bytes allowed")
+
+
+class Unauthenticated(WattleError):
+    """The request brings no key, or one that nobody has."""
+
+    def __init__(self, *, given: bool) -> None:
+        where = "send it as `authorization: Bearer KEY` or `x-api-key: KEY`"
+        super().__init__("the API key is not known here" if given else f"an API key is needed: {where}")
+
+
 class RouteNotFound(WattleError):
     """No such path."""
 
@@ -78,7 +93,10 @@ class AdminOnly(WattleError):
     """Only whoever runs the service may do this."""
 
     def __init__(self) -> None:
-        super().__init__("only a client on the service's own machine may load and unload models")
+        super().__init__(
+            "only an administrator's key may load and unload models, or where there are no keys a client on the "
+            "service's own machine"
+        )
 
 
 class RecordNotFound(WattleError):
@@ -172,8 +190,25 @@ class EnergyBudgetExceeded(InvalidValue):
 class DailyBudgetSpent(WattleError):
     """Today's joules are spent; ``retry_after_s`` is until tomorrow."""
 
-    def __init__(self, limit_j: float, retry_after_s: float) -> None:
-        super().__init__(f"the {limit_j:g} J allowed for today are spent; the next day begins at midnight UTC")
+    def __init__(self, limit_j: float, retry_after_s: float, key: str | None = None) -> None:
+        whose = "" if key is None else f" the key {key}"
+        super().__init__(f"the {limit_j:g} J allowed{whose} for today are spent; the next day begins at midnight UTC")
+        self.retry_after_s = retry_after_s
+
+
+class RateExceeded(WattleError):
+    """A key has asked for more than its minute holds."""
+
+    def __init__(self, of: str, per_minute: int, retry_after_s: float) -> None:
+        super().__init__(f"the key may use {per_minute} {of} a minute; try again in {retry_after_s:.1f} s")
+        self.retry_after_s = retry_after_s
+
+
+class TooManyAtOnce(WattleError):
+    """A key has as many texts inside as it may."""
+
+    def __init__(self, limit: int, retry_after_s: float) -> None:
+        super().__init__(f"the key may have {limit} texts at once; try again in {retry_after_s:.1f} s")
         self.retry_after_s = retry_after_s
 
 
@@ -199,12 +234,13 @@ class Answer:
 
 TABLE: dict[type[Exception], Answer] = {
     MalformedBody: Answer(400, "invalid_request_error", "malformed_body"),
+    Unauthenticated: Answer(401, "authentication_error", "invalid_api_key"),
     RouteNotFound: Answer(404, "invalid_request_error", "route_not_found"),
     ModelNotFound: Answer(404, "invalid_request_error", "model_not_found"),
     RecordNotFound: Answer(404, "invalid_request_error", "request_not_found"),
     KnowledgeBaseNotFound: Answer(404, "invalid_request_error", "knowledge_base_not_found"),
     DocumentNotFound: Answer(404, "invalid_request_error", "document_not_found"),
-    AdminOnly: Answer(403, "invalid_request_error", "admin_only"),
+    AdminOnly: Answer(403, "permission_error", "admin_only"),
     ModelInUse: Answer(409, "invalid_request_error", "model_in_use"),
     ModelRefused: Answer(422, "invalid_request_error", "model_refused"),
     MethodNotAllowed: Answer(405, "invalid_request_error", "method_not_allowed"),
@@ -216,7 +252,10 @@ TABLE: dict[type[Exception], Answer] = {
     TooManyTokens: Answer(422, "invalid_request_error", "too_many_tokens"),
     EnergyBudgetExceeded: Answer(422, "invalid_request_error", "energy_budget_exceeded"),
     DailyBudgetSpent: Answer(429, "rate_limit_error", "daily_budget_spent"),
+    RateExceeded: Answer(429, "rate_limit_error", "rate_limit_exceeded"),
+    TooManyAtOnce: Answer(429, "rate_limit_error", "too_many_at_once"),
     Overloaded: Answer(429, "rate_limit_error", "overloaded"),
+    HeadersTooLarge: Answer(431, "invalid_request_error", "headers_too_large"),
     NotReady: Answer(503, "server_error", "not_ready"),
     ModelUnavailable: Answer(503, "server_error", "model_unavailable"),
     KnowledgeUnavailable: Answer(503, "server_error", "knowledge_unavailable"),
@@ -248,7 +287,10 @@ def render(error: Exception) -> JsonResponse:
     headers: dict[str, str] = {}
     if isinstance(error, HTTPException):
         headers.update(error.headers or {})
-    elif isinstance(error, Overloaded | DailyBudgetSpent):
+    elif isinstance(error, Unauthenticated):
+        # Programs take the first; a browser asks its user for the second, and any name goes with the key.
+        headers["www-authenticate"] = 'Bearer realm="wattle", Basic realm="wattle"'
+    elif isinstance(error, Overloaded | DailyBudgetSpent | RateExceeded | TooManyAtOnce):
         headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))
         headers["retry-after-ms"] = str(max(1, math.ceil(error.retry_after_s * 1000)))
     error = _as_ours(error)
@@ -284,6 +326,19 @@ def documented(*kinds: type[Exception]) -> dict[int | str, dict[str, Any]]:
         status: {"model": ErrorBody, "description": " or ".join(f"`{code}`" for code in names)}
         for status, names in sorted(codes.items())
     }
+
+
+def document(operation: dict[str, Any], *kinds: type[Exception]) -> None:
+    """Add to an operation of an OpenAPI document that it may raise ``kinds`` too."""
+    responses = operation["responses"]
+    for kind in kinds:
+        status, code = str(TABLE[kind].status), f"`{TABLE[kind].code}`"
+        schema = {"$ref": f"#/components/schemas/{ErrorBody.__name__}"}
+        known = responses.setdefault(
+            status, {"description": code, "content": {"application/json": {"schema": schema}}}
+        )
+        if code not in known["description"].split(" or "):
+            known["description"] += f" or {code}"
 
 
 def _answer_to(error: Exception) -> Answer:

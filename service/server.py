@@ -1,5 +1,6 @@
 """Runs the application under uvicorn: one process, one socket, until a signal. Knows nothing of tasks."""
 
+import ipaddress
 import logging.config
 import socket
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from service.settings import Settings
 
 
 class CannotListen(Exception):
-    """The address is taken or not this machine's; the message says which."""
+    """The address is taken or not this machine's, or others could reach it without a key; the message says which."""
 
 
 class _Server(uvicorn.Server):
@@ -29,8 +30,12 @@ class _Server(uvicorn.Server):
 
 
 def serve(settings: Settings) -> int:
-    """Serve until SIGTERM or SIGINT, finish what runs, and return the exit status. Raises ``CannotListen``."""
-    with _listen(settings.host, settings.port) as listener:
+    """Serve until SIGTERM or SIGINT, finish what runs, and return the exit status.
+
+    Raises ``CannotListen`` and ``KeysFileError``.
+    """
+    may_be_reached = settings.insecure or settings.api_keys_file is not None
+    with _listen(settings.host, settings.port, may_be_reached) as listener:
         logging.config.dictConfig(_logging(settings.log_level.upper()))
         app = create_app(settings)
         config = uvicorn.Config(
@@ -60,10 +65,16 @@ def banner(app: FastAPI, listener: socket.socket) -> str:
     return "\n".join(lines)
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def _listen(host: str, port: int, may_be_reached: bool) -> socket.socket:
     """A socket that listens; made before anything is loaded, for a port in use should be known at once."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        if not may_be_reached and not ipaddress.ip_address(address[0]).is_loopback:
+            raise CannotListen(
+                f"others can reach {host}, and there are no API keys: make one with `wattle add-key NAME "
+                "--api-keys-file FILE` and serve with --api-keys-file FILE (WATTLE_API_KEYS_FILE), or serve everybody "
+                "with --insecure (WATTLE_INSECURE=true)"
+            )
         listener = socket.socket(family, kind, protocol)
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -11,6 +11,7 @@ from pydantic import DirectoryPath, Field, ValidationError, field_validator, mod
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from energy.carbon import LIFE_YEARS, Carbon
+from service.gate import Page
 
 ENV_PREFIX = "WATTLE_"
 _OTHERS_PREFIXES = ("WATTLE_TRAIN_", "WATTLE_REPORT_")
@@ -69,9 +70,43 @@ class Settings(BaseSettings):
         "billed what it cost to find it. 0 computes every text.",
     )
     max_client_batch_size: int = Field(32, ge=1, description="Texts in one request.")
+    max_queue_tokens: int = Field(
+        262_144,
+        ge=1,
+        description="Tokens accepted at once before the answer is 429: at the door a token is four bytes of a "
+        "request's body, in the queue it is one of the model's.",
+    )
+    max_key_share: float = Field(
+        0.5, gt=0, le=1, description="Of what is accepted at once, the most that may be of one API key."
+    )
     max_body_bytes: int = Field(2_000_000, ge=1, description="Size of a request's body before the answer is 413.")
+    max_header_bytes: int = Field(
+        16_384, ge=1024, description="Size of a request's headers, path and query before the answer is 431."
+    )
+    max_json_depth: int = Field(
+        64, ge=8, description="Lists and objects inside each other in a request's body before the answer is 400."
+    )
     request_timeout_s: float = Field(
-        120.0, gt=0, description="Seconds that a request may take, waiting included, before the answer is 504."
+        120.0,
+        gt=0,
+        description="Seconds that a request may take, waiting included, before the answer is 504; a request may ask "
+        "for less.",
+    )
+    api_keys_file: Path | None = Field(
+        None,
+        description="TOML file of API keys, which `wattle add-key` writes; read again when it changes. Unset, nobody "
+        "needs a key.",
+    )
+    public_pages: Annotated[tuple[Page, ...], NoDecode] = Field(
+        (), description="Of `docs`, `dashboard` and `metrics`, those that need no key, separated by commas."
+    )
+    insecure: bool = Field(
+        False, description="Listen on an address that others can reach although there are no API keys."
+    )
+    cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="Origins whose pages may call the service from a browser, as `https://example.org`, separated by "
+        "commas; `*` is every one.",
     )
     drain_timeout_s: float = Field(30.0, ge=0, description="Seconds that running requests get to finish at shutdown.")
     threads: int = Field(1, ge=1, description="Threads of each executor, pinned to as many cores.")
@@ -140,6 +175,11 @@ class Settings(BaseSettings):
     @classmethod
     def _split(cls, value: Any) -> Any:
         return tuple(filter(None, value.split(os.pathsep))) if isinstance(value, str) else value
+
+    @field_validator("public_pages", "cors_origins", mode="before")
+    @classmethod
+    def _list(cls, value: Any) -> Any:
+        return tuple(filter(None, map(str.strip, value.split(",")))) if isinstance(value, str) else value
 
     @field_validator("model_aliases", mode="before")
     @classmethod

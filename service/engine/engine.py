@@ -14,6 +14,7 @@ from models.manifest import Manifest
 from service.engine.backlog import Backlog
 from service.engine.batching import fair_share
 from service.engine.executor import Errand, Executor
+from service.engine.fairness import Turns
 from service.engine.loading import LoadedModel, memory_of, open_executors, open_workers, rows_that_fit
 from service.engine.reuse import Reuse
 from service.engine.settings import EngineSettings
@@ -32,8 +33,10 @@ from service.engine.types import (
 )
 from service.engine.workers import Job, Result, Worker
 
-# How many waiting items are looked at for a batch of similar lengths.
+# How many waiting items are looked at for a batch of similar lengths; of several keys' fewer, for within the window
+# length decides and not whose turn it is.
 _WINDOW = 512
+_SHARED_WINDOW = 32
 _NS_PER_S = 1e9
 
 _log = logging.getLogger(__name__)
@@ -63,6 +66,14 @@ class ServiceSettings(Protocol):
         """Memory of one model."""
 
     @property
+    def max_queue_tokens(self) -> int:
+        """Tokens that may wait."""
+
+    @property
+    def max_key_share(self) -> float:
+        """Of what may wait, how much may be one key's."""
+
+    @property
     def reuse_mb(self) -> int:
         """Memory of outputs that are kept for requests that come again."""
 
@@ -74,6 +85,8 @@ def engine_settings(settings: ServiceSettings) -> EngineSettings:
         threads=settings.threads,
         max_batch_tokens=settings.max_batch_tokens,
         max_waiting_items=settings.max_concurrent_requests,
+        max_waiting_tokens=settings.max_queue_tokens,
+        key_share=settings.max_key_share,
         max_model_bytes=settings.max_model_mb * 1_000_000,
         reuse_bytes=settings.reuse_mb * 1_000_000,
     )
@@ -98,7 +111,8 @@ class Engine:
         self._manifests: dict[str, Manifest] = {}
         self._rows: dict[str, int] = {}
         self._waiting: dict[str, list[Job]] = {}
-        self._backlog = Backlog(settings.max_waiting_items, settings.max_waiting_tokens)
+        self._backlog = Backlog(settings.max_waiting_items, settings.max_waiting_tokens, settings.key_share)
+        self._turns = Turns()
         self._accepts = self._lives = True
         self._threads = [
             threading.Thread(target=self._live, args=(executor,), name=executor.device, daemon=True)
@@ -152,7 +166,8 @@ class Engine:
         with self._changed:
             self._manifests.pop(key, None)
             unfinished, self._waiting[key] = self._waiting.get(key, []), []
-            self._backlog.leave(len(unfinished), sum(job.tokens for job in unfinished))
+            for job in unfinished:
+                self._leave(job)
         gone = [self._send(executor, partial(executor.drop, key)) for executor in self._executors]
         for future in gone:
             unfinished += future.result()
@@ -164,8 +179,8 @@ class Engine:
         for job in unfinished:
             _answer(job, EngineClosed("the model was unloaded before this was done"))
 
-    def submit(self, model: str, items: Sequence[Item]) -> list[Ticket]:
-        """Queue all ``items`` for ``model``, or none.
+    def submit(self, model: str, items: Sequence[Item], key: str = "") -> list[Ticket]:
+        """Queue all ``items`` for ``model``, or none. Where those of several ``key`` wait, keys take turns.
 
         Raises ``Overloaded``, ``EngineClosed``, ``KeyError`` for an unknown model and ``ValueError`` for an item that
         the model cannot compute.
@@ -174,7 +189,7 @@ class Engine:
         for item in items:
             _check(item, manifest, rows)
         now_ns = time.monotonic_ns()
-        every = [Job(item, now_ns) for item in items]
+        every = [Job(item, now_ns, key) for item in items]
         known = {job: output for job in every if (output := self._reuse.find(model, job.item)) is not None}
         jobs = [job for job in every if job not in known]
         with self._changed:
@@ -183,7 +198,8 @@ class Engine:
             if model not in self._manifests:
                 raise KeyError(model)
             self._drop_cancelled(model)
-            self._backlog.enter(len(jobs), sum(job.tokens for job in jobs))
+            self._turns.join(key, self._backlog.by_key)
+            self._backlog.enter(len(jobs), sum(job.tokens for job in jobs), key)
             self._waiting[model] += jobs
             self._changed.notify_all()
         for job, output in known.items():
@@ -268,9 +284,13 @@ class Engine:
         share = fair_share(len(waiting), executor.running[model], running, len(self._executors))
         if not waiting or not share:
             return False
-        taken = set(executor.workers[model].take(waiting[:_WINDOW], share))
+        shared = len(self._backlog.by_key) > 1
+        window = self._turns.first(waiting, _SHARED_WINDOW) if shared else waiting[:_WINDOW]
+        taken = set(executor.workers[model].take(window, share))
         self._waiting[model] = [job for job in waiting if job not in taken]
-        self._backlog.leave(len(taken), sum(job.tokens for job in taken))
+        for job in taken:
+            self._leave(job)
+            self._turns.charge(job.key, job.tokens)
         executor.running[model] += len(taken)
         return bool(taken)
 
@@ -279,10 +299,13 @@ class Engine:
         worker = executor.workers[model]
         turn = worker.turn()
         new_tokens, elapsed_s = 0, 0.0
+        written: list[tuple[str, int]] = []
         if turn is not None:
             step, ended = executor.run(model, turn)
             self._record(step)
             for job, result in ended:
+                if isinstance(result, Written):
+                    written.append((job.key, len(result.ids) * job.rows))
                 output = _answer(job, result)
                 if output is not None:
                     self._reuse.keep(model, job.item, output)
@@ -290,6 +313,8 @@ class Engine:
             elapsed_s = (step.ended_ns - step.started_ns) / _NS_PER_S
         with self._changed:
             executor.running[model] = len(worker.jobs)
+            for key, tokens in written:
+                self._turns.charge(key, tokens)
             self._backlog.stepped(new_tokens, elapsed_s / len(self._executors))
             if self._is_idle():
                 self._changed.notify_all()
@@ -306,7 +331,11 @@ class Engine:
         gone = [job for job in self._waiting[model] if job.cancelled]
         if gone:
             self._waiting[model] = [job for job in self._waiting[model] if not job.cancelled]
-            self._backlog.leave(len(gone), sum(job.tokens for job in gone))
+            for job in gone:
+                self._leave(job)
+
+    def _leave(self, job: Job) -> None:
+        self._backlog.leave(1, job.tokens, job.key)
 
 
 def _check(item: Item, manifest: Manifest, max_rows: int) -> None:

@@ -24,3 +24,5 @@ class EngineSettings:
     """Of outputs that are kept for items that come again exactly alike; 0 computes every item."""
     max_waiting_items: int = 512
     max_waiting_tokens: int = 262_144
+    key_share: float = 1.0
+    """Of what may wait, how much may be one key's."""

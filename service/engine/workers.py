@@ -25,6 +25,8 @@ class Job:
 
     item: Item
     submitted_ns: int
+    key: str = ""
+    """Whose it is; empty where there are no keys."""
     ticket: Ticket = field(default_factory=Ticket)
     started_ns: int | None = None
     compute_ns: int = 0

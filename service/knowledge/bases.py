@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from energy.settlement import BESIDE
 from energy.types import Phase, Step, Work
+from service.caller import caller
 from service.engine.types import EncodeItem, Item, Overloaded, Ticket
 from service.errors import InvalidValue, KnowledgeBaseNotFound, KnowledgeUnavailable
 from service.knowledge.documents import Document
@@ -37,8 +38,8 @@ _log = logging.getLogger(__name__)
 class Engine(Protocol):
     """What knowledge bases ask of an engine."""
 
-    def submit(self, model: str, items: Sequence[Item]) -> list[Ticket]:
-        """Queue all items or none."""
+    def submit(self, model: str, items: Sequence[Item], key: str = "") -> list[Ticket]:
+        """Queue all items or none, for a ``key``'s holder."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +195,7 @@ class Knowledge:
     async def _embed(self, embedder: Model, request_id: str, texts: Sequence[str]) -> NDArray[np.float16]:
         """Vectors of unit length, ``(texts, d)``, as precise as they are stored: a search finds the same later."""
         items = await asyncio.to_thread(_items, embedder, request_id, texts)
-        tickets = self._engine.submit(embedder.key, items)
+        tickets = self._engine.submit(embedder.key, items, caller().name or "")
         try:
             outputs = await asyncio.gather(*(asyncio.wrap_future(ticket.future) for ticket in tickets))
         finally:

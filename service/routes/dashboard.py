@@ -11,6 +11,7 @@ from starlette.responses import Response
 from energy.budget import Standing
 from energy.live import BOUNDS_UJ, View
 from energy.types import Quality, SettledRecord
+from service.caller import caller
 from service.errors import documented
 from service.metrics import UJ_PER_J
 from service.responses import JsonResponse
@@ -22,8 +23,6 @@ _HEADERS = {
     # The page loads nothing from elsewhere and runs nothing inline, so that a text can never become a script.
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
     "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-    "x-content-type-options": "nosniff",
-    "referrer-policy": "no-referrer",
     "cache-control": "no-cache",
 }
 
@@ -81,11 +80,11 @@ class Live(BaseModel):
     quality: Quality = Field(description="The best that a bill can have here.")
     meters: list[LiveMeter]
     grid_zone: str | None = Field(description="Of the latest bill.")
-    budget: LiveBudget | None = Field(description="The service's daily budget, where it has one.")
+    budget: LiveBudget | None = Field(description="The daily budget of the caller's key, else the service's.")
     moments: list[LiveMoment] = Field(description="Every five seconds of the last ten minutes, oldest first.")
     bounds_j: list[float] = Field(description="Upper ends of the classes of the distribution.")
     tasks: dict[str, LiveTask]
-    recent: list[LiveBill] = Field(description="The last fifty bills, newest first.")
+    recent: list[LiveBill] = Field(description="The last fifty bills, newest first: those that the caller may see.")
 
 
 def dashboard_routes() -> APIRouter:
@@ -102,7 +101,9 @@ def dashboard_routes() -> APIRouter:
     )
     async def live(http: Request) -> Response:
         service = service_of(http)
-        shown = _show(service.books.live.view(), service.account.quality, service.books.today())
+        key, books = caller().key, service.books
+        standing = (None if key is None else books.today_of(key)) or books.today()
+        shown = _show(books.live.view(), service.account.quality, standing, caller().sees_only)
         return JsonResponse(shown.model_dump())
 
     router.add_api_route("/dashboard", _page(_FOLDER / "index.html"), include_in_schema=False)
@@ -118,7 +119,7 @@ def _page(path: Path) -> Callable[[], Awaitable[Response]]:
     return page
 
 
-def _show(view: View, quality: Quality, standing: Standing | None) -> Live:
+def _show(view: View, quality: Quality, standing: Standing | None, only: str | None) -> Live:
     return Live(
         began_at=_time(view.began_s),
         quality=quality,
@@ -151,7 +152,7 @@ def _show(view: View, quality: Quality, standing: Standing | None) -> Live:
             )
             for task, sums in view.tasks.items()
         },
-        recent=[_bill(record) for record in view.recent],
+        recent=[_bill(record) for record in view.recent if only in (None, record.request.key)],
     )
 
 

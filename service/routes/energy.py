@@ -15,6 +15,7 @@ from energy.ledger import LedgerUnreadable
 from energy.report import By, Group, Report, read_moment, read_report
 from energy.settlement import Reason
 from energy.types import Phase, Quality, SettledRecord
+from service.caller import caller
 from service.errors import InvalidValue, RecordNotFound, UnknownParameter, documented
 from service.responses import JsonResponse
 from service.routes.common import UJ_PER_J, Energy, Timings, Usage, energy_of, joules, service_of
@@ -107,7 +108,7 @@ class EnergyReport(BaseModel):
     by: By
     groups: list[GroupEnergy]
     total: GroupEnergy
-    meters: list[MeterBalance]
+    meters: list[MeterBalance] = Field(description="Of the machine, for those who may see every key's bills.")
 
 
 class EnergyQuery(BaseModel):
@@ -188,8 +189,9 @@ def energy_routes() -> APIRouter:
         until_s = now_s if query.until is None else _moment("until", query.until, now_s)
         if since_s >= until_s:
             raise InvalidValue("since", "must be before until")
-        report = await asyncio.to_thread(read_report, service.ledger.path, since_s, until_s, query.by)
-        totals = await asyncio.to_thread(service.account.totals)
+        only = caller().sees_only
+        report = await asyncio.to_thread(read_report, service.ledger.path, since_s, until_s, query.by, only)
+        totals = await asyncio.to_thread(service.account.totals) if only is None else None
         return JsonResponse(_show_report(report, totals).model_dump())
 
     @router.get(
@@ -200,7 +202,7 @@ def energy_routes() -> APIRouter:
         responses=documented(InvalidValue, UnknownParameter, LedgerUnreadable),
     )
     async def latest(query: Annotated[LatestQuery, Query()], http: Request) -> Response:
-        records = await asyncio.to_thread(service_of(http).ledger.latest, query.limit)
+        records = await asyncio.to_thread(service_of(http).ledger.latest, query.limit, caller().sees_only)
         return JsonResponse(LatestRequests(requests=[_show(record) for record in records]).model_dump())
 
     @router.get(
@@ -212,7 +214,9 @@ def energy_routes() -> APIRouter:
     )
     async def find(request_id: str, http: Request) -> Response:
         record = await asyncio.to_thread(service_of(http).account.find, request_id)
-        if record is None:
+        only = caller().sees_only
+        # Another key's is as if it were not there.
+        if record is None or only not in (None, record.request.key):
             raise RecordNotFound("no request of this id is over, or the ledger has forgotten it")
         return JsonResponse(_show(record).model_dump())
 
@@ -254,31 +258,32 @@ def _moment(param: str, text: str, now_s: float) -> float:
         raise InvalidValue(param, str(error)) from None
 
 
-def _show_report(report: Report, totals: Totals) -> EnergyReport:
+def _show_report(report: Report, totals: Totals | None) -> EnergyReport:
     return EnergyReport(
         since=datetime.fromtimestamp(report.since_s, UTC),
         until=datetime.fromtimestamp(report.until_s, UTC),
         by=report.by,
         groups=[_show_group(group) for group in report.groups],
         total=_show_group(report.total),
-        meters=[
-            MeterBalance(
-                device=meter.device,
-                source=meter.source,
-                metered_j=(meter.settled_uj + meter.open_uj + meter.residual_uj) / UJ_PER_J,
-                attributed_j=sum(part.energy_uj for part in totals.attributed if part.device == meter.device)
-                / UJ_PER_J,
-                unattributed_j={
-                    part.reason: part.energy_uj / UJ_PER_J
-                    for part in totals.unattributed
-                    if part.device == meter.device
-                },
-                open_j=meter.open_uj / UJ_PER_J,
-                residual_j=meter.residual_uj / UJ_PER_J,
-            )
-            for meter in totals.meters
-        ],
+        meters=[] if totals is None else _show_meters(totals),
     )
+
+
+def _show_meters(totals: Totals) -> list[MeterBalance]:
+    return [
+        MeterBalance(
+            device=meter.device,
+            source=meter.source,
+            metered_j=(meter.settled_uj + meter.open_uj + meter.residual_uj) / UJ_PER_J,
+            attributed_j=sum(part.energy_uj for part in totals.attributed if part.device == meter.device) / UJ_PER_J,
+            unattributed_j={
+                part.reason: part.energy_uj / UJ_PER_J for part in totals.unattributed if part.device == meter.device
+            },
+            open_j=meter.open_uj / UJ_PER_J,
+            residual_j=meter.residual_uj / UJ_PER_J,
+        )
+        for meter in totals.meters
+    ]
 
 
 def _show_group(group: Group) -> GroupEnergy:

@@ -25,6 +25,7 @@ from service.errors import (
     KnowledgeUnavailable,
     MalformedBody,
     MissingParameter,
+    TooManyAtOnce,
     UnknownParameter,
     documented,
     is_foreseen,
@@ -46,9 +47,11 @@ _WORK_ERRORS = (
     MalformedBody,
     BodyTooLarge,
     InvalidValue,
+    TooManyAtOnce,
     Overloaded,
     EngineClosed,
     KnowledgeUnavailable,
+    DeadlineExceeded,
 )
 _log = logging.getLogger(__name__)
 
@@ -109,6 +112,12 @@ class SearchRequest(BaseModel):
 
     query: str = Field(min_length=1, description="A question, or words.")
     passages: int = Field(default=5, ge=1, le=100, description="How many passages are wanted.")
+    timeout_s: float | None = Field(
+        default=None,
+        gt=0,
+        allow_inf_nan=False,
+        description="Seconds that the search may take; the service's own limit holds too.",
+    )
 
 
 class SearchResponse(BaseModel):
@@ -247,13 +256,13 @@ def knowledge_routes() -> APIRouter:
         operation_id="search",
         summary="Search a knowledge base for passages",
         response_model=SearchResponse,
-        responses=documented(*_WORK_ERRORS, *_BASE_ERRORS, MissingParameter, UnknownParameter, DeadlineExceeded),
+        responses=documented(*_WORK_ERRORS, *_BASE_ERRORS, MissingParameter, UnknownParameter),
         openapi_extra={
             "requestBody": {"content": {"application/json": {"example": {"query": "Where does the Danube rise?"}}}}
         },
     )
     async def search(name: str, body: SearchRequest, http: Request) -> Response:
-        work = service_of(http).search(name, body.query, body.passages, http.state.request_id)
+        work = service_of(http).search(name, body.query, body.passages, http.state.request_id, body.timeout_s)
         done = await unless_gone(http.receive, work)
         if done is None:
             return Response(status_code=CLIENT_GONE)

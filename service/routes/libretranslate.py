@@ -10,13 +10,16 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.responses import Response
 
+from service.caller import caller
 from service.conversation import request_of
 from service.core import Receipt
+from service.engine.types import Overloaded
 from service.errors import (
     BodyTooLarge,
     InvalidValue,
     MalformedBody,
     MissingParameter,
+    TooManyAtOnce,
     documented,
     invalid_value,
     renaming,
@@ -30,6 +33,8 @@ from service.routes.sse import respond_whole
 from service.tasks import TASKS
 
 _NAMES = {"input": "q"}
+_MAX_FIELDS = 64
+"""Of a form: more than anybody has a use for."""
 TRANSLATE = next(task for task in TASKS if task.name == "translate")
 BodyT = TypeVar("BodyT", bound=BaseModel)
 
@@ -37,7 +42,7 @@ BodyT = TypeVar("BodyT", bound=BaseModel)
 class _Body(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
 
-    api_key: str | None = Field(None, description="Not looked at here.")
+    api_key: str | None = Field(None, description="The API key, where no header brings it.")
 
 
 class LibreTranslation(_Body):
@@ -115,7 +120,7 @@ def libretranslate_routes() -> APIRouter:
         operation_id="libretranslate_detect",
         summary="LibreTranslate: which of the languages that are translated is a text in?",
         response_model=list[DetectedLanguage],
-        responses=documented(MalformedBody, InvalidValue, MissingParameter, BodyTooLarge),
+        responses=documented(MalformedBody, InvalidValue, MissingParameter, BodyTooLarge, TooManyAtOnce, Overloaded),
         openapi_extra=_body(LibreDetection, {"q": "A dog runs along the beach."}),
     )
     async def detect_language(http: Request) -> Response:
@@ -142,6 +147,7 @@ def libretranslate_routes() -> APIRouter:
     async def settings(http: Request) -> Response:
         found = await asyncio.to_thread(_languages, service_of(http).models)
         first = next((each for each in found if each.targets), None)
+        guarded = http.app.state.gate.guards
         default = None
         if first is not None:
             target = next(each for each in found if each.code == first.targets[0])
@@ -150,8 +156,8 @@ def libretranslate_routes() -> APIRouter:
             {
                 "charLimit": -1,
                 "frontendTimeout": 500,
-                "apiKeys": False,
-                "keyRequired": False,
+                "apiKeys": guarded,
+                "keyRequired": guarded,
                 "suggestions": False,
                 "supportedFilesFormat": [],
                 "language": default,
@@ -168,7 +174,7 @@ async def _read(http: Request, kind: type[BodyT]) -> BodyT:
         if http.headers.get("content-type", "").startswith("application/json"):
             told = json.loads(content)
         else:
-            told = dict(parse_qsl(content.decode(), strict_parsing=True))
+            told = dict(parse_qsl(content.decode(), strict_parsing=True, max_num_fields=_MAX_FIELDS))
     except (ValueError, RecursionError) as error:
         raise MalformedBody(f"the body is neither JSON nor a form: {error}") from error
     try:
@@ -193,10 +199,15 @@ def _tell(receipt: Receipt, body: LibreTranslation, detected: Detection | None) 
 
 
 async def _detect(http: Request, text: str, target: str | None = None) -> Detection:
-    """The language of ``text``: of those that are translated, into ``target`` if any is. Raises ``InvalidValue``."""
+    """The language of ``text``: of those that are translated, into ``target`` if any is.
+
+    Raises ``InvalidValue``, and what the door raises: reading a long text is work.
+    """
     pairs = _pairs(service_of(http).models)
     among = {source for source, goal in pairs if goal == target} or {code for pair in pairs for code in pair}
-    detected = await asyncio.to_thread(detect, text, among)
+    who = caller()
+    with service_of(http).door.admit(1, who.tokens, who.key):
+        detected = await asyncio.to_thread(detect, text, among)
     if detected is None:
         raise InvalidValue("q", "its language cannot be detected here")
     return detected

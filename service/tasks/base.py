@@ -65,6 +65,13 @@ class TaskRequest(BaseModel):
         description="Most joules (`allocated_j`) that the whole request may cost: refused where more is expected, "
         "ended with the `finish_reason` `energy_budget` where writing comes to cost more.",
     )
+    timeout_s: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="Seconds that the request may take, waiting included, before the answer is 504; the service's own "
+        "limit holds too.",
+    )
 
 
 class TextRequest(TaskRequest):

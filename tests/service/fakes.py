@@ -174,7 +174,7 @@ class FakeEngine:
         self.logit = 0.0
         """Added to every logit."""
 
-    def submit(self, model: str, items: Sequence[Item]) -> list[Ticket]:
+    def submit(self, model: str, items: Sequence[Item], key: str = "") -> list[Ticket]:
         if self.refusal:
             raise self.refusal
         tickets = [Ticket() for _ in items]
@@ -325,7 +325,7 @@ def build(settings: Settings) -> Iterator[Service]:
             ledger=ledger,
             metrics=metrics,
             books=books,
-            door=Door(settings.max_concurrent_requests),
+            door=Door(settings.max_concurrent_requests, settings.max_queue_tokens, settings.max_key_share),
             max_client_batch_size=settings.max_client_batch_size,
             request_timeout_s=settings.request_timeout_s,
             knowledge=knowledge,

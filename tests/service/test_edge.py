@@ -1,13 +1,17 @@
 """Ids, body limits and the ways of a client that leaves or waits too long."""
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from starlette.testclient import TestClient
 
 from service.app import create_app
+from service.edge import nesting
 from service.settings import Settings
 from tests.service.fakes import FakeAccount, FakeEngine, build, wait_until
 
@@ -152,8 +156,8 @@ def test_one_failed_item_frees_the_others(client: TestClient, engine: FakeEngine
     engine.holds = True
     original = engine.submit
 
-    def submit(model: str, items: Any) -> Any:
-        tickets = original(model, items)
+    def submit(model: str, items: Any, key: str) -> Any:
+        tickets = original(model, items, key)
         tickets[0].future.set_exception(RuntimeError("broken"))
         return tickets
 
@@ -181,3 +185,54 @@ def test_the_door_counts_the_texts_of_a_list(settings: Settings) -> None:
         assert int(refused[0].headers["retry-after"]) >= 1
         service.engine.holds = False
         assert client.post("/v1/sentiment", json={"input": ["good"] * 3}).status_code == 200
+
+
+def test_headers_and_address_over_the_limit_are_refused(client: TestClient) -> None:
+    for response in (
+        client.post("/v1/sentiment", json={"input": "good"}, headers={"x-more": "x" * 17_000}),
+        client.get("/readyz", headers={f"x-{number}": "x" * 100 for number in range(170)}),
+        client.get("/v1/energy", params={"since": "1" * 17_000}),
+    ):
+        assert (response.status_code, response.json()["error"]["code"]) == (431, "headers_too_large")
+
+
+@pytest.mark.parametrize("path", ["/v1/sentiment", "/translate", "/v1/chat/completions", "/v1/energy/estimate"])
+def test_json_that_is_nested_too_deeply_is_refused(client: TestClient, path: str) -> None:
+    for deep in (b"[" * 65, b'{"a": ' * 65 + b"1" + b"}" * 65, b"[" * 1_000_000, b'[[{"x":' * 250_000):
+        response = post(client, deep, path=path)
+        assert (response.status_code, response.json()["error"]["code"]) == (400, "malformed_body")
+        assert "deeper than the 64 levels" in response.json()["error"]["message"]
+    for shallow in (b'{"input": "' + b"[{" * 5000 + b'"}', b'{"input": ["\\"[[", "' + b"\\\\" * 99 + b'"]}'):
+        assert "levels" not in post(client, shallow, path=path).text
+
+
+JSON_TEXT = st.recursive(
+    st.one_of(st.none(), st.text(alphabet='[]{}"\\a', max_size=8)),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3), st.dictionaries(st.text('[{"', max_size=3), inner, max_size=3)
+    ),
+    max_leaves=12,
+)
+
+
+@given(JSON_TEXT)
+def test_nesting_is_counted_as_a_parser_would(value: Any) -> None:
+    def depth(part: Any) -> int:
+        inner = part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
+        return int(isinstance(part, dict | list)) + max(map(depth, inner), default=0)
+
+    assert nesting(json.dumps(value).encode(), 0) == depth(value)
+
+
+@given(st.binary(max_size=40), st.text(alphabet='[]{}"\\', max_size=40))
+def test_nesting_never_fails(noise: bytes, marks: str) -> None:
+    assert nesting(noise + marks.encode(), 0) >= 0
+
+
+@pytest.mark.parametrize("path", ["/livez", "/nowhere", "/docs", "/dashboard", "/dashboard/page.js", "/v1/models"])
+def test_every_answer_says_what_a_browser_may_do_with_it(client: TestClient, path: str) -> None:
+    headers = client.get(path).headers
+    assert headers["x-content-type-options"] == "nosniff"
+    assert headers["referrer-policy"] == "no-referrer"
+    policy = headers["content-security-policy"]
+    assert policy.startswith("default-src 'none'") and "frame-ancestors 'none'" in policy and "unsafe" not in policy

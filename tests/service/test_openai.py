@@ -307,11 +307,11 @@ def test_an_unknown_model_and_a_body_too_large(api: Any) -> None:
 def test_the_client_tries_again_when_it_is_told_to(address: str, service: Service) -> None:
     submit, refused = service.engine.submit, []
 
-    def busy_twice(model: str, items: Any) -> Any:
+    def busy_twice(model: str, items: Any, key: str) -> Any:
         if len(refused) < 2:
             refused.append(model)
             raise Overloaded(0.01)
-        return submit(model, items)
+        return submit(model, items, key)
 
     service.engine.submit = busy_twice
     with openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=2) as patient:

@@ -16,6 +16,7 @@ import httpx2 as httpx
 import pytest
 
 import wattle
+from service.keys import add_key
 from service.settings import Settings
 from tests.service.fakes import wait_until, write_models
 from tests.tiny import write_tiny
@@ -94,6 +95,34 @@ def test_a_port_in_use_is_told_at_once(models_folder: Path, capsys: pytest.Captu
     message = capsys.readouterr().err
     assert message.startswith("wattle: cannot listen on 127.0.0.1 port")
     assert str(port) in message and "in use" in message
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::"])
+def test_others_are_not_served_without_keys(
+    models_folder: Path, host: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert wattle.main(["serve", "--host", host, "--port", "0", "--models", str(models_folder)]) == 1
+    message = capsys.readouterr().err
+    assert all(way in message for way in ("wattle add-key", "--api-keys-file", "--insecure", "WATTLE_INSECURE=true"))
+
+
+def test_others_are_served_with_keys_or_where_that_is_wished(tiny: Path, tmp_path: Path) -> None:
+    keys = tmp_path / "keys.toml"
+    secret = add_key(keys, "alice", {})
+    one = ("--models", str(tiny / "classify"), "--state", str(tmp_path), "--host", "0.0.0.0", "--meter", "none")
+    for flags, status in ((("--api-keys-file", str(keys)), 401), (("--insecure",), 200)):
+        with serve(1, *one, *flags) as (_, address, _), httpx.Client(base_url=address, timeout=30) as client:
+            assert client.get("/v1/models").status_code == status
+            assert client.get("/v1/models", headers={"authorization": f"Bearer {secret}"}).status_code == 200
+            assert client.get("/readyz").status_code == 200
+
+
+def test_keys_that_cannot_be_read_are_told_at_once(
+    models_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["serve", "--models", str(models_folder), "--port", "0", "--api-keys-file", str(tmp_path / "none")]
+    assert wattle.main(arguments) == 1
+    assert "cannot be read: No such file" in capsys.readouterr().err
 
 
 def test_a_wrong_setting_is_told_at_once(capsys: pytest.CaptureFixture[str]) -> None:

@@ -48,3 +48,20 @@ def test_the_wait_is_what_the_caller_is_told() -> None:
     with pytest.raises(Overloaded) as refusal:
         backlog.enter(1, 1)
     assert refusal.value.retry_after_s == pytest.approx(3.0)
+
+
+def test_a_key_may_fill_its_share_and_no_more() -> None:
+    backlog = Backlog(max_items=10, max_tokens=100, key_share=0.5)
+    backlog.enter(5, 10, "a")
+    with pytest.raises(Overloaded):
+        backlog.enter(1, 1, "a")
+    backlog.enter(1, 45, "b")
+    with pytest.raises(Overloaded):
+        backlog.enter(1, 10, "b")
+    assert backlog.by_key == {"a": (5, 10), "b": (1, 45)}
+    # What finds none of its key may come, within the limits of all.
+    backlog.enter(4, 40, "c")
+    with pytest.raises(Overloaded):
+        backlog.enter(1, 1, "d")
+    backlog.leave(5, 10, "a")
+    assert backlog.by_key.keys() == {"b", "c"} and backlog.items == 5

@@ -755,3 +755,49 @@ def test_a_model_that_cannot_be_loaded_leaves_the_others_alone(models: dict[str,
         results(running.submit("decoder", [write(0, 5)]))
     with pytest.raises(EngineClosed):
         running.load({"late": models["decoder"]})
+
+
+class TestTurns:
+    """Keys take turns where several wait."""
+
+    def behind_a_burst(self, models: dict[str, Loaded], kind: str, items: Sequence[Item], single: Item) -> list[Step]:
+        """The steps that come after one during which a burst of one key came, and then a single item of another."""
+        steps = Steps()
+        with engine(models, [kind], steps) as running:
+            steps.go.clear()
+            tickets = running.submit(kind, [replace(single, request_id="first")], "burst")
+            assert steps.held.wait(WAIT_S)
+            seen = len(steps.all)
+            tickets += running.submit(kind, items, "burst")
+            tickets += running.submit(kind, [single], "single")
+            steps.go.set()
+            results(tickets)
+            return steps.all[seen:]
+
+    def test_a_single_text_to_read_is_in_the_next_step(self, models: dict[str, Loaded]) -> None:
+        burst = [EncodeItem("burst", ids(number, 8)) for number in range(300)]
+        after = self.behind_a_burst(models, "classify", burst, EncodeItem("single", ids(7, 8)))
+        assert len(after) > 3
+        assert "single" in {work.request_id for work in after[0].work}
+
+    def test_a_single_text_to_write_begins_with_the_first_of_the_burst(self, models: dict[str, Loaded]) -> None:
+        burst = [write(number, 8) for number in range(300)]
+        after = self.behind_a_burst(models, "decoder", burst, replace(write(7, 8), request_id="single"))
+        prompts = [{work.request_id for work in step.work} for step in after if step.work[0].phase is Phase.PREFILL]
+        assert len(prompts) > 3 and "single" in prompts[0]
+
+    def test_a_key_cannot_fill_the_queue_for_others(self, models: dict[str, Loaded]) -> None:
+        steps = Steps()
+        with engine(models, ["classify"], steps, max_waiting_items=100, key_share=0.5) as running:
+            steps.go.clear()
+            tickets = running.submit("classify", [EncodeItem("first", ids(0, 8))], "a")
+            assert steps.held.wait(WAIT_S)
+            item = EncodeItem("more", ids(1, 8))
+            tickets += running.submit("classify", [item] * 50, "a")
+            with pytest.raises(Overloaded):
+                running.submit("classify", [item], "a")
+            tickets += running.submit("classify", [item] * 50, "b")
+            with pytest.raises(Overloaded):
+                running.submit("classify", [item], "c")
+            steps.go.set()
+            results(tickets)

@@ -33,7 +33,7 @@ class EmbeddingEngine:
         self.refusals = 0
         """How often the queue is still full."""
 
-    def submit(self, model: str, items: Sequence[Item]) -> list[Ticket]:
+    def submit(self, model: str, items: Sequence[Item], key: str = "") -> list[Ticket]:
         if self.refusals:
             self.refusals -= 1
             raise Overloaded(retry_after_s=0.001)
