@@ -287,14 +287,17 @@ def render(error: Exception) -> JsonResponse:
     headers: dict[str, str] = {}
     if isinstance(error, HTTPException):
         headers.update(error.headers or {})
-    elif isinstance(error, Unauthenticated):
-        # Programs take the first; a browser asks its user for the second, and any name goes with the key.
-        headers["www-authenticate"] = 'Bearer realm="wattle", Basic realm="wattle"'
     elif isinstance(error, Overloaded | DailyBudgetSpent | RateExceeded | TooManyAtOnce):
         headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))
         headers["retry-after-ms"] = str(max(1, math.ceil(error.retry_after_s * 1000)))
     error = _as_ours(error)
-    return JsonResponse(describe(error).model_dump(), _answer_to(error).status, headers)
+    response = JsonResponse(describe(error).model_dump(), _answer_to(error).status, headers)
+    if isinstance(error, Unauthenticated):
+        # Programs take the first; a browser asks its user for the second, and any name goes with the key. In a line of
+        # its own, for Chromium reads one of each.
+        response.headers.append("www-authenticate", 'Bearer realm="wattle"')
+        response.headers.append("www-authenticate", 'Basic realm="wattle"')
+    return response
 
 
 def describe(error: Exception) -> ErrorBody:
