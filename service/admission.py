@@ -13,8 +13,8 @@ from service.errors import TooManyAtOnce, render
 
 
 class Admission:
-    """ASGI middleware: at most ``limit`` requests that post something are inside at once, and ``key_share`` of them are
-    one key's."""
+    """ASGI middleware: at most ``limit`` requests that post something are inside at once, ``key_share`` of them one
+    key's."""
 
     def __init__(self, app: ASGIApp, limit: int, key_share: float) -> None:
         self._app = app
