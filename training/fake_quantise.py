@@ -63,8 +63,11 @@ class FakeQuantised(TorchFunctionMode):
     ) -> Any:
         """Stand in for products with a matrix, and for looking into a table."""
         if func is F.linear and id(args[1]) not in self.plain:
-            args = self._inputs(args[0], args[1]), self._stored(args[1]), *args[2:]
-        elif func is F.embedding and id(args[1]) in self.tables:
+            x, weight, *bias = args
+            # In half precision the products would round the codes once more.
+            with torch.autocast(x.device.type, enabled=False):
+                return func(self._inputs(x.float(), weight), self._stored(weight), *bias, **(kwargs or {}))
+        if func is F.embedding and id(args[1]) in self.tables:
             args = args[0], self._stored(args[1]), *args[2:]
         elif func is Tensor.__getitem__ and id(args[0]) in self.tables:
             args = self._stored(args[0]), *args[1:]

@@ -59,6 +59,15 @@ def test_a_model_computes_as_its_quantised_graph(tmp_path, kind, how):
     assert np.array_equal(torch_logits(model, batch), exact)
 
 
+def test_mixed_precision_leaves_codes_as_they_are():
+    model = tiny_transformer(tiny_config("classify"))
+    x = torch.linspace(-1, 1, 64).view(2, 32)
+    with FakeQuantised(model, WAYS[0]):
+        exact = model.encoder[0].ffn.up(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(model.encoder[0].ffn.up(x), exact)
+
+
 def test_only_the_last_steps_of_a_run_are_quantised(data, tmp_path, monkeypatch):
     entered = []
 

@@ -4,6 +4,7 @@ import gzip
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 import uvicorn
@@ -164,7 +165,11 @@ def test_a_model_writes_what_its_student_then_learns(tmp_path, data, kind):
     assert said["rows"] + said["left_out"] == 5
     assert said["joules"] > 0
     if said["rows"]:
-        assert train(recipe, data, tmp_path / "runs").rows == {path: said["rows"]}
+        trained = train(recipe, data, tmp_path / "runs")
+        assert trained.rows == {path: said["rows"]}
+        (stage,) = trained.lineage
+        assert (stage.kind, stage.teacher) == ("distil", Path(teacher).name)
+        assert stage.teacher_joules == pytest.approx(said["joules"], abs=0.05)
 
 
 class Fake(ThreadingHTTPServer):
