@@ -151,6 +151,15 @@ def distil_data(flags: dict[str, str]) -> int:
     return _stage(lambda recipe, settings: run_distil_data(recipe, _asking, settings), flags)
 
 
+def plan(flags: dict[str, str]) -> int:
+    """Propose a model and a training within budgets of size, time and joules, measured here for some seconds."""
+    from training.commands import run_plan
+
+    recipe = flags.pop("recipe", None)
+    path = None if recipe is None else Path(recipe)
+    return _stage(lambda _, settings: run_plan(path, settings), {SUBJECT: "", **flags})
+
+
 def export(flags: dict[str, str]) -> int:
     """Export the model of a finished run once more."""
     from training.commands import run_export
@@ -196,6 +205,14 @@ def frontier(flags: dict[str, str]) -> int:
 
     page = Path(flags.pop("out", "docs/frontier.md"))
     return _stage(lambda folders, _: run_frontier(list(map(Path, folders)), page), flags)
+
+
+def training_report(flags: dict[str, str]) -> int:
+    """Write a page with plots on what runs cost and what came of it: loss over joules, lineage, break-even."""
+    from training.commands import run_report
+
+    page = Path(flags.pop("html", "training-report.html"))
+    return _stage(lambda names, settings: run_report(names, page, settings), flags)
 
 
 def search_speed(flags: dict[str, str]) -> int:
@@ -343,6 +360,12 @@ COMMANDS = {
     ),
     "train": Command(train, "training", ("data", "runs", "out", "threads", *SIZES), RECIPE),
     "distil-data": Command(distil_data, "training", ("data", "runs", "limit"), RECIPE),
+    "plan": Command(
+        plan,
+        "training",
+        ("task", "max_mb", "max_joules", "hours", "data", "runs", "out", "threads"),
+        options={"recipe": {"metavar": "FILE", "help": "Where to write the recipe of the proposal, a .toml."}},
+    ),
     "export": Command(export, "training", ("data", "runs", "out", *SIZES), RECIPE),
     "import": Command(import_, "training", IMPORTED, "Folder of a model that transformers saved, or a Hub name."),
     "confidence": Command(confidence, "training", ("data", "recipe", "limit"), "Folder of an exported model."),
@@ -355,6 +378,14 @@ COMMANDS = {
         "Folder of an exported model.",
         repeated=True,
         options={"out": {"metavar": "FILE", "help": "The page; pictures go beside it. [docs/frontier.md]"}},
+    ),
+    "training-report": Command(
+        training_report,
+        "training",
+        ("runs", "out"),
+        "Name of a run.",
+        repeated=True,
+        options={"html": {"metavar": "FILE", "help": "The page. [training-report.html]"}},
     ),
     "search-speed": Command(
         search_speed, "training", ("data", "recipe", "passages"), "Folder of a model that answers, or embeds."

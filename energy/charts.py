@@ -14,10 +14,10 @@ COLOURS = ("a", "b", "c", "d", "e")
 """The classes that ``STYLE`` gives colours."""
 STYLE = """
 :root { color-scheme: light dark; --ink: #1d2329; --soft: #66707a; --line: #d8dde2; --paper: #fff;
-  --a: #0b7a53; --b: #c26c00; --c: #3b6fd4; --d: #8a4fb5; --e: #6c6c6c; --bad: #c62828; }
+  --a: #0b7a53; --b: #c26c00; --c: #3b6fd4; --d: #8a4fb5; --e: #6c6c6c; }
 @media (prefers-color-scheme: dark) {
   :root { --ink: #e6e9ec; --soft: #98a2ab; --line: #39424a; --paper: #14191d;
-    --a: #35b98a; --b: #f2a33c; --c: #7ea6f5; --d: #c795e8; --e: #a0a0a0; --bad: #ff6b6b; }
+    --a: #35b98a; --b: #f2a33c; --c: #7ea6f5; --d: #c795e8; --e: #a0a0a0; }
 }
 svg { width: 100%; font: 11px system-ui, sans-serif; fill: var(--soft); }
 svg .title, svg .name { fill: var(--ink); } svg .paper { fill: var(--paper); }

@@ -4,9 +4,10 @@ A RAPL counter sees the whole machine: what its other processes burn is not the 
 """
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
-from energy.clock import NS_PER_S
+from energy.clock import NS_PER_S, Clock
 
 _NS_PER_TICK = NS_PER_S // os.sysconf("SC_CLK_TCK")
 _INTERVAL_NS = NS_PER_S
@@ -50,6 +51,32 @@ def busy_ns(stat: Path = Path("/proc/stat")) -> int:
     if len(ticks) < 7:
         raise ValueError(f"{stat} does not begin with the time of all cores")
     return (sum(ticks) - ticks[3] - ticks[4]) * _NS_PER_TICK
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """CPU time of this process and of the whole machine at a time; None where the kernel does not tell."""
+
+    at_ns: int
+    own_ns: int
+    machine_ns: int | None
+
+    @classmethod
+    def now(cls, stat: Path = Path("/proc/stat"), clock: Clock | None = None) -> "Moment":
+        """This moment."""
+        clock = clock or Clock()
+        try:
+            machine_ns = busy_ns(stat)
+        except (OSError, ValueError):
+            machine_ns = None
+        return cls(clock.monotonic_ns(), clock.process_ns(), machine_ns)
+
+    def foreign_cores(self, since: "Moment") -> float | None:
+        """How many cores other processes have kept busy since then, on average."""
+        if self.machine_ns is None or since.machine_ns is None or self.at_ns == since.at_ns:
+            return None
+        foreign_ns = self.machine_ns - since.machine_ns - (self.own_ns - since.own_ns)
+        return round(max(0, foreign_ns) / (self.at_ns - since.at_ns), 2)
 
 
 class ProcessTree:

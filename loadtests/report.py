@@ -3,15 +3,12 @@
 import csv
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader
+from energy.charts import Series, bars, plot
+from energy.sheet import Line, Table, render
 
-from energy.charts import STYLE, Series, bars, plot
-
-PAGES = Path(__file__).parent / "pages"
 RED, BOLD, PLAIN = "\x1b[31m", "\x1b[1m", "\x1b[0m"
 TIME = {
     "task": "task",
@@ -46,25 +43,11 @@ ENERGY = {
     "unsettled": "not final",
 }
 SHARES = ("idle_share",)
-
-
-@dataclass(frozen=True, slots=True)
-class Line:
-    """A sentence below a table."""
-
-    text: str
-    bad: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Table:
-    """Cells as text; the first column is to the left."""
-
-    title: str
-    head: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    below: Sequence[Line] = ()
-    has_total: bool = False
+LIMITS = (
+    "J/query changes several-fold with load and batch size: compare runs of the same scenario and the same load only. "
+    "The load generator ran on the machine that it measured, unless the target is remote, and took its share of the "
+    "processor. Estimated joules rank one machine's settings; they are no reading of a meter."
+)
 
 
 def write_report(found: Mapping[str, Any], out: Path) -> None:
@@ -93,15 +76,7 @@ def as_text(found: Mapping[str, Any], colour: bool = False) -> str:
 
 def as_html(found: Mapping[str, Any]) -> str:
     """One page that needs nothing else."""
-    return render(_title(found), _subtitle(found), found["notes"], _tables(found), _plots(found))
-
-
-def render(
-    title: str, subtitle: str, notes: Sequence[str], tables: Sequence[Table], plots: Sequence[tuple[str, str]]
-) -> str:
-    """The page of all reports; ``plots`` are names and SVG."""
-    template = Environment(loader=FileSystemLoader(PAGES), autoescape=True).get_template("report.html")
-    return template.render(title=title, subtitle=subtitle, notes=notes, tables=tables, plots=plots, chart_style=STYLE)
+    return render(_title(found), _subtitle(found), found["notes"], _tables(found), _plots(found), LIMITS)
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -6,7 +6,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from energy.charts import Series, plot
-from loadtests.report import Line, Table, pick, render, shown
+from energy.sheet import Line, Table, render
+from loadtests.report import LIMITS, pick, shown
 
 
 class BadSetting(ValueError):
@@ -124,7 +125,7 @@ def as_html(title: str, subtitle: str, points: Sequence[Point], max_p95_ms: floa
         ("Joules against latency", _plot(points, best, "p95_ms", "p95 ms")),
         ("Joules against throughput", _plot(points, best, "queries_per_s", "queries/s")),
     ]
-    return render(title, subtitle, [], [table(points, max_p95_ms)], plots)
+    return render(title, subtitle, [], [table(points, max_p95_ms)], plots, LIMITS)
 
 
 def as_document(points: Sequence[Point], max_p95_ms: float | None) -> dict[str, Any]:

@@ -6,6 +6,9 @@ from models.config import TransformerConfig
 from training.errors import TrainingError
 from training.recipe import Recipe
 
+VOCABULARY_SHARES = (1.0, 0.5, 0.25)
+"""Of a recipe's vocabulary: the next one where the embeddings would be more than half of the model."""
+
 
 def count_parameters(config: TransformerConfig) -> int:
     """Trainable numbers of ``models.transformer.Transformer(config)``, without building it."""
@@ -57,6 +60,35 @@ def right_size(proportions: TransformerConfig, max_parameters: int) -> Transform
             "them the vocabulary: raise the budget or lower tokenizer.vocab_size"
         )
     return max(fitting, key=count_parameters)
+
+
+def fitting(base: Recipe, max_mb: float | None) -> list[TransformerConfig]:
+    """Shapes in the recipe's proportions of at most ``max_mb``, the smallest first; the recipe's own without a limit.
+
+    A model that starts from a trunk keeps the trunk's width: its depth changes. Raises ``TrainingError``.
+    """
+    if max_mb is None:
+        return [base.model]
+    most = max_mb * 1e6 / base.export.bytes_per_parameter
+    found: list[TransformerConfig] = []
+    for share in VOCABULARY_SHARES:
+        shapes = _shapes(base, round(base.model.vocab_size * share))
+        found = sorted((each for each in shapes if count_parameters(each) <= most), key=count_parameters) or found
+        if found and found[-1].vocab_size * found[-1].d_model <= count_parameters(found[-1]) / 2:
+            break
+    if not found:
+        smallest = min(map(count_parameters, _shapes(base, round(base.model.vocab_size * VOCABULARY_SHARES[-1]))))
+        least_mb = smallest * base.export.bytes_per_parameter / 1e6
+        raise TrainingError(f"no {base.task} model of {max_mb:g} MB: the smallest has {least_mb:.2f} MB (--max-mb)")
+    return found
+
+
+def _shapes(base: Recipe, vocab_size: int) -> list[TransformerConfig]:
+    config = base.model.model_copy(update={"vocab_size": vocab_size})
+    if base.trunk is None:
+        return list(_family(config))
+    stack = "n_encoder_layers" if config.has_encoder else "n_decoder_layers"
+    return [config.model_copy(update={stack: depth}) for depth in range(1, getattr(config, stack) + 1)]
 
 
 def _family(proportions: TransformerConfig) -> Iterator[TransformerConfig]:

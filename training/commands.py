@@ -1,6 +1,7 @@
 """What ``wattle train``, ``distil-data``, ``export``, ``evaluate`` and the like do, stage after stage."""
 
 import json
+import re
 import shutil
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
@@ -9,7 +10,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from models.manifest import Manifest, Score, Variant, write_manifest
+from models.manifest import NAME_PATTERN, Manifest, Score, Variant, write_manifest
 from training.card import write_card
 from training.endpoint import endpoint_teacher
 from training.errors import TrainingError
@@ -19,8 +20,10 @@ from training.frontier import frontiers, verdict, write_frontiers
 from training.importing import import_model
 from training.knowledge import NEUTRAL, Ask
 from training.parents import find_folder, read_model_manifest, run_recipe
+from training.plan import PROPORTIONS, Budget, as_text, make_plan, write_recipe
 from training.quantise import Serve, Subject, variants
 from training.recipe import BudgetRecipe, DataRecipe, Recipe, Storage, load_recipe
+from training.report import read_models, read_run, write_report
 from training.search_speed import search_speed
 from training.settings import Settings
 from training.targets import Teacher, served_teacher, write_targets
@@ -167,6 +170,31 @@ def run_frontier(folders: Sequence[Path], page: Path) -> None:
     for each in found:
         print(verdict(each))
     print(", ".join(map(str, write_frontiers(found, page))))
+
+
+def run_plan(path: Path | None, settings: Settings) -> None:
+    """Propose a model and a run within the budgets, and write its recipe to ``path`` where there is one."""
+    if settings.task is None:
+        raise TrainingError(f"--task is missing: one of {', '.join(PROPORTIONS)}")
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    name = path.stem if path is not None else f"{settings.task}-planned"
+    if re.match(NAME_PATTERN, name) is None:
+        raise TrainingError(f"{path}: a model cannot be called {name!r}: small letters, digits, dots and dashes")
+    budget = Budget(settings.max_mb, settings.max_joules, settings.hours)
+    base = load_recipe(PROPORTIONS[settings.task])
+    plan = make_plan(base, budget, settings.data, settings.runs, settings.out, name)
+    print(as_text(plan, budget))
+    if path is not None:
+        write_recipe(plan.recipe, path)
+        print(f"wattle train {path} --data {settings.data} carries it out")
+
+
+def run_report(names: Sequence[str], page: Path, settings: Settings) -> None:
+    """Write a page on the runs of these names."""
+    runs = [read_run(settings.runs, name) for name in dict.fromkeys(names)]
+    write_report(runs, read_models([run.lineage for run in runs], settings.out), page)
+    print(page)
 
 
 def run_confidence(folder: Path, serve: Serve, settings: Settings) -> None:

@@ -133,7 +133,7 @@ def write_quantised(
     found = compare(onnx_logits(folder, config, batch), reference)
     return Quantisation(
         scheme=how.scheme,
-        bits={"none": 32, "rowwise": 8, "blockwise": how.bits}[how.scheme],
+        bits=how.bits_per_weight,
         block_size=how.block_size if how.scheme == "blockwise" else 0,
         parity_max_error=round(found.max_error, 6),
         parity_cosine=round(found.cosine, 6),

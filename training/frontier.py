@@ -1,6 +1,6 @@
 """Quality against joules per query, from the variants that manifests hold. Knows nothing of how they were measured."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,11 +37,6 @@ class Point:
     """Per query."""
     ships: bool
     """Whether the model is served stored like this."""
-
-    @property
-    def name(self) -> str:
-        """Beside its point."""
-        return f"{self.model} {self.way}"
 
 
 @dataclass(frozen=True)
@@ -133,10 +128,12 @@ def _way(variant: Variant) -> str:
 def draw(frontier: Frontier) -> str:
     """The picture as an SVG file: every point with its name, a line through those that no other beats."""
     best = frontier.best
+    several = len({point.model for point in frontier.points}) > 1
     series = [Series("frontier", [(point.active_j, point.quality) for point in best], "a", line=True)]
     for css, points in (("a", best), ("b", [point for point in frontier.points if point not in best])):
         places = [(point.active_j, point.quality) for point in points]
-        series.append(Series("points", places, css, labels=[point.name for point in points], named=True))
+        labels = [f"{point.model} {point.way}" if several else point.way for point in points]
+        series.append(Series("points", places, css, labels=labels, named=True))
     headline = frontier.headline
     title = f"{headline.metric} on {headline.data}" + (" (lower is better)" if _falls(frontier) else "")
     return standalone(picture(series, "active J per query", title, y_from_zero=False))
@@ -213,6 +210,5 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 def verdict(frontier: Frontier) -> str:
     """The frontier in one line."""
-    best: Mapping[str, Point] = {point.name: point for point in frontier.best}
-    points = ", ".join(f"{name} ({point.quality:.2f} at {point.active_j:.3g} J)" for name, point in best.items())
-    return f"{frontier.name}, {frontier.headline.metric} on {frontier.headline.data}: {points}"
+    points = [f"{each.model} {each.way} ({each.quality:.2f} at {each.active_j:.3g} J)" for each in frontier.best]
+    return f"{frontier.name}, {frontier.headline.metric} on {frontier.headline.data}: {', '.join(points)}"

@@ -4,7 +4,6 @@ training or HTTP: what was quantised before is quantised once more, from what it
 import os
 import shutil
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
@@ -16,8 +15,7 @@ from typing import Any
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from energy.clock import NS_PER_S
-from energy.host import busy_ns
+from energy.host import Moment
 from models.graph import write_graphs
 from models.manifest import Load, Manifest, Score, Variant, load_manifest, write_manifest
 from models.weights import read_weights
@@ -119,10 +117,10 @@ def cost_in_turns(
     others the median counts: a neighbour who comes and goes disturbs all candidates of a round alike.
     """
     rounds: list[list[Evaluation]] = [[] for _ in candidates]
-    began = _Moment.now()
+    began = Moment.now()
     for number in tqdm(range(ROUNDS + 1 if sets else 0), desc="measuring in turns", unit="round", mininterval=1.0):
         if number == 1:
-            began = _Moment.now()
+            began = Moment.now()
         texts = slice(number * REQUEST_TEXTS, (number + 1) * REQUEST_TEXTS)
         for candidate, found in zip(candidates, rounds, strict=True):
             task, name = candidate.subject.recipe.task, candidate.manifest.name
@@ -137,7 +135,7 @@ def cost_in_turns(
         queries=sum(each.queries for each in rounds[0]),
         rounds=len(rounds[0]),
         cores=len(os.sched_getaffinity(0)),
-        foreign_cores=_Moment.now().foreign_cores(began),
+        foreign_cores=Moment.now().foreign_cores(began),
     )
     return [_median(found) for found in rounds], load
 
@@ -155,30 +153,6 @@ def _median(rounds: Sequence[Evaluation]) -> tuple[float | None, str]:
     if not rounds or len(joules) < len(rounds):
         return None, "unavailable"
     return round(median(joules), 5), rounds[-1].quality
-
-
-@dataclass(frozen=True)
-class _Moment:
-    """CPU time of this process and of the whole machine; None where the kernel does not tell."""
-
-    at_s: float
-    own_s: float
-    machine_s: float | None
-
-    @classmethod
-    def now(cls) -> "_Moment":
-        try:
-            machine_s = busy_ns() / NS_PER_S
-        except (OSError, ValueError):
-            machine_s = None
-        return cls(time.monotonic(), time.process_time(), machine_s)
-
-    def foreign_cores(self, since: "_Moment") -> float | None:
-        """Cores that other processes kept busy since then."""
-        if self.machine_s is None or since.machine_s is None or self.at_s == since.at_s:
-            return None
-        foreign_s = self.machine_s - since.machine_s - (self.own_s - since.own_s)
-        return round(max(0.0, foreign_s) / (self.at_s - since.at_s), 2)
 
 
 def quantise(folder: Path, recipe: Recipe, data: Path, how: Storage, out: Path) -> Manifest:

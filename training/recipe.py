@@ -182,6 +182,11 @@ class Storage(_Part):
     block_size: int = 64
 
     @property
+    def bits_per_weight(self) -> int:
+        """Of a matrix."""
+        return {"none": 32, "rowwise": 8, "blockwise": self.bits}[self.scheme]
+
+    @property
     def bytes_per_parameter(self) -> float:
         """About; the scales of the rowwise scheme are too few to count."""
         return {"none": 4.0, "rowwise": 1.0, "blockwise": self.bits / 8 + 4 / self.block_size}[self.scheme]

@@ -10,7 +10,7 @@ from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from models.graph import Scheme
-from models.manifest import NAME_PATTERN
+from models.manifest import NAME_PATTERN, Task
 from training.errors import TrainingError
 
 ENV_PREFIX = "WATTLE_TRAIN_"
@@ -28,6 +28,9 @@ class Settings(BaseSettings):
     )
     max_parameters: int | None = Field(None, gt=0, description="Size the model to this many parameters.")
     max_mb: float | None = Field(None, gt=0, description="Size the model to this many megabytes of exported weights.")
+    max_joules: float | None = Field(None, gt=0, description="Plan a training of at most this many joules.")
+    hours: float | None = Field(None, gt=0, description="Plan a training of at most this many hours.")
+    task: Task | None = Field(None, description="What a planned model is for.")
     threads: int = Field(0, ge=0, description="Threads of the training; 0 takes every core.")
     teacher_key: str | None = Field(None, description="Key for the endpoint whose model writes targets.")
     recipe: str | None = Field(None, description="Recipe that lists the sets; the shipped one of the model's name.")

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -82,10 +82,6 @@ def train(recipe: Recipe, data: Path, runs: Path) -> Trained:
     if longest > recipe.fit.batch_tokens:
         raise TrainingError(f"a sample has {longest} tokens: raise fit.batch_tokens above it or lower max_tokens")
 
-    def loss_of(batch: Sequence[int]) -> tuple[torch.Tensor, int]:
-        members = [samples[index] for index in batch]
-        return mean_loss(learned, model, collate(members, PAD_ID)), sum(sample.length for sample in members)
-
     print(f"{recipe.name}: {model.n_parameters / 1e6:.1f} M parameters, {len(samples):,} samples, "
           f"{sum(lengths):,} tokens an epoch, {torch.get_num_threads()} threads")  # fmt: skip
     (run / ROWS).write_text(json.dumps({each.title: len(part) for each, part in rows}), encoding="utf-8")
@@ -93,7 +89,7 @@ def train(recipe: Recipe, data: Path, runs: Path) -> Trained:
         model,
         recipe.fit,
         lambda epoch: batches_by_tokens(lengths, recipe.fit.batch_tokens, recipe.fit.seed, epoch),
-        loss_of,
+        batch_loss(learned, model, samples),
         run,
         partial(FakeQuantised, model, recipe.export),
     )
@@ -134,6 +130,18 @@ def _teacher_joules(recipe: Recipe, data: Path) -> float | None:
     found = [read_targets(data / part.path / f"{part.split}.jsonl.gz") for part in parts]
     joules = [each.joules for each in found if each is not None and each.joules is not None]
     return round(sum(joules), 1) if parts and len(joules) == len(parts) else None
+
+
+def batch_loss(
+    task: Loss, model: Transformer, samples: Sequence[Sample]
+) -> Callable[[Sequence[int]], tuple[torch.Tensor, int]]:
+    """What gives the loss of a batch of sample indices, and its real tokens."""
+
+    def loss_of(batch: Sequence[int]) -> tuple[torch.Tensor, int]:
+        members = [samples[index] for index in batch]
+        return mean_loss(task, model, collate(members, PAD_ID)), sum(sample.length for sample in members)
+
+    return loss_of
 
 
 def load_trained(recipe: Recipe, runs: Path) -> Trained:
@@ -231,31 +239,35 @@ def _tokenizer(
     path, kept_path = run / TOKENIZER, run / KEPT
     if not path.exists():
         texts = chain.from_iterable(TASKS[recipe.task].texts(row) for _, each in rows for row in each)
-        if recipe.tokenizer.kind == "trunk":
-            if recipe.trunk is None:
-                raise TrainingError(f"{recipe.name}: tokenizer.kind = 'trunk' needs a [trunk]")
-            tokenizer, kept = prune_word_pieces(
-                trunk_tokenizer(find_trunk(recipe.trunk)),
-                tqdm(texts, desc="counting word pieces", unit="text", mininterval=1.0),
-                recipe.tokenizer.vocab_size,
-                mask_handles=recipe.tokenizer.mask_handles,
-            )
+        tokenizer, kept = learn_tokenizer(recipe, texts, parent)
+        if kept is not None:
             np.save(kept_path, kept)
-        elif parent is not None:
-            tokenizer, kept = prune(
-                parent.tokenizer,
-                tqdm(texts, desc="counting tokens", unit="text", mininterval=1.0),
-                recipe.tokenizer.vocab_size,
-                mask_handles=recipe.tokenizer.mask_handles,
-            )
-            np.save(kept_path, kept)
-        else:
-            chat = recipe.task == "generate"
-            tokenizer = learn_byte_bpe(
-                texts, recipe.tokenizer.vocab_size, end_every_text=recipe.task == "translate", chat=chat
-            )
         tokenizer.save(str(path))
     return Tokenizer.from_file(str(path)), np.load(kept_path) if kept_path.exists() else None
+
+
+def learn_tokenizer(
+    recipe: Recipe, texts: Iterable[str], parent: ParentModel | None = None
+) -> tuple[Tokenizer, NDArray[np.int64] | None]:
+    """A new tokenizer of ``recipe``, and where it is cut from the trunk's or the parent's, their ids of its words."""
+    if recipe.tokenizer.kind == "trunk":
+        if recipe.trunk is None:
+            raise TrainingError(f"{recipe.name}: tokenizer.kind = 'trunk' needs a [trunk]")
+        return prune_word_pieces(
+            trunk_tokenizer(find_trunk(recipe.trunk)),
+            tqdm(texts, desc="counting word pieces", unit="text", mininterval=1.0),
+            recipe.tokenizer.vocab_size,
+            mask_handles=recipe.tokenizer.mask_handles,
+        )
+    if parent is not None:
+        return prune(
+            parent.tokenizer,
+            tqdm(texts, desc="counting tokens", unit="text", mininterval=1.0),
+            recipe.tokenizer.vocab_size,
+            mask_handles=recipe.tokenizer.mask_handles,
+        )
+    chat, ends = recipe.task == "generate", recipe.task == "translate"
+    return learn_byte_bpe(texts, recipe.tokenizer.vocab_size, end_every_text=ends, chat=chat), None
 
 
 def _encode(task: TaskTraining, rows: list[Row], recipe: Recipe) -> list[Sample]:

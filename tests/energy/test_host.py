@@ -1,7 +1,7 @@
 from pathlib import Path
 
-from energy.host import Neighbours
-from tests.energy.fakes import S
+from energy.host import Moment, Neighbours
+from tests.energy.fakes import HeldClock, S
 
 
 def test_others_are_what_the_machine_did_and_this_process_did_not(tmp_path: Path) -> None:
@@ -19,3 +19,14 @@ def test_others_are_what_the_machine_did_and_this_process_did_not(tmp_path: Path
 
 def test_a_kernel_that_does_not_tell_means_none() -> None:
     assert Neighbours(Path("/nonexistent")).busy_ns(1, 1, S) == 0
+
+
+def test_cores_that_others_kept_busy_between_two_moments(tmp_path: Path) -> None:
+    stat, held = tmp_path / "stat", HeldClock()
+    stat.write_text("cpu 100 10 50 9000 70 3 2 40 0 0\n")
+    began = Moment.now(stat, held.clock)
+    assert began.foreign_cores(began) is None
+    held.run(2000, cpu_ms=1100)
+    stat.write_text("cpu 400 20 140 9999 99 8 7 99 0 0\n")
+    assert Moment.now(stat, held.clock).foreign_cores(began) == 1.5
+    assert Moment.now(tmp_path / "gone", held.clock).foreign_cores(began) is None

@@ -115,7 +115,7 @@ def test_the_picture_names_every_point_and_joins_the_best():
     found = frontiers([TEACHER, STUDENT])[0]
     svg = draw(found)
     for point in found.points:
-        assert f">{point.name}</text>" in svg
+        assert f">{point.model} {point.way}</text>" in svg
     line = svg.partition("<polyline")[2].partition('points="')[2].partition('"')[0]
     assert len(line.split()) == len(found.best) == 3
 
