@@ -117,6 +117,7 @@ class Load(_Part):
     """In each, every way to store every model that was measured beside this one had its turn, with the same texts."""
     cores: int
     """That the service could use, with its settings at their defaults."""
+    processor: str
     foreign_cores: float | None
     """Cores that other processes kept busy meanwhile, on average; None where the kernel does not tell."""
 

@@ -11,7 +11,7 @@ def described(load: Load) -> str:
     others = "" if load.foreign_cores is None else f"; other processes kept {load.foreign_cores:.2g} of them busy"
     return (
         f"Energy: the median of {load.rounds} rounds of {load.queries // load.rounds} queries in requests of "
-        f"{load.texts_per_request} texts, one request at a time, on {load.cores} cores{others}."
+        f"{load.texts_per_request} texts, one request at a time, on {load.cores} cores ({load.processor}){others}."
     )
 
 

@@ -25,7 +25,8 @@ from training.train import batch_loss, learn_tokenizer
 
 SAMPLE_CHARACTERS, SAMPLE_ROWS = 2_000_000, 2000
 """What the tokenizer of a sample is learned from, and how many rows tell how long a text is."""
-WARM_UP_STEPS, MEASURED_S, MOST_STEPS = 2, 10.0, 50
+WARM_UP_STEPS, LEAST_STEPS, MOST_STEPS = 1, 2, 50
+MEASURED_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ def measure(base: Recipe, config: TransformerConfig, texts: Texts) -> Speed:
     first = run(WARM_UP_STEPS)
     each_s = first.elapsed_s / first.step
     began = Moment.now()
-    found = run(max(WARM_UP_STEPS, min(MOST_STEPS, round(MEASURED_S / each_s))))
+    found = run(max(LEAST_STEPS, min(MOST_STEPS, round(MEASURED_S / each_s))))
     joules = None if found.joules is None else found.joules / found.tokens
     return Speed(
         tokens_per_s=found.tokens / found.elapsed_s,

@@ -15,7 +15,7 @@ from typing import Any
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from energy.host import Moment
+from energy.host import Moment, processor
 from models.graph import write_graphs
 from models.manifest import Load, Manifest, Score, Variant, load_manifest, write_manifest
 from models.weights import read_weights
@@ -135,6 +135,7 @@ def cost_in_turns(
         queries=sum(each.queries for each in rounds[0]),
         rounds=len(rounds[0]),
         cores=len(os.sched_getaffinity(0)),
+        processor=processor(),
         foreign_cores=Moment.now().foreign_cores(began),
     )
     return [_median(found) for found in rounds], load

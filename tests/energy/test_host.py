@@ -1,6 +1,9 @@
+import platform
 from pathlib import Path
 
-from energy.host import Moment, Neighbours
+import pytest
+
+from energy.host import Moment, Neighbours, processor
 from tests.energy.fakes import HeldClock, S
 
 
@@ -30,3 +33,20 @@ def test_cores_that_others_kept_busy_between_two_moments(tmp_path: Path) -> None
     stat.write_text("cpu 400 20 140 9999 99 8 7 99 0 0\n")
     assert Moment.now(stat, held.clock).foreign_cores(began) == 1.5
     assert Moment.now(tmp_path / "gone", held.clock).foreign_cores(began) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("processor\t: 0\nmodel name\t: A CPU \nflags\t\t: fpu avx512_vnni\n\nprocessor\t: 1\n", "A CPU with VNNI"),
+        ("model name\t: A CPU\nflags\t\t: fpu avx2\n", "A CPU without VNNI"),
+        ("Features\t: fp asimd\n", platform.machine()),
+    ],
+)
+def test_a_processor_is_told_with_what_8_bits_cost_it(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "cpuinfo").write_text(text)
+    assert processor(tmp_path / "cpuinfo") == said
+
+
+def test_a_system_without_cpuinfo_has_a_processor_too(tmp_path: Path) -> None:
+    assert processor(tmp_path / "gone") == (platform.processor() or platform.machine())

@@ -14,7 +14,7 @@ from training.commands import run_frontier
 from training.errors import TrainingError
 from training.frontier import Frontier, Point, draw, frontiers
 
-LOAD = Load(texts_per_request=16, queries=144, rounds=9, cores=2, foreign_cores=0.25)
+LOAD = Load(texts_per_request=16, queries=144, rounds=9, cores=2, processor="a processor", foreign_cores=0.25)
 
 
 def variant(scheme, bits, score, joules, rows=50, metric="macro recall", **changes):
@@ -104,7 +104,9 @@ def test_a_page_with_a_picture_for_each_task_and_language(tmp_path, capsys):
     assert "| student (student of teacher) | int8 rowwise, ships | 2 | 66.00 | 0.1 | yes |" in page
     assert "| student (student of teacher) | int4 blockwise | 1 | 65.00 | 0.3 |  |" in page
     assert "active J a query (estimated)" in page
-    assert "requests of 16 texts" in page and "on 2 cores; other processes kept 0.25 of them busy" in page
+    assert (
+        "requests of 16 texts" in page and "on 2 cores (a processor); other processes kept 0.25 of them busy" in page
+    )
     for name in ("sentiment-de", "sentiment-en"):
         assert f"(images/frontier-{name}.svg)" in page
         ElementTree.parse(tmp_path / "docs" / "images" / f"frontier-{name}.svg")
