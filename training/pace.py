@@ -18,15 +18,15 @@ from training.errors import TrainingError
 from training.flops import TextSize
 from training.formats import Row
 from training.loop import fit_model
-from training.recipe import Recipe
+from training.recipe import Precision, Recipe
 from training.records import Progress
 from training.tasks import IGNORED, TASKS, Sample, TaskTraining
 from training.train import batch_loss, learn_tokenizer
 
 SAMPLE_CHARACTERS, SAMPLE_ROWS = 2_000_000, 2000
 """What the tokenizer of a sample is learned from, and how many rows tell how long a text is."""
-WARM_UP_STEPS, LEAST_STEPS, MOST_STEPS = 1, 2, 50
-MEASURED_S = 10.0
+MEASURED_S, LEAST_STEPS, MOST_STEPS = 10.0, 2, 50
+PRECISIONS: tuple[Precision, ...] = ("bfloat16", "float32")
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,8 @@ class Speed:
     threads: int
     foreign_cores: float | None
     """Cores that other processes kept busy meanwhile: on a quiet machine it would have been faster."""
+    precision: Precision
+    """The faster one: without instructions for it bfloat16 is several times slower than float32."""
 
     @property
     def watts(self) -> float | None:
@@ -98,23 +100,24 @@ def _mean_size(config: TransformerConfig, samples: Sequence[Sample]) -> TextSize
 
 
 def measure(base: Recipe, config: TransformerConfig, texts: Texts) -> Speed:
-    """Train a model of this shape for some seconds, and forget it."""
+    """Train a model of this shape for some seconds, in the faster precision, and forget it."""
     torch.manual_seed(base.fit.seed)
     model = Transformer(config, base.fit.dropout)
     lengths = [sample.length for sample in texts.samples]
     batches = batches_by_tokens(lengths, base.fit.batch_tokens, base.fit.seed, 0)
 
-    def run(steps: int) -> Progress:
+    def run(steps: int, precision: Precision) -> Progress:
         with tempfile.TemporaryDirectory() as scratch:
-            fit = base.fit.model_copy(update={"epochs": steps / len(batches)})
+            fit = base.fit.model_copy(update={"epochs": steps / len(batches), "precision": precision})
             return fit_model(
                 model, fit, lambda _: batches, batch_loss(texts.task, model, texts.samples), Path(scratch)
             )
 
-    first = run(WARM_UP_STEPS)
-    each_s = first.elapsed_s / first.step
+    run(1, base.fit.precision)  # the first step allocates what the others reuse
+    step_s = {precision: run(1, precision).elapsed_s for precision in PRECISIONS}
+    faster = min(PRECISIONS, key=step_s.__getitem__)
     began = Moment.now()
-    found = run(max(LEAST_STEPS, min(MOST_STEPS, round(MEASURED_S / each_s))))
+    found = run(max(LEAST_STEPS, min(MOST_STEPS, round(MEASURED_S / step_s[faster]))), faster)
     joules = None if found.joules is None else found.joules / found.tokens
     return Speed(
         tokens_per_s=found.tokens / found.elapsed_s,
@@ -123,4 +126,5 @@ def measure(base: Recipe, config: TransformerConfig, texts: Texts) -> Speed:
         seconds=found.elapsed_s,
         threads=torch.get_num_threads(),
         foreign_cores=Moment.now().foreign_cores(began),
+        precision=faster,
     )

@@ -14,7 +14,7 @@ from training.budget import count_parameters, fitting
 from training.errors import TrainingError
 from training.flops import TextSize, forward_flops, training_flops
 from training.pace import Speed, Texts, measure, read_texts
-from training.recipe import BudgetRecipe, Recipe
+from training.recipe import BudgetRecipe, Precision, Recipe
 from training.records import gco2e, read_lineage
 from training.report import scaled
 from training.scaling import Scaling, fit_scaling
@@ -101,7 +101,7 @@ def make_plan(base: Recipe, budget: Budget, data: Path, runs: Path, out: Path, n
     per_query, measured_on = joules_per_query(base, config, texts.size, models)
     parameters = count_parameters(config)
     return Plan(
-        recipe=planned(base, config, tokens / texts.epoch_tokens, name),
+        recipe=planned(base, config, speed.precision, tokens / texts.epoch_tokens, name),
         parameters=parameters,
         megabytes=parameters * base.export.bytes_per_parameter / 1e6,
         flops_per_token=training_flops(config, texts.size) / texts.tokens,
@@ -196,7 +196,7 @@ def joules_per_query(
     return slope * forward_flops(config, size), tuple(name for name, *_ in points)
 
 
-def planned(base: Recipe, config: TransformerConfig, epochs: float, name: str) -> Recipe:
+def planned(base: Recipe, config: TransformerConfig, precision: Precision, epochs: float, name: str) -> Recipe:
     """The recipe of the proposal."""
     return Recipe.model_validate(
         {
@@ -205,7 +205,7 @@ def planned(base: Recipe, config: TransformerConfig, epochs: float, name: str) -
             "model": config.model_dump(),
             "budget": BudgetRecipe().model_dump(),
             "tokenizer": {**base.tokenizer.model_dump(), "vocab_size": config.vocab_size},
-            "fit": {**base.fit.model_dump(), "epochs": float(f"{epochs:.3g}")},
+            "fit": {**base.fit.model_dump(), "epochs": float(f"{epochs:.3g}"), "precision": precision},
         }
     )
 
@@ -259,7 +259,7 @@ def _measured(plan: Plan) -> str:
         energy = f"{speed.joules_per_token:.3g} J/token, {speed.watts:.3g} W ({speed.quality})"
     rate = f"{speed.tokens_per_s:,.0f} tokens/s, {scaled(plan.flops_per_token * speed.tokens_per_s)}FLOP/s"
     others = "" if speed.foreign_cores is None else f" while others kept {speed.foreign_cores:.2g} cores busy"
-    return f"{rate}, {energy}, in {speed.seconds:.0f} s on {speed.threads} threads{others}"
+    return f"{rate}, {energy}, in {speed.seconds:.0f} s of {speed.precision} on {speed.threads} threads{others}"
 
 
 def _energy(joules: float | None) -> str:

@@ -149,6 +149,9 @@ class HeldOut(_Part):
     """Share of those, the first ones, that confidence is fitted on; scores from a knowledge base leave them out."""
 
 
+Precision = Literal["bfloat16", "float32"]
+
+
 class FitRecipe(_Part):
     """The numbers of the training loop."""
 
@@ -167,7 +170,7 @@ class FitRecipe(_Part):
     dropout: float = 0.0
     label_smoothing: float = 0.0
     clip_norm: float = 1.0
-    precision: Literal["bfloat16", "float32"] = "bfloat16"
+    precision: Precision = "bfloat16"
     seed: int = 0
     checkpoint_every_s: float = 300.0
     log_every_s: float = 10.0

@@ -28,12 +28,12 @@ from training.plan import (
     write_recipe,
 )
 from training.recipe import load_recipe
-from training.records import write_stage
+from training.records import Progress, write_stage
 from training.scaling import Scaling
 from training.settings import Settings
 from training.train import load_rows, train
 
-SPEED = Speed(1000.0, 0.01, "estimated", 10.0, 1, 0.0)
+SPEED = Speed(1000.0, 0.01, "estimated", 10.0, 1, 0.0, "float32")
 TEXTS = Texts(task=None, samples=(), size=TextSize(10, 10, 10), tokens=20.0, epoch_tokens=1e6)  # type: ignore[arg-type]
 FROM_NOTHING = recipes.translate()
 FROM_TRUNK = recipes.sentiment()
@@ -130,12 +130,33 @@ def test_texts_are_as_long_as_the_model_reads_them(data, trunk_package, recipe, 
     assert texts.epoch_tokens == pytest.approx(sum(sample.length for sample in texts.samples))
 
 
+@pytest.mark.parametrize("faster", ["bfloat16", "float32"])
+def test_the_faster_precision_is_measured(data, monkeypatch, faster):
+    recipe = recipes.translate()
+    rows = [row for _, part in load_rows(recipe, data) for row in part]
+    asked = []
+
+    def fit_model(model, fit, epoch_batches, loss_of, run):
+        steps = round(fit.epochs * len(epoch_batches(0)))
+        asked.append((fit.precision, steps))
+        seconds = steps * (0.5 if fit.precision == faster else 1.0)
+        return Progress(step=steps, tokens=100 * steps, elapsed_s=seconds, joules=steps, quality="estimated")
+
+    monkeypatch.setattr(pace, "fit_model", fit_model)
+    texts = read_texts(recipe, recipe.model.vocab_size, rows)
+    speed = pace.measure(recipe, recipe.model, texts)
+    assert asked[-1] == (faster, 20) and speed.precision == faster
+    assert (speed.tokens_per_s, speed.joules_per_token, speed.seconds) == (200.0, 0.01, 10.0)
+    assert speed.watts == pytest.approx(2.0)
+
+
 def test_a_plan_is_measured_told_and_trained(tmp_path, data, monkeypatch):
     monkeypatch.setattr(pace, "MEASURED_S", 0.05)
     base, budget = recipes.translate(), Budget(max_mb=0.5)
     plan = make_plan(base, budget, data, tmp_path / "runs", tmp_path / "out", "planned")
     assert plan.megabytes <= 0.5 and plan.parameters == count_parameters(plan.recipe.model)
     assert plan.tokens == pytest.approx(base.fit.epochs * plan.epoch_tokens)
+    assert plan.recipe.fit.precision == plan.speed.precision
     text = as_text(plan, budget)
     assert f"{plan.parameters:,}, about {plan.megabytes:.1f} MB as exported of 0.5 MB" in text
     assert "not predicted: 4 runs on the same data are needed, and there are 0" in text
