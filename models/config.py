@@ -42,6 +42,9 @@ class TransformerConfig(BaseModel):
     pooling: Pooling = "mean"
     """What stands for a whole text before a ``classify`` or ``embed`` head: the mean of its real tokens, or its first
     token, as it is or through a dense layer and tanh or ReLU."""
+    vector_layers: tuple[int, ...] = ()
+    """Layers of an encoder, counted from 1, whose outputs, each averaged over a text's real tokens, make up the text's
+    vector, side by side: what classifiers are made on. Empty is a model that gives none beside its logits."""
     n_token_types: int = 0
     extract_head: bool = False
     """Whether a prefix LM also scores each prefix token as the start of a sentence worth extracting."""
@@ -112,6 +115,10 @@ class TransformerConfig(BaseModel):
             raise ValueError(f"head {self.head!r} does not fit architecture {self.architecture!r}")
         if (self.head == "classify") != (self.n_labels > 0):
             raise ValueError("n_labels goes with the classify head, and only with it")
+        if not all(1 <= layer <= self.n_encoder_layers for layer in self.vector_layers):
+            raise ValueError(f"vector_layers {self.vector_layers} are not all among {self.n_encoder_layers} layers")
+        if self.vector_layers and self.head not in ("classify", "span"):
+            raise ValueError("vector_layers goes with a classify or span head")
         if self.extract_head and self.architecture != "prefix-lm":
             raise ValueError("extract_head goes with a prefix LM")
         return self

@@ -10,7 +10,8 @@ width, ``h`` heads, ``g`` heads of keys and values (``h`` where no query heads s
 Inputs are int64 and padded on the right; outputs are float32.
 
 - ``model.onnx`` (encoder): ``input_ids`` (b, s), ``lengths`` (b,), with the bert style ``token_types`` (b, s)
-  -> ``logits``: (b, labels), or (b, s, 2) of a span head, or (b, d) of an embed head.
+  -> ``logits``: (b, labels), or (b, s, 2) of a span head, or (b, d) of an embed head; with l ``vector_layers``
+  ``vector`` (b, l * d).
 - ``encoder.onnx`` (encoder-decoder): ``input_ids``, ``lengths`` -> ``cross_k_{i}``, ``cross_v_{i}`` (b, h, s, e), the
   keys and values that layer i of the decoder attends to.
 - ``decoder.onnx``: ``input_ids`` (b, s); ``positions`` (b,), where in its text each row's chunk starts; ``lengths``
@@ -516,6 +517,8 @@ class _Encoder(_Network):
         self._padded_at = self.op("Sub", count, self.constant(1))
         shape = self.op("Shape", self.ids)
         self._rows_shape = self.op("Concat", shape, self.constant([-1]), axis=0)
+        self._layers: list[ir.Value] = []
+        """What each layer puts out, (n, d)."""
 
     def flat(self, x: ir.Value) -> ir.Value:
         """(b, s) -> (b * s,)."""
@@ -556,18 +559,28 @@ class _Encoder(_Network):
         self.begin_rows(x)
         for i in range(config.n_encoder_layers):
             x = self.layer(x, f"encoder.{i}", {"attn": attend, "ffn": self.feed_forward})
+            self._layers.append(x)
         return self.norm(x, "encoder_norm") if self.pre_norm else x
 
     def pool(self, x: ir.Value) -> ir.Value:
         """(n, d) -> (b, d), what stands for each whole text."""
+        if self.config.pooling == "mean":
+            return self.mean(x)
+        first = self.op("Gather", self.padded(x), self.constant(0), axis=1)
+        if self.config.pooling == "first":
+            return first
+        self.begin_rows(first)
+        op = "Tanh" if self.config.pooling == "first-tanh" else "Relu"
+        return self.op(op, self.linear(first, "head.dense"))
+
+    def vector(self) -> ir.Value:
+        """The means of the ``vector_layers``, (b, l * d)."""
+        means = [self.mean(self._layers[number - 1]) for number in self.config.vector_layers]
+        return self.op("Concat", *means, axis=1)
+
+    def mean(self, x: ir.Value) -> ir.Value:
+        """(n, d) -> (b, d), over the real tokens of each row."""
         x = self.padded(x)
-        if self.config.pooling != "mean":
-            first = self.op("Gather", x, self.constant(0), axis=1)
-            if self.config.pooling == "first":
-                return first
-            self.begin_rows(first)
-            op = "Tanh" if self.config.pooling == "first-tanh" else "Relu"
-            return self.op(op, self.linear(first, "head.dense"))
         # A product with the mask adds in the order of the tokens; ReduceSum's order depends on how many there are.
         total = self.op("Squeeze", self.op("MatMul", self.unsqueeze(self.is_real, 1), x), self.constant([1]))
         return self.op("Div", total, self.unsqueeze(self.op("Cast", self.lengths, to=ir.DataType.FLOAT), 1))
@@ -576,6 +589,8 @@ class _Encoder(_Network):
 def _encoder(config: TransformerConfig, store: _Store) -> _Network:
     g = _Encoder(config, store)
     x = g.encode()
+    if config.vector_layers:
+        g.output(g.vector(), "vector", "rows", len(config.vector_layers) * config.d_model)
     if config.head == "span":
         g.output(g.padded(g.linear(x, "head.out", plain=True)), "logits", "rows", "tokens", 2)
         return g

@@ -258,11 +258,24 @@ class Transformer(nn.Module):
 
     def encode(self, ids: Tensor, lengths: Tensor, token_types: Tensor | None = None) -> Tensor:
         """Read right-padded ``ids`` ``(b, s)`` in both directions -> ``(b, s, d)``."""
+        x = self._encoder_layers(ids, lengths, token_types)[-1]
+        return self.encoder_norm(x) if self.config.style == "modern" else x
+
+    def vectors(self, ids: Tensor, lengths: Tensor, token_types: Tensor | None = None) -> Tensor:
+        """What stands for each whole text: the means over real tokens of the ``vector_layers`` side by side,
+        ``(b, len(vector_layers) * d)``."""
+        layers = self._encoder_layers(ids, lengths, token_types)
+        return torch.cat([_mean(layers[number - 1], lengths) for number in self.config.vector_layers], dim=-1)
+
+    def _encoder_layers(self, ids: Tensor, lengths: Tensor, token_types: Tensor | None) -> list[Tensor]:
+        """What each layer puts out, ``(b, s, d)``."""
         x = F.dropout(self.embed(ids, token_types), self.dropout, self.training)
         visible = length_mask(lengths, ids.size(1))
+        layers = []
         for layer in self.encoder:
             x = layer(x, visible, self._rotary(), dropout=self.dropout)
-        return self.encoder_norm(x) if self.config.style == "modern" else x
+            layers.append(x)
+        return layers
 
     def decode(
         self,
@@ -288,9 +301,7 @@ class Transformer(nn.Module):
 
     def label_logits(self, hidden: Tensor, lengths: Tensor) -> Tensor:
         """Classify the mean of the real tokens of ``hidden`` ``(b, s, d)`` -> ``(b, n_labels)``."""
-        real = length_mask(lengths, hidden.size(1))[:, 0, 0, :, None]
-        mean = (hidden * real).sum(1) / lengths[:, None]
-        return self.head.out(mean)  # type: ignore[no-any-return]
+        return self.head.out(_mean(hidden, lengths))  # type: ignore[no-any-return]
 
     def span_logits(self, hidden: Tensor) -> Tensor:
         """Start and end score of each token: ``(b, s, d)`` -> ``(b, s, 2)``."""
@@ -305,6 +316,12 @@ class Transformer(nn.Module):
     def extract_logits(self, hidden: Tensor) -> Tensor:
         """Score of each token as the start of a sentence to extract: ``(b, s, d)`` -> ``(b, s)``."""
         return self.head.extract(hidden).squeeze(-1)  # type: ignore[no-any-return]
+
+
+def _mean(hidden: Tensor, lengths: Tensor) -> Tensor:
+    """``(b, s, d)`` -> ``(b, d)``, over the real tokens."""
+    real = length_mask(lengths, hidden.size(1))[:, 0, 0, :, None]
+    return (hidden * real).sum(1) / lengths[:, None]
 
 
 def _initialise(module: nn.Module) -> None:

@@ -27,6 +27,7 @@ from models.manifest import CALIBRATION_NAME, ArtefactError, Manifest
 from service import __version__
 from service.admission import Admission
 from service.books import Books
+from service.classifiers.store import Classifiers
 from service.core import Service
 from service.door import Door
 from service.edge import Bounds, Edge
@@ -38,6 +39,7 @@ from service.knowledge.bases import Knowledge, find_embedder
 from service.metrics import Metrics
 from service.models import Model, Models, load_models
 from service.repository import Repository
+from service.routes.classifiers import classifier_routes
 from service.routes.dashboard import dashboard_routes
 from service.routes.energy import energy_routes
 from service.routes.estimate import estimate_routes
@@ -101,7 +103,7 @@ def create_app(settings: Settings, build: Build | None = None) -> FastAPI:
     )
     dialects = (openai_routes(), huggingface_routes(), libretranslate_routes())
     energy = (estimate_routes(), energy_routes(), dashboard_routes())
-    for routes in (task_routes(), knowledge_routes(), *dialects, *energy, operations_routes()):
+    for routes in (task_routes(), classifier_routes(), knowledge_routes(), *dialects, *energy, operations_routes()):
         app.include_router(routes)
     app.state.gate = gate
     describe = app.openapi
@@ -172,6 +174,7 @@ def build_service(settings: Settings) -> Iterator[Service]:
                     max_client_batch_size=settings.max_client_batch_size,
                     request_timeout_s=settings.request_timeout_s,
                     knowledge=knowledge,
+                    classifiers=Classifiers(settings.classifiers),
                 )
             finally:
                 engine.drain(settings.drain_timeout_s)

@@ -18,6 +18,7 @@ from energy.types import Bill, Phase, Quality, RequestRecord, Step, Work
 from service.books import Books
 from service.budgets import keep_within, to_learn, to_predict
 from service.caller import Count, caller
+from service.classifiers.store import Classifiers
 from service.door import Door
 from service.engine.types import EngineClosed, Item, Output, Overloaded, Ticket, WriteItem, WriteOutput
 from service.errors import (
@@ -134,6 +135,7 @@ class Service:
     max_client_batch_size: int
     request_timeout_s: float
     knowledge: Knowledge
+    classifiers: Classifiers
     tracing: Tracing | None = None
 
     @property

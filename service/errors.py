@@ -126,6 +126,34 @@ class KnowledgeUnavailable(WattleError):
         super().__init__(f"the knowledge base cannot be used: {reason}")
 
 
+class ClassifierNotFound(WattleError):
+    """There is no classifier of that name."""
+
+    param = "classifier"
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"there is no classifier {name!r}; GET /v1/classifiers lists those there are")
+
+
+class ClassifierModelGone(WattleError):
+    """The model on whose vectors a classifier was made is not loaded."""
+
+    param = "classifier"
+
+    def __init__(self, name: str, model: str) -> None:
+        super().__init__(
+            f"the classifier {name!r} was made on the model {model!r}, which is not loaded or gives no vectors; "
+            f"POST its examples (GET /v1/classifiers/{name}) to /v1/classifiers to make it anew"
+        )
+
+
+class ClassifierUnavailable(WattleError):
+    """The file of a classifier cannot be read or written."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(f"the classifier {name!r} cannot be used: {reason}")
+
+
 class BodyTooLarge(WattleError):
     """The body is over the limit."""
 
@@ -243,7 +271,9 @@ TABLE: dict[type[Exception], Answer] = {
     AdminOnly: Answer(403, "permission_error", "admin_only"),
     ModelInUse: Answer(409, "invalid_request_error", "model_in_use"),
     ModelRefused: Answer(422, "invalid_request_error", "model_refused"),
+    ClassifierNotFound: Answer(404, "invalid_request_error", "classifier_not_found"),
     MethodNotAllowed: Answer(405, "invalid_request_error", "method_not_allowed"),
+    ClassifierModelGone: Answer(409, "invalid_request_error", "classifier_model_gone"),
     BodyTooLarge: Answer(413, "invalid_request_error", "body_too_large"),
     InvalidValue: Answer(422, "invalid_request_error", "invalid_value"),
     MissingParameter: Answer(422, "invalid_request_error", "missing_parameter"),
@@ -259,6 +289,7 @@ TABLE: dict[type[Exception], Answer] = {
     NotReady: Answer(503, "server_error", "not_ready"),
     ModelUnavailable: Answer(503, "server_error", "model_unavailable"),
     KnowledgeUnavailable: Answer(503, "server_error", "knowledge_unavailable"),
+    ClassifierUnavailable: Answer(503, "server_error", "classifier_unavailable"),
     EngineClosed: Answer(503, "server_error", "draining"),
     LedgerUnreadable: Answer(503, "server_error", "ledger_unreadable"),
     DeadlineExceeded: Answer(504, "server_error", "deadline_exceeded"),

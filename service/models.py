@@ -1,5 +1,6 @@
 """The models that the service offers: finds their folders, verifies and names them. Knows nothing of weights."""
 
+import hashlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -35,6 +36,18 @@ class Model:
     def name(self) -> str:
         """What callers call it."""
         return self.manifest.name
+
+    @property
+    def fingerprint(self) -> str:
+        """Names it by its weights and tokenizer: vectors of another model cannot be compared with its."""
+        files = sorted((name, record.sha256) for name, record in self.manifest.files.items() if name != "README.md")
+        return f"{self.name}:{hashlib.sha256(repr(files).encode()).hexdigest()[:12]}"
+
+    @property
+    def gives_vectors(self) -> bool:
+        """Whether it turns a text into a vector."""
+        config = self.manifest.config
+        return bool(config.vector_layers) or config.head == "embed"
 
     @property
     def uncased(self) -> bool:

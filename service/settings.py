@@ -169,6 +169,10 @@ class Settings(BaseSettings):
         description="Folder of the knowledge bases, one file each.",
     )
     max_documents: int = Field(100_000, ge=1, description="Documents in one knowledge base.")
+    classifiers: Path = Field(
+        default_factory=lambda settings: settings["state"] / "classifiers",
+        description="Folder of the classifiers that callers make, one file each.",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severity to log.")
 
     @field_validator("models", mode="before")

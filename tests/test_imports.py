@@ -14,7 +14,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "energy": (),
     "models": (),
     "training": ("energy", "models"),
-    "service": ("energy", "models.manifest", "models.config", "models.processor", "models.sentences"),
+    "service": ("energy", "models.manifest", "models.config", "models.processor", "models.sentences", "models.heads"),
     "loadtests": ("energy.charts", "energy.sheet"),  # speaks HTTP, and draws its pages with the same plots
 }
 # Engines are compared with engines, so one worker runs ours without HTTP, in a process of its own.

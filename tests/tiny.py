@@ -49,7 +49,8 @@ def tiny_config(kind: Kind, vocab_size: int = 128, max_positions: int = 64) -> T
     shape = dict(d_model=32, n_heads=2, d_ff=64, vocab_size=vocab_size, max_positions=max_positions)
     style = dict(style="bert", n_token_types=2, norm_eps=1e-12) if bert else dict(style="modern")
     rest: dict[str, dict[str, object]] = {
-        "classify": dict(architecture="encoder", head="classify", n_labels=len(LABELS), n_encoder_layers=2),
+        "classify": dict(architecture="encoder", head="classify", n_labels=len(LABELS), n_encoder_layers=2)
+        | dict(vector_layers=(1, 2)),
         "span": dict(architecture="encoder", head="span", n_encoder_layers=2),
         "decoder": dict(architecture="decoder", head="lm", n_decoder_layers=2),
         "encoder-decoder": dict(architecture="encoder-decoder", head="lm", n_encoder_layers=2, n_decoder_layers=2),

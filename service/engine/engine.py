@@ -347,6 +347,8 @@ def _check(item: Item, manifest: Manifest, max_rows: int) -> None:
             fits = config.architecture == "encoder"
             if item.token_types and len(item.token_types) != length:
                 raise ValueError(f"{len(item.token_types)} token types for {length} tokens")
+            if item.wants_vector and not (config.vector_layers or config.head == "embed"):
+                raise ValueError(f"{manifest.name} gives no vectors")
             if not all(0 <= kind < config.n_token_types for kind in item.token_types):
                 raise ValueError(f"a token type is not one of the {config.n_token_types} that {manifest.name} knows")
         case ExtractItem():

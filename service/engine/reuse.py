@@ -58,8 +58,8 @@ class Reuse:
             case WriteItem(input_ids=ids, sampling=sampling, should_stop=None, on_tokens=None):
                 by_chance = sampling.beams == 1 and sampling.temperature > 0 and sampling.seed is None
                 return None if by_chance else (model, ids, sampling)
-            case EncodeItem(input_ids=ids, token_types=types):
-                return model, ids, types
+            case EncodeItem(input_ids=ids, token_types=types, wants_vector=vector):
+                return model, ids, types, vector
             case ExtractItem(input_ids=ids):
                 return model, ids, ExtractItem
         return None

@@ -22,6 +22,8 @@ class EncodeItem:
     input_ids: tuple[int, ...]
     token_types: tuple[int, ...] = ()
     """One per input id; empty means all zero."""
+    wants_vector: bool = False
+    """Whether the text's vector is wanted instead of the logits; the logits of an embed head are one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +82,7 @@ class Timing:
 @dataclass(frozen=True, slots=True)
 class EncodeOutput:
     """``logits`` is float32: ``(labels,)`` for a classify head, ``(tokens, 2)`` for a span head (start, end),
-    ``(tokens,)`` for an extract head."""
+    ``(tokens,)`` for an extract head; for an item that wants it, its vector ``(width,)``."""
 
     logits: NDArray[np.float32]
     timing: Timing

@@ -1,6 +1,6 @@
 """What one executor does for one model: takes jobs, and turns them into steps. Knows nothing of threads or clocks."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
@@ -121,15 +121,20 @@ class EncodeWorker:
 
     def _encode(self, jobs: Sequence[Job]) -> list[tuple[Job, Result]]:
         types = [job.item.token_types if isinstance(job.item, EncodeItem) else () for job in jobs]
-        logits = self._graph.run([job.item.input_ids for job in jobs], types)["logits"]
+        outputs = self._graph.run([job.item.input_ids for job in jobs], types)
         self._forget()
-        # A span head scores every token, padding too.
-        return [
-            (job, row[: job.tokens].copy() if row.ndim == 2 else row) for job, row in zip(jobs, logits, strict=True)
-        ]
+        return [(job, _of(job, row, outputs)) for row, job in enumerate(jobs)]
 
     def _forget(self) -> None:
         self._jobs = []
+
+
+def _of(job: Job, row: int, outputs: Mapping[str, Floats]) -> Floats:
+    """What ``job`` wants of the outputs of a step."""
+    wants_vector = isinstance(job.item, EncodeItem) and job.item.wants_vector
+    output: Floats = outputs["vector" if wants_vector and "vector" in outputs else "logits"][row]
+    # A span head scores every token, padding too.
+    return output[: job.tokens].copy() if output.ndim == 2 else output
 
 
 class _Reader:

@@ -5,7 +5,6 @@ Knows nothing of HTTP or of what passages are read for.
 
 import asyncio
 import functools
-import hashlib
 import logging
 import re
 import threading
@@ -72,7 +71,7 @@ class Knowledge:
     ) -> None:
         self._folder, self._max_documents = folder, max_documents
         self._engine, self._embedder, self._record = engine, embedder, record
-        self._key = None if embedder is None else _fingerprint(embedder)
+        self._key = None if embedder is None else embedder.fingerprint
         self._lock = threading.Lock()
         self._stores: dict[str, Store] = {}
 
@@ -239,9 +238,3 @@ def _items(embedder: Model, request_id: str, texts: Sequence[str]) -> list[Encod
         ids = tokenizer.post_process(encoding).ids
         items.append(EncodeItem(request_id, tuple(ids) or (manifest.special_ids.pad,)))
     return items
-
-
-def _fingerprint(model: Model) -> str:
-    """Names a model by its weights and tokenizer: vectors of another one cannot be compared with its."""
-    files = sorted((name, record.sha256) for name, record in model.manifest.files.items() if name != "README.md")
-    return f"{model.name}:{hashlib.sha256(repr(files).encode()).hexdigest()[:12]}"

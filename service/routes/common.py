@@ -14,6 +14,9 @@ from service.core import Receipt, Service
 from service.errors import (
     TABLE,
     AdminOnly,
+    ClassifierModelGone,
+    ClassifierNotFound,
+    ClassifierUnavailable,
     DocumentNotFound,
     MethodNotAllowed,
     ModelInUse,
@@ -24,6 +27,7 @@ from service.errors import (
 
 UJ_PER_J = 1_000_000
 _ADMINISTRATION = (AdminOnly, ModelInUse, ModelRefused)
+CLASSIFIER_ERRORS = (ClassifierNotFound, ClassifierModelGone, ClassifierUnavailable)
 _ELSEWHERE = (
     RouteNotFound,
     MethodNotAllowed,
@@ -31,6 +35,7 @@ _ELSEWHERE = (
     DocumentNotFound,
     LedgerUnreadable,
     *_ADMINISTRATION,
+    *CLASSIFIER_ERRORS,
 )
 TASK_ERRORS = tuple(kind for kind in TABLE if kind not in _ELSEWHERE)
 """What a task can end in."""

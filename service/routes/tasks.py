@@ -51,14 +51,14 @@ def task_routes() -> APIRouter:
 
 def _endpoint(task: Task[Any, Any]) -> Callable[..., Awaitable[Response]]:
     async def endpoint(body: Any, http: Request) -> Response:
-        return await respond(http, task, body, _Native(), stream=getattr(body, "stream", False))
+        return await respond(http, task, body, Native(), stream=getattr(body, "stream", False))
 
     endpoint.__annotations__["body"] = task.request
     return endpoint
 
 
-class _Native:
-    """See ``Script``."""
+class Native:
+    """Our own way to tell a request; see ``Script``."""
 
     names: Mapping[str, str] = {}
 

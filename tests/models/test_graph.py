@@ -190,6 +190,21 @@ def test_an_encoded_row_is_the_same_alone_and_in_company(tmp_path: Path, kind: K
         np.testing.assert_allclose(together[row][real], logits([row])[0][real], rtol=0, atol=SAME)
 
 
+def test_vectors_equal_pytorch_and_are_the_same_in_company(tmp_path: Path, scheme: Scheme) -> None:
+    config, model = built(tmp_path, "classify", scheme)
+    graph = session(tmp_path / "model.onnx")
+    ids, lengths = padded(config), LENGTHS
+    vectors = run(graph, {"input_ids": ids, "lengths": lengths})["vector"]
+    assert vectors.shape == (5, 2 * config.d_model)
+    if scheme == "none":
+        with torch.no_grad():
+            expected = model.vectors(torch.from_numpy(ids), torch.from_numpy(lengths)).numpy()
+        np.testing.assert_allclose(vectors, expected, atol=1e-4)
+    for row, length in enumerate(lengths):
+        alone = {"input_ids": ids[[row], : -(-length // 4) * 4], "lengths": lengths[[row]]}
+        np.testing.assert_allclose(vectors[row], run(graph, alone)["vector"][0], rtol=0, atol=SAME)
+
+
 def greedy(
     folder: Path, config: TransformerConfig, ids: NDArray[np.int64], lengths: NDArray[np.int64], capacity: int
 ) -> tuple[list[list[int]], NDArray[np.float32]]:

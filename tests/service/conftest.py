@@ -30,8 +30,8 @@ def models(models_folder: Path) -> dict[str, Model]:
 
 @pytest.fixture(scope="session")
 def settings(models_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Settings:
-    knowledge = tmp_path_factory.mktemp("knowledge")
-    return Settings(models=(models_folder,), knowledge=knowledge, model_aliases={"gpt-4o-mini": "tiny-generate"})
+    places = {name: tmp_path_factory.mktemp(name) for name in ("knowledge", "classifiers")}
+    return Settings(models=(models_folder,), model_aliases={"gpt-4o-mini": "tiny-generate"}, **places)
 
 
 @pytest.fixture(scope="session")

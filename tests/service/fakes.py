@@ -22,6 +22,7 @@ from models.config import TransformerConfig
 from models.manifest import GenerationDefaults, Manifest, Quantisation, SpecialIds, write_manifest
 from service.app import check_manifest, open_models
 from service.books import Books
+from service.classifiers.store import Classifiers
 from service.core import Service
 from service.door import Door
 from service.engine.types import (
@@ -109,7 +110,8 @@ def manifest(name: str, task: str, **fields: Any) -> Manifest:
         },
         "answer": {"config": {"architecture": "encoder", "head": "span", "n_encoder_layers": 1, "n_token_types": 2}},
         "sentiment": {
-            "config": {"architecture": "encoder", "head": "classify", "n_encoder_layers": 1, "n_labels": 3},
+            "config": {"architecture": "encoder", "head": "classify", "n_encoder_layers": 1, "n_labels": 3}
+            | {"vector_layers": (1,)},
             "labels": LABELS,
         },
         "summarize": {
@@ -223,6 +225,9 @@ class FakeEngine:
                 logits = np.where(hits, 5, -5).astype(np.float32)
                 logits[0] = 0
                 return EncodeOutput(np.stack([logits, logits], axis=1) + self.logit, TIMING)
+            case EncodeItem(input_ids=ids, wants_vector=True):
+                # A bag of words, in as many bags as the model is wide.
+                return EncodeOutput(np.bincount(np.array(ids) % 32, minlength=32).astype(np.float32), TIMING)
             case EncodeItem(input_ids=ids):
                 counts = [ids.count(words[word]) for word in ("bad", "fine", "good")]
                 return EncodeOutput(np.array(counts, np.float32) + self.logit, TIMING)
@@ -329,6 +334,7 @@ def build(settings: Settings) -> Iterator[Service]:
             max_client_batch_size=settings.max_client_batch_size,
             request_timeout_s=settings.request_timeout_s,
             knowledge=knowledge,
+            classifiers=Classifiers(settings.classifiers),
         )
         knowledge.close()
         ledger.close()

@@ -11,6 +11,9 @@ from service.engine.types import EngineClosed, Overloaded
 from service.errors import (
     TABLE,
     AdminOnly,
+    ClassifierModelGone,
+    ClassifierNotFound,
+    ClassifierUnavailable,
     DocumentNotFound,
     InvalidValue,
     MethodNotAllowed,
@@ -54,6 +57,7 @@ def test_openapi_documents_every_error_that_a_task_can_answer(client: TestClient
     responses = client.get("/openapi.json").json()["paths"][f"/v1/{task.name}"]["post"]["responses"]
     elsewhere = {RouteNotFound, MethodNotAllowed, RecordNotFound, LedgerUnreadable, DocumentNotFound}
     elsewhere |= {AdminOnly, ModelInUse, ModelRefused}
+    elsewhere |= {ClassifierNotFound, ClassifierModelGone, ClassifierUnavailable}
     expected = {(str(answer.status), answer.code) for kind, answer in TABLE.items() if kind not in elsewhere}
     documented = {
         (status, code.strip("`"))
