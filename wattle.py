@@ -160,6 +160,13 @@ def plan(flags: dict[str, str]) -> int:
     return _stage(lambda _, settings: run_plan(path, settings), {SUBJECT: "", **flags})
 
 
+def few_shot(flags: dict[str, str]) -> int:
+    """Compare ways to learn from a few labelled examples: heads, fine-tuning, and trunks trained to adapt."""
+    from training.commands import run_few_shot
+
+    return _stage(run_few_shot, flags)
+
+
 def export(flags: dict[str, str]) -> int:
     """Export the model of a finished run once more."""
     from training.commands import run_export
@@ -365,6 +372,9 @@ COMMANDS = {
         "training",
         ("task", "max_mb", "max_joules", "hours", "data", "runs", "out", "threads"),
         options={"recipe": {"metavar": "FILE", "help": "Where to write the recipe of the proposal, a .toml."}},
+    ),
+    "few-shot": Command(
+        few_shot, "training", ("data", "threads"), "few-shot, the study that ships, or path of a TOML file."
     ),
     "export": Command(export, "training", ("data", "runs", "out", *SIZES), RECIPE),
     "import": Command(import_, "training", IMPORTED, "Folder of a model that transformers saved, or a Hub name."),

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-PAGE = (ROOT / "docs" / "knowledge.md").read_text(encoding="utf-8")
 VARYING = {"id", "energy", "timings"}
 
 
@@ -20,20 +19,26 @@ def lines(text: str) -> list[dict[str, Any]]:
 
 
 def test_the_session_gives_what_it_shows(tmp_path: Path) -> None:
-    places = ["--ledger", str(tmp_path / "ledger.sqlite"), "--knowledge", str(tmp_path / "knowledge")]
-    models = ["--models", str(ROOT / "models" / "starters" / "answer-en")]
-    command = [sys.executable, "-m", "wattle", "serve", "--port", "0", *places, *models]
+    came = session("knowledge.md", "answer-en", tmp_path)
+    assert json.loads(came[-2])["results"][0]["abstained"]
+
+
+def session(page: str, starter: str, folder: Path) -> list[str]:
+    """What the blocks of a page print with one starter served; what the page shows must be what comes."""
+    places = ["--state", str(folder / "state"), "--models", str(ROOT / "models" / "starters" / starter)]
+    command = [sys.executable, "-m", "wattle", "serve", "--port", "0", *places]
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
     server = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     assert server.stdout is not None
     try:
         (address,) = re.findall(r"http://\S+", server.stdout.readline())
-        blocks = re.findall(r"```(\w+)\n(.*?)```", PAGE, re.DOTALL)
+        blocks = re.findall(r"```(\w+)\n(.*?)```", text, re.DOTALL)
         came: list[str] = []
         for number, (kind, block) in enumerate(blocks):
             if kind == "sh":
                 script = block.replace("http://127.0.0.1:8000", address).replace("\ncurl", "\necho; curl")
                 run = subprocess.run(
-                    ["bash", "-e"], input=script, cwd=tmp_path, capture_output=True, text=True, check=True, timeout=60
+                    ["bash", "-e"], input=script, cwd=folder, capture_output=True, text=True, check=True, timeout=60
                 )
                 came.append("\n".join(filter(None, run.stdout.splitlines())))
                 assert lines(came[-1])
@@ -46,7 +51,7 @@ def test_the_session_gives_what_it_shows(tmp_path: Path) -> None:
         server.kill()
         server.wait()
         server.stdout.close()
-    assert json.loads(came[-2])["results"][0]["abstained"]
+    return came
 
 
 def _near(found: Any, wanted: Any) -> bool:

@@ -16,6 +16,7 @@ from training.endpoint import endpoint_teacher
 from training.errors import TrainingError
 from training.evaluate import Evaluation, evaluate, fit_confidence
 from training.export import export
+from training.few_shot import load_study, run_study, table
 from training.frontier import frontiers, verdict, write_frontiers
 from training.importing import import_model
 from training.knowledge import NEUTRAL, Ask
@@ -49,6 +50,13 @@ def run_training(name: str, settings: Settings) -> None:
     recipe = _recipe(name, settings)
     train(recipe, settings.data, settings.runs)
     run_export(name, settings)
+
+
+def run_few_shot(name: str, settings: Settings) -> None:
+    """Compare ways to adapt to a few examples, as the study called ``name`` says."""
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    print(table(run_study(load_study(name), settings.data)))
 
 
 def run_export(name: str, settings: Settings) -> None:
