@@ -256,9 +256,9 @@ async def idle(service: Served, options: argparse.Namespace) -> None:
 
 async def leavers(service: Served, options: argparse.Namespace) -> None:
     """A thousand clients that leave at random moments, and what is left of them."""
-    chance, ends = random.Random(1), Counter[str]()
+    chance = random.Random(1)
 
-    async def leave(number: int) -> None:
+    async def leave(number: int, ends: Counter[str]) -> None:
         await asyncio.sleep(chance.uniform(0, options.seconds))
         connection = Connection(service.port)
         task = ("generate", "translate")[number % 2]
@@ -272,7 +272,8 @@ async def leavers(service: Served, options: argparse.Namespace) -> None:
             connection.close()
 
     for turn in (1, 2, 3):
-        await asyncio.gather(*(leave(number) for number in range(LEAVERS)))
+        ends = Counter[str]()
+        await asyncio.gather(*(leave(number, ends) for number in range(LEAVERS)))
         emptied_s = await until_idle(service)
         ended = await metric(service.port, "wattle_request_count_total")
         print(

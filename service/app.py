@@ -175,6 +175,7 @@ def build_service(settings: Settings) -> Iterator[Service]:
                     request_timeout_s=settings.request_timeout_s,
                     knowledge=knowledge,
                     classifiers=Classifiers(settings.classifiers),
+                    log_texts=settings.log_texts,
                 )
             finally:
                 engine.drain(settings.drain_timeout_s)

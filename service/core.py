@@ -1,6 +1,7 @@
 """A request's way through the service, whatever dialect it came in. Knows nothing of HTTP."""
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, contextmanager
@@ -8,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
+import orjson
 from pydantic import BaseModel
 
 from energy.account import Account
@@ -41,6 +43,7 @@ from service.tasks.base import Encoded, Task, TaskRequest
 from service.tracing import Tracing
 
 NS_PER_MS = 1_000_000
+_texts_log = logging.getLogger("wattle.texts")
 T = TypeVar("T")
 
 
@@ -137,6 +140,7 @@ class Service:
     knowledge: Knowledge
     classifiers: Classifiers
     tracing: Tracing | None = None
+    log_texts: bool = False
 
     @property
     def models(self) -> Models:
@@ -151,6 +155,7 @@ class Service:
         Cancelling it takes the request's items out of the engine; the work done until then is billed all the same.
         """
         model, texts = self._choose(task, request)
+        self._tell_texts(request_id, task=task.name, request=request.model_dump())
         self._require_budget(request)
         # A reading close to the start of the request's steps makes its figure sharp.
         self.account.wake()
@@ -175,6 +180,7 @@ class Service:
                 self.books.predictor.wrote(request_id, to_learn(receipt.outputs))
                 decode = partial(task.decode, encoded.plan, model, receipt.outputs)
                 receipt.results = await self._beside(receipt, Phase.POST, decode)
+        self._tell_texts(request_id, results=[result.model_dump() for result in receipt.results])
         return receipt
 
     async def estimate(self, task: Task[Any, Any], request: TaskRequest, request_id: str) -> Estimate:
@@ -203,6 +209,11 @@ class Service:
         """The time that a request may take: the least of what its body and its header ask for, and of ours."""
         limits_s = (self.request_timeout_s, asked_s, caller().timeout_s)
         return _deadline(min(limit_s for limit_s in limits_s if limit_s is not None))
+
+    def _tell_texts(self, request_id: str, **told: Any) -> None:
+        """Log what is asked or answered, where that is wanted."""
+        if self.log_texts:
+            _texts_log.info("%s", orjson.dumps({"request_id": request_id, **told}).decode())
 
     def _require_day(self) -> None:
         """Raise ``DailyBudgetSpent`` where the day has no joules left, or the caller's key has none."""
@@ -238,6 +249,7 @@ class Service:
         self, base: str, question: str, passages: int, request_id: str, timeout_s: float | None = None
     ) -> tuple[Charge, list[Passage]]:
         """The passages of a knowledge base that bear most on ``question``, and what finding them cost."""
+        self._tell_texts(request_id, task="search", request={"base": base, "question": question})
         self._require_day()
         self.account.wake()
         with self._admitted(1), self._billed(Charge(request_id, "search", self.knowledge.name)) as charge:

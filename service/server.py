@@ -101,6 +101,8 @@ def _logging(level: str) -> dict[str, object]:
             "requests": {"class": "logging.StreamHandler", "formatter": "json"},
         },
         "root": {"level": level, "handlers": ["log"]},
-        # One line of JSON per request, written by the energy account.
-        "loggers": {"wattle.requests": {"handlers": ["requests"], "propagate": False}},
+        # One line of JSON per request, written by the energy account; and the texts, where they are wanted.
+        "loggers": {
+            name: {"handlers": ["requests"], "propagate": False} for name in ("wattle.requests", "wattle.texts")
+        },
     }

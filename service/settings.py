@@ -173,6 +173,10 @@ class Settings(BaseSettings):
         default_factory=lambda settings: settings["state"] / "classifiers",
         description="Folder of the classifiers that callers make, one file each.",
     )
+    log_texts: bool = Field(
+        False,
+        description="Log what is asked and answered, texts and all, in lines of JSON; otherwise no log holds any.",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severity to log.")
 
     @field_validator("models", mode="before")

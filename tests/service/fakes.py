@@ -335,6 +335,7 @@ def build(settings: Settings) -> Iterator[Service]:
             request_timeout_s=settings.request_timeout_s,
             knowledge=knowledge,
             classifiers=Classifiers(settings.classifiers),
+            log_texts=settings.log_texts,
         )
         knowledge.close()
         ledger.close()
