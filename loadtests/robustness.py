@@ -326,12 +326,41 @@ async def soak(service: Served, options: argparse.Namespace) -> None:
     print(f"{tally.line(options.seconds)}; idle after {emptied_s:.2f} s; {service.resident_mb():.1f} MB")
 
 
+async def stop(service: Served, options: argparse.Namespace) -> None:
+    """SIGTERM under load: what had been accepted is answered, and what comes then finds nobody."""
+    tally, ends = Tally(), Counter[str]()
+    stopping = asyncio.Event()
+
+    async def ask_on() -> None:
+        connection = Connection(service.port)
+        while True:
+            try:
+                await connection.open()
+            except OSError:
+                ends["not let in"] += 1
+                return
+            late = stopping.is_set()
+            status = await tally.ask(connection, "/v1/translate", TEXTS["translate"])
+            ends[f"asked {'after' if late else 'before'} the signal: {status or 'lost'}"] += 1
+            connection.close()
+
+    async def signal_it() -> None:
+        await asyncio.sleep(options.seconds)
+        os.kill(service.pid, signal.SIGTERM)
+        stopping.set()
+
+    began_s = time.perf_counter()
+    await asyncio.gather(signal_it(), *(ask_on() for _ in range(CONSTANT_CLIENTS)))
+    print(f"{dict(ends)}; {tally.line(time.perf_counter() - began_s)}")
+
+
 PROOFS: dict[str, Callable[[Served, argparse.Namespace], Coroutine[Any, Any, None]]] = {
     "overload": overload,
     "idle": idle,
     "leavers": leavers,
     "slow-readers": slow_readers,
     "soak": soak,
+    "stop": stop,
 }
 
 

@@ -3,6 +3,7 @@
 import ipaddress
 import logging.config
 import socket
+import sys
 from collections.abc import Callable
 
 import uvicorn
@@ -11,6 +12,10 @@ from fastapi import FastAPI
 from service.app import create_app
 from service.models import Models
 from service.settings import Settings
+
+_TURN_S = 0.001
+"""How long a thread may keep the interpreter while others want it. By default it is 5 ms, and whatever comes for the
+event loop waits so long, again and again, where executors prepare their steps."""
 
 
 class CannotListen(Exception):
@@ -38,6 +43,7 @@ def serve(settings: Settings) -> int:
     with _listen(settings.host, settings.port, may_be_reached) as listener:
         logging.config.dictConfig(_logging(settings.log_level.upper()))
         app = create_app(settings)
+        sys.setswitchinterval(_TURN_S)
         config = uvicorn.Config(
             app,
             log_config=None,
