@@ -322,6 +322,7 @@ class Command:
 
 SUBJECT = "subject"
 """Where a positional argument is kept: no setting has this name."""
+EXECUTED = ("device", "micro_batch_tokens", "recompute", "compile", "fsdp")
 SIZES = ("max_parameters", "max_mb")
 IMPORTED = ("out", "name", "scheme", "bits", "block_size", "max_positions", "source_language", "target_language")
 SCORED = ("data", "recipe", "limit", "write")
@@ -365,7 +366,7 @@ COMMANDS = {
             },
         },
     ),
-    "train": Command(train, "training", ("data", "runs", "out", "threads", *SIZES), RECIPE),
+    "train": Command(train, "training", ("data", "runs", "out", "threads", *SIZES, *EXECUTED), RECIPE),
     "distil-data": Command(distil_data, "training", ("data", "runs", "limit"), RECIPE),
     "plan": Command(
         plan,

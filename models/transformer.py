@@ -10,6 +10,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from models.config import TransformerConfig
 
@@ -151,6 +152,8 @@ class Layer(nn.Module):
     def __init__(self, config: TransformerConfig, *, cross: bool = False) -> None:
         super().__init__()
         self.post_norm = config.style == "bert"
+        self.recompute = False
+        """Whether training keeps only the layer's input, and computes the rest again for the gradients."""
         self.attn, self.attn_norm = Attention(config), _norm(config)
         if cross:
             self.cross, self.cross_norm = Attention(config, cross=True), _norm(config)
@@ -166,6 +169,20 @@ class Layer(nn.Module):
         dropout: float = 0.0,
     ) -> Tensor:
         """``x`` ``(b, s, d)`` -> ``(b, s, d)``."""
+        inputs = (x, visible, rotary, memory, memory_visible, dropout)
+        if self.recompute and self.training:
+            return checkpoint(self._compute, *inputs, use_reentrant=False)  # type: ignore[no-any-return]
+        return self._compute(*inputs)
+
+    def _compute(
+        self,
+        x: Tensor,
+        visible: Tensor | None,
+        rotary: tuple[Tensor, Tensor] | None,
+        memory: Tensor | None,
+        memory_visible: Tensor | None,
+        dropout: float,
+    ) -> Tensor:
         if self.post_norm:
             x = self.attn_norm(x + F.dropout(self.attn(x, visible, rotary), dropout, self.training))
             x = self.ffn_norm(x + F.dropout(self.ffn(x), dropout, self.training))

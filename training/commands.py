@@ -12,6 +12,7 @@ import torch
 
 from models.manifest import NAME_PATTERN, Manifest, Score, Variant, write_manifest
 from training.card import write_card
+from training.distributed import Execution, join
 from training.endpoint import endpoint_teacher
 from training.errors import TrainingError
 from training.evaluate import Evaluation, evaluate, fit_confidence
@@ -48,8 +49,11 @@ def run_training(name: str, settings: Settings) -> None:
     if settings.threads:
         torch.set_num_threads(settings.threads)
     recipe = _recipe(name, settings)
-    train(recipe, settings.data, settings.runs)
-    run_export(name, settings)
+    with join(settings.device) as layout:
+        execution = Execution(layout, settings.micro_batch_tokens, settings.recompute, settings.compile, settings.fsdp)
+        train(recipe, settings.data, settings.runs, execution)
+    if layout.is_first:
+        run_export(name, settings)
 
 
 def run_few_shot(name: str, settings: Settings) -> None:

@@ -6,7 +6,7 @@ import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -157,6 +157,32 @@ def batches_by_tokens(lengths: Sequence[int], batch_tokens: int, seed: int, epoc
         batches.append(batch)
     rng.shuffle(batches)
     return batches
+
+
+class Sized(Protocol):
+    """What has a length in tokens."""
+
+    @property
+    def length(self) -> int:
+        """How many."""
+
+
+SizedSample = TypeVar("SizedSample", bound=Sized)
+
+
+def deal(batch: Sequence[SizedSample], processes: int, most_tokens: int | None) -> list[list[Sequence[SizedSample]]]:
+    """Divide a batch into rounds, and each round among ``processes``: ``dealt[round][process]``.
+
+    A part's padded size stays within ``most_tokens`` where one sample does; no sample is in two parts; where there are
+    fewer samples than parts, some are empty.
+    """
+    rows = len(batch)
+    if most_tokens is not None:
+        rows = max(1, most_tokens // max(sample.length for sample in batch))
+    parts = processes * -(-len(batch) // (processes * rows))
+    # Neighbours are of like length, so every part gets its share of the long ones.
+    dealt = [batch[start::parts] for start in range(parts)]
+    return [dealt[start : start + processes] for start in range(0, parts, processes)]
 
 
 def take_share(rows: Sequence[Row], share: float, seed: int) -> list[Row]:

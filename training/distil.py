@@ -130,6 +130,7 @@ class Distilled:
         with Watched(model, -1) as student:
             parts = [(1 - self.distil.weight) * part for part in self.task.loss(cast(Transformer, student), batch)]
         layer = -1 if self.distil.layer is None else self.distil.layer
+        self.teacher.to(batch["ids"].device)
         with torch.no_grad(), Watched(self.teacher, layer) as teacher:
             self.task.loss(cast(Transformer, teacher), batch)
         kinds = {"logits": self._logits, "relations": self._relations}

@@ -21,7 +21,7 @@ from training.loop import fit_model
 from training.recipe import Precision, Recipe
 from training.records import Progress
 from training.tasks import IGNORED, TASKS, Sample, TaskTraining
-from training.train import batch_loss, learn_tokenizer
+from training.train import learn_tokenizer, work_on
 
 SAMPLE_CHARACTERS, SAMPLE_ROWS = 2_000_000, 2000
 """What the tokenizer of a sample is learned from, and how many rows tell how long a text is."""
@@ -109,9 +109,7 @@ def measure(base: Recipe, config: TransformerConfig, texts: Texts) -> Speed:
     def run(steps: int, precision: Precision) -> Progress:
         with tempfile.TemporaryDirectory() as scratch:
             fit = base.fit.model_copy(update={"epochs": steps / len(batches), "precision": precision})
-            return fit_model(
-                model, fit, lambda _: batches, batch_loss(texts.task, model, texts.samples), Path(scratch)
-            )
+            return fit_model(model, fit, work_on(texts.task, texts.samples, lambda _: batches), Path(scratch))
 
     run(1, base.fit.precision)  # the first step allocates what the others reuse
     step_s = {precision: run(1, precision).elapsed_s for precision in PRECISIONS}

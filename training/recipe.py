@@ -149,7 +149,7 @@ class HeldOut(_Part):
     """Share of those, the first ones, that confidence is fitted on; scores from a knowledge base leave them out."""
 
 
-Precision = Literal["bfloat16", "float32"]
+Precision = Literal["bfloat16", "float16", "float32"]
 
 
 class FitRecipe(_Part):
@@ -157,7 +157,7 @@ class FitRecipe(_Part):
 
     epochs: float
     batch_tokens: int
-    """Padded tokens of one batch, source and target together."""
+    """Padded tokens of one step, source and target together, over all devices and parts that compute it."""
     learning_rate: float
     optimiser: Literal["adamw", "muon"] = "adamw"
     weight_decay: float = 0.01

@@ -49,15 +49,22 @@ class Recorder:
     """
 
     def __init__(
-        self, run: Path, progress: Progress, meter: Meter, clock_s: Callable[[], float] = time.monotonic
+        self,
+        run: Path,
+        progress: Progress,
+        meter: Meter,
+        clock_s: Callable[[], float] = time.monotonic,
+        *,
+        writes: bool = True,
     ) -> None:
-        """Begin to count for ``run``, which goes on from ``progress``."""
-        self._path, self._meter, self._clock_s = run / LOG, meter, clock_s
+        """Begin to count for ``run``, which goes on from ``progress``. One process of a run ``writes`` its log."""
+        self._path, self._meter, self._clock_s, self._writes = run / LOG, meter, clock_s, writes
         lines = read_log(run)
         if lines and lines[-1]["elapsed_s"] > progress.elapsed_s:
             progress.elapsed_s, progress.joules = lines[-1]["elapsed_s"], lines[-1]["joules"]
-        kept = [line for line in lines if line["step"] <= progress.step]
-        write_whole(self._path, "".join(json.dumps(line) + "\n" for line in kept))
+        if writes:
+            kept = [line for line in lines if line["step"] <= progress.step]
+            write_whole(self._path, "".join(json.dumps(line) + "\n" for line in kept))
         self._before, self._line = replace(progress), replace(progress)
         self._started_s = clock_s()
         self._begun_uj = {reading.device: reading.energy_uj for reading in meter.read()}
@@ -92,14 +99,18 @@ class Recorder:
             "tokens_per_s": tokens / seconds if seconds > 0 else None,
             "joules_per_token": joules_per_token,
         }
+        if self._writes:
+            self._append(line)
+        cost = "unavailable J/token" if joules_per_token is None else f"{joules_per_token:.3g} J/token"
+        self.rates = f"{tokens / max(seconds, 1e-9):,.0f} tokens/s, {cost}"
+        self._line = replace(progress)
+
+    def _append(self, line: dict[str, Any]) -> None:
         try:
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
         except OSError as error:
             raise TrainingError(f"{self._path}: the log cannot be written: {error}") from error
-        cost = "unavailable J/token" if joules_per_token is None else f"{joules_per_token:.3g} J/token"
-        self.rates = f"{tokens / max(seconds, 1e-9):,.0f} tokens/s, {cost}"
-        self._line = replace(progress)
 
 
 def read_log(run: Path) -> list[dict[str, Any]]:

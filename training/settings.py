@@ -14,6 +14,7 @@ from models.manifest import NAME_PATTERN, Task
 from training.errors import TrainingError
 
 ENV_PREFIX = "WATTLE_TRAIN_"
+DeviceKind = Literal["auto", "cpu", "cuda"]
 
 
 class Settings(BaseSettings):
@@ -33,6 +34,15 @@ class Settings(BaseSettings):
     task: Task | None = Field(None, description="What a planned model is for.")
     threads: int = Field(0, ge=0, description="Threads of the training; 0 takes every core.")
     teacher_key: str | None = Field(None, description="Key for the endpoint whose model writes targets.")
+    device: DeviceKind = Field("auto", description="Where to train: cpu, cuda, or auto: a GPU where there is one.")
+    micro_batch_tokens: int | None = Field(
+        None,
+        gt=0,
+        description="Padded tokens that are computed at once; a larger step is computed in parts, and the same.",
+    )
+    recompute: bool = Field(False, description="Save memory: compute activations again for the gradients.")
+    compile: bool = Field(False, description="Compile the layers before training; for GPUs.")
+    fsdp: bool = Field(False, description="Under torchrun, share the weights out instead of copying them (FSDP2).")
     recipe: str | None = Field(None, description="Recipe that lists the sets; the shipped one of the model's name.")
     limit: int | None = Field(
         None, ge=1, description="Score only the first rows of each set; have a teacher answer so many."

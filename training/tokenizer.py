@@ -81,7 +81,9 @@ def prune_word_pieces(
     vocabulary, counts = trunk.get_vocab(), _count(trunk, texts)
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
     characters = [piece for piece in vocabulary if len(piece.removeprefix("##")) == 1 and piece.isascii()]
-    frequent = sorted((p for p in vocabulary if counts[vocabulary[p]]), key=lambda p: -counts[vocabulary[p]])
+    # Of equally frequent ones, the trunk's order: the vocabulary's own differs from process to process.
+    used = [piece for piece in vocabulary if counts[vocabulary[piece]]]
+    frequent = sorted(used, key=lambda piece: (-counts[vocabulary[piece]], vocabulary[piece]))
     kept = list(dict.fromkeys((*special, *sorted(characters), *frequent)))[:vocab_size]
 
     document = json.loads(trunk.to_str())

@@ -1,9 +1,10 @@
 """One stage: a recipe and a data folder in, a trained checkpoint in the run's folder out."""
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -18,17 +19,19 @@ from tqdm import tqdm
 from models.manifest import Parent, Stage, StageKind
 from models.transformer import Transformer
 from training.budget import sized
+from training.checkpoint import CHECKPOINT, load_checkpoint
 from training.data import batches_by_tokens, read_set, take_share
 from training.distil import with_teacher
+from training.distributed import Execution, in_turn
 from training.errors import TrainingError
 from training.fake_quantise import FakeQuantised
 from training.formats import Row
-from training.loop import CHECKPOINT, fit_model, load_checkpoint
+from training.loop import Work, fit_model
 from training.parents import RECIPE, ParentModel, begin_with, load_parent
 from training.recipe import DataRecipe, HeldOut, Recipe
-from training.records import Progress, gco2e, read_lineage, write_ancestors, write_stage
+from training.records import Progress, gco2e, read_lineage, write_ancestors, write_stage, write_whole
 from training.targets import read_targets
-from training.tasks import TASKS, Loss, Sample, TaskTraining, collate, mean_loss
+from training.tasks import TASKS, Loss, Sample, TaskTraining, collate
 from training.tokenizer import learn_byte_bpe, prune, prune_word_pieces
 from training.trunk import find_trunk, load_trunk, trunk_tokenizer
 
@@ -55,23 +58,28 @@ class Trained:
     """The stages that led to the weights, this run's last."""
 
 
-def train(recipe: Recipe, data: Path, runs: Path) -> Trained:
+def train(recipe: Recipe, data: Path, runs: Path, execution: Execution | None = None) -> Trained:
     """Carry out ``recipe`` on the sets under ``data``, in ``runs/<name>``; a second call resumes or just loads.
 
-    Raises ``TrainingError`` with what to do about it.
+    All processes of the layout call it together, and all see the same folders. Raises ``TrainingError`` with what to
+    do about it.
     """
+    execution = execution or Execution()
+    layout = execution.layout
     run = runs / recipe.name
     run.mkdir(parents=True, exist_ok=True)
     rows = load_rows(recipe, data)
     fresh = not (run / CHECKPOINT).exists()
     parent = load_parent(recipe.init.source, runs) if recipe.init is not None and fresh else None
     teacher = None if recipe.distil is None else load_parent(recipe.distil.teacher, runs)
-    tokenizer, kept = _tokenizer(recipe, rows, run, parent)
+    with in_turn(layout):
+        tokenizer, kept = _tokenizer(recipe, rows, run, parent)
     torch.manual_seed(recipe.fit.seed)
     model = Transformer(sized(recipe, tokenizer.get_vocab_size()), recipe.fit.dropout)
     if fresh:
-        _begin(model, recipe, run, parent, kept)
-        _remember(recipe, run, parent or teacher)
+        _begin(model, recipe, parent, kept)
+        if layout.is_first:
+            _remember(recipe, run, parent, teacher)
     task = TASKS[recipe.task](recipe, tokenizer)
     learned: Loss = task
     if recipe.distil is not None and teacher is not None:
@@ -82,39 +90,40 @@ def train(recipe: Recipe, data: Path, runs: Path) -> Trained:
     if longest > recipe.fit.batch_tokens:
         raise TrainingError(f"a sample has {longest} tokens: raise fit.batch_tokens above it or lower max_tokens")
 
-    print(f"{recipe.name}: {model.n_parameters / 1e6:.1f} M parameters, {len(samples):,} samples, "
-          f"{sum(lengths):,} tokens an epoch, {torch.get_num_threads()} threads")  # fmt: skip
-    (run / ROWS).write_text(json.dumps({each.title: len(part) for each, part in rows}), encoding="utf-8")
-    progress = fit_model(
-        model,
-        recipe.fit,
-        lambda epoch: batches_by_tokens(lengths, recipe.fit.batch_tokens, recipe.fit.seed, epoch),
-        batch_loss(learned, model, samples),
-        run,
-        partial(FakeQuantised, model, recipe.export),
+    if layout.is_first:
+        print(f"{recipe.name}: {model.n_parameters / 1e6:.1f} M parameters, {len(samples):,} samples, "
+              f"{sum(lengths):,} tokens an epoch, on {layout.name}, {torch.get_num_threads()} threads")  # fmt: skip
+        write_whole(run / ROWS, json.dumps({each.title: len(part) for each, part in rows}))
+    work = replace(
+        work_on(learned, samples, lambda n: batches_by_tokens(lengths, recipe.fit.batch_tokens, recipe.fit.seed, n)),
+        describe=lambda sample: repr(tokenizer.decode(sample.ids[:24])),
+        late=partial(FakeQuantised, model, recipe.export),
     )
-    write_stage(run, _stage(recipe, run, model, progress, _teacher_joules(recipe, data)))
+    same = {TOKENIZER: hashlib.sha256((run / TOKENIZER).read_bytes()).hexdigest()}
+    progress = fit_model(model, recipe.fit, work, run, execution, same)
+    if layout.is_first:
+        write_stage(run, _stage(recipe, run, model, progress, _teacher_joules(recipe, data)))
     return load_trained(recipe, runs)
 
 
-def _begin(
-    model: Transformer, recipe: Recipe, run: Path, parent: ParentModel | None, kept: NDArray[np.int64] | None
-) -> None:
+def _begin(model: Transformer, recipe: Recipe, parent: ParentModel | None, kept: NDArray[np.int64] | None) -> None:
     """Give ``model`` the weights that the recipe starts from."""
     if recipe.trunk is not None and kept is not None:
         load_trunk(model, find_trunk(recipe.trunk), kept)
     if recipe.init is not None and parent is not None and kept is not None:
         begin_with(model, parent, recipe.init, recipe.labels, kept)
-        write_ancestors(run, parent.lineage)
 
 
-def _remember(recipe: Recipe, run: Path, origin: ParentModel | None) -> None:
-    """Leave in the run's folder what it carries out, and which model it comes from."""
+def _remember(recipe: Recipe, run: Path, parent: ParentModel | None, teacher: ParentModel | None) -> None:
+    """Leave in the run's folder what it carries out, and which models it comes from."""
+    origin = parent or teacher
     if origin is not None:
         relation: Literal["distilled", "fine-tuned"] = "distilled" if _teachers(recipe) else "fine-tuned"
         said = Parent(name=origin.name, relation=relation, licence=origin.licence)
-        (run / PARENT).write_text(said.model_dump_json(), encoding="utf-8")
-    (run / RECIPE).write_text(recipe.model_dump_json(indent=1), encoding="utf-8")
+        write_whole(run / PARENT, said.model_dump_json())
+    if parent is not None:
+        write_ancestors(run, parent.lineage)
+    write_whole(run / RECIPE, recipe.model_dump_json(indent=1))
 
 
 def _teachers(recipe: Recipe) -> list[str]:
@@ -132,16 +141,14 @@ def _teacher_joules(recipe: Recipe, data: Path) -> float | None:
     return round(sum(joules), 1) if parts and len(joules) == len(parts) else None
 
 
-def batch_loss(
-    task: Loss, model: Transformer, samples: Sequence[Sample]
-) -> Callable[[Sequence[int]], tuple[torch.Tensor, int]]:
-    """What gives the loss of a batch of sample indices, and its real tokens."""
-
-    def loss_of(batch: Sequence[int]) -> tuple[torch.Tensor, int]:
-        members = [samples[index] for index in batch]
-        return mean_loss(task, model, collate(members, PAD_ID)), sum(sample.length for sample in members)
-
-    return loss_of
+def work_on(loss: Loss, samples: Sequence[Sample], epoch_batches: Callable[[int], Sequence[Sequence[int]]]) -> Work:
+    """Steps over ``samples``, whose numbers ``epoch_batches`` gives for each step of an epoch."""
+    return Work(
+        loss=loss,
+        epoch_batches=epoch_batches,
+        samples=lambda batch: [samples[index] for index in batch],
+        collate=lambda members: collate(members, PAD_ID),
+    )
 
 
 def load_trained(recipe: Recipe, runs: Path) -> Trained:
@@ -242,7 +249,9 @@ def _tokenizer(
         tokenizer, kept = learn_tokenizer(recipe, texts, parent)
         if kept is not None:
             np.save(kept_path, kept)
-        tokenizer.save(str(path))
+        partial = path.with_name(f"{TOKENIZER}.partial")
+        tokenizer.save(str(partial))
+        partial.replace(path)
     return Tokenizer.from_file(str(path)), np.load(kept_path) if kept_path.exists() else None
 
 

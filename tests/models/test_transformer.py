@@ -204,3 +204,23 @@ def test_a_gradient_reaches_every_weight(kind: Kind) -> None:
         loss = logits.square().mean()
     loss.backward()  # type: ignore[no-untyped-call]
     assert [name for name, weight in model.named_parameters() if weight.grad is None or not weight.grad.any()] == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_layers_computed_again_give_the_same_gradients(kind: Kind) -> None:
+    gradients = []
+    for recompute in (False, True):
+        model = tiny_transformer(tiny_config(kind)).train()
+        model.dropout = 0.2
+        for layer in (*model.encoder, *model.decoder):
+            layer.recompute = recompute
+        torch.manual_seed(1)
+        ids = torch.arange(18).view(2, 9)
+        memory = model.encode(ids, LENGTHS[:2]) if model.config.has_encoder else None
+        decoded = model.config.has_decoder
+        hidden = model.decode(ids, memory=memory, memory_lengths=LENGTHS[:2]) if decoded else memory
+        hidden.square().sum().backward()
+        gradients.append({name: weight.grad for name, weight in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        assert (gradient is None) == (gradients[1][name] is None)
+        assert gradient is None or torch.equal(gradient, gradients[1][name]), name

@@ -1,12 +1,24 @@
 import math
+import random
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from subprocess import DEVNULL, Popen
 
 import pytest
 import torch
 from torch import nn
 
+from training.checkpoint import CHECKPOINT, load_checkpoint
+from training.distributed import Execution, join
 from training.errors import TrainingError
-from training.loop import CHECKPOINT, Progress, fit_model, learning_rate_factor, load_checkpoint, make_optimisers
+from training.loop import Work, fit_model
+from training.optimisers import learning_rate_factor, make_optimisers
 from training.recipe import FitRecipe
+from training.records import Progress, read_log
+
+ROOT = Path(__file__).parent.parent.parent
 
 FIT = FitRecipe(epochs=3, batch_tokens=8, learning_rate=0.05, dropout=0.1, precision="float32", checkpoint_every_s=0)
 DATA = torch.randn(12, 4, generator=torch.Generator().manual_seed(1))
@@ -15,12 +27,13 @@ DATA = torch.randn(12, 4, generator=torch.Generator().manual_seed(1))
 class Net(nn.Module):
     """Small, and with dropout: a resumed run must draw what an unbroken one draws."""
 
-    def __init__(self):
+    def __init__(self, dropout=0.5):
         super().__init__()
+        self.dropout = dropout
         self.hidden, self.out = nn.Linear(4, 8), nn.Linear(8, 1)
 
     def forward(self, x):
-        return self.out(nn.functional.dropout(torch.tanh(self.hidden(x)), 0.5, self.training))
+        return self.out(nn.functional.dropout(torch.tanh(self.hidden(x)), self.dropout, self.training))
 
 
 def batches(epoch):
@@ -28,38 +41,100 @@ def batches(epoch):
     return [order[start : start + 4] for start in range(0, 12, 4)]
 
 
-def run(folder, fit=FIT, interrupt_at=None, spoil_at=None):
+@dataclass
+class Token:
+    """A sample of one token."""
+
+    number: int
+    length: int = 1
+
+
+class Squares:
+    """The mean square of what the net gets wrong, with an accident at one step."""
+
+    def __init__(self, accident_at=None, accident=None):
+        self.accidents = accident_at if isinstance(accident_at, range) else [accident_at]
+        self.accident, self.step = accident, 0
+
+    def count(self, batch):
+        return [len(batch["x"])]
+
+    def loss(self, net, batch):
+        total = (net(batch["x"])[:, 0] - batch["x"].sum(1)).square().sum()
+        if self.step in self.accidents:
+            total = self.accident(total)
+        self.step += 1
+        return [total]
+
+
+def interrupt(total):
+    raise KeyboardInterrupt
+
+
+def run(folder, fit=FIT, accident_at=None, accident=None, same=None, dropout=0.5, **execution):
     torch.manual_seed(0)
-    net = Net()
-    steps = iter(range(10_000))
-
-    def loss_of(batch):
-        step = next(steps)
-        if step == interrupt_at:
-            raise KeyboardInterrupt
-        x = DATA[batch]
-        loss = (net(x)[:, 0] - x.sum(1)).square().mean()
-        return (loss * math.nan if step == spoil_at else loss), len(batch)
-
+    net = Net(dropout)
+    work = Work(
+        Squares(accident_at, accident),
+        batches,
+        lambda batch: [Token(number) for number in batch],
+        lambda samples: {"x": DATA[[sample.number for sample in samples]]},
+        lambda sample: f"number {sample.number}",
+    )
     folder.mkdir(exist_ok=True)
-    return net, fit_model(net, fit, batches, loss_of, folder)
+    return net, fit_model(net, fit, work, folder, Execution(**execution), same)
 
 
-@pytest.mark.parametrize("optimiser", ["adamw", "muon"])
 @pytest.mark.parametrize("interrupt_at", [1, 3, 5, 8])
-def test_a_resumed_run_continues_bit_for_bit(tmp_path, optimiser, interrupt_at):
-    fit = FIT.model_copy(update={"optimiser": optimiser})
+@pytest.mark.parametrize(
+    "changes", [{"optimiser": "adamw"}, {"optimiser": "muon"}, {"precision": "bfloat16"}, {"precision": "float16"}]
+)
+def test_a_resumed_run_continues_bit_for_bit(tmp_path, changes, interrupt_at):
+    fit = FIT.model_copy(update=changes)
     unbroken, progress = run(tmp_path / "unbroken", fit)
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "broken", fit, interrupt_at)
+        run(tmp_path / "broken", fit, interrupt_at, interrupt)
     resumed, again = run(tmp_path / "broken", fit)
     for name, weight in unbroken.state_dict().items():
         assert torch.equal(weight, resumed.state_dict()[name]), name
+    states = [
+        [each["state"] for each in torch.load(tmp_path / name / CHECKPOINT, weights_only=True)["optimisers"]]
+        for name in ("unbroken", "broken")
+    ]
+    torch.testing.assert_close(*states, rtol=0, atol=0)
     assert (
         (again.step, again.tokens, again.loss)
         == (progress.step, progress.tokens, progress.loss)
         == (9, 36, again.loss)
     )
+
+
+LONG = FIT.model_copy(update={"epochs": 20, "log_every_s": 0})
+SLOW = """
+import sys, time
+from pathlib import Path
+from tests.training.test_loop import LONG, run
+run(Path(sys.argv[1]), LONG, accident_at=range(1, 1000), accident=lambda total: (time.sleep(0.02), total)[1])
+"""
+
+
+def test_a_kill_at_any_moment_loses_at_most_the_last_interval(tmp_path):
+    """A checkpoint is written at every step, so a step is the interval."""
+    broken = tmp_path / "broken"
+    with Popen([sys.executable, "-c", SLOW, str(broken)], cwd=ROOT, stdout=DEVNULL, stderr=DEVNULL) as process:
+        while not (broken / CHECKPOINT).exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        time.sleep(random.uniform(0, 0.5))  # any moment will do
+        process.kill()
+    _, kept = load_checkpoint(broken, Net())
+    assert kept.step <= read_log(broken)[-1]["step"] <= kept.step + 1
+    unbroken, progress = run(tmp_path / "unbroken", LONG)
+    resumed, again = run(broken, LONG)
+    assert (again.step, again.tokens, again.loss) == (progress.step, progress.tokens, progress.loss)
+    assert [line["step"] for line in read_log(broken)] == list(range(1, 61))
+    for name, weight in unbroken.state_dict().items():
+        assert torch.equal(weight, resumed.state_dict()[name]), name
 
 
 def test_training_lowers_the_loss_and_counts_its_energy(tmp_path):
@@ -73,8 +148,8 @@ def test_training_lowers_the_loss_and_counts_its_energy(tmp_path):
 
 
 def test_a_loss_that_is_no_number_stops_and_keeps_the_checkpoint(tmp_path):
-    with pytest.raises(TrainingError, match=r"loss is nan at step 4.*lower the learning rate"):
-        run(tmp_path / "run", spoil_at=4)
+    with pytest.raises(TrainingError, match=r"loss is nan .* at step 4, on 4 samples such as number 11; .*lower"):
+        run(tmp_path / "run", accident_at=4, accident=lambda total: total * math.nan)
     steps, progress = load_checkpoint(tmp_path / "run", Net())
     assert (steps, progress.step) == (9, 4)
 
@@ -90,8 +165,95 @@ def test_a_checkpoint_of_another_shape_is_refused(tmp_path):
 
 def test_a_finished_run_is_not_trained_again(tmp_path):
     run(tmp_path / "run")
-    _, progress = run(tmp_path / "run", interrupt_at=0)
+    _, progress = run(tmp_path / "run", accident_at=0, accident=interrupt)
     assert progress.step == 9
+
+
+def test_gradients_that_are_no_numbers_stop_too(tmp_path):
+    # The root of zero is a number, its slope is none: saved weights must not have followed it.
+    with pytest.raises(TrainingError, match=r"norm of its gradients nan at step 4"):
+        run(tmp_path / "run", accident_at=4, accident=lambda total: total + (total * 0).sqrt())
+    net = Net()
+    load_checkpoint(tmp_path / "run", net)
+    assert all(weight.isfinite().all() for weight in net.parameters())
+
+
+def test_float16_skips_a_step_whose_gradients_overflow(tmp_path):
+    fit = FIT.model_copy(update={"precision": "float16"})
+    run(tmp_path / "calm", fit)
+    net, progress = run(tmp_path / "run", fit, accident_at=8, accident=lambda total: total + (total * 0).sqrt())
+    assert progress.step == 9
+    assert all(weight.isfinite().all() for weight in net.parameters())
+    calm, skipped = (torch.load(tmp_path / name / CHECKPOINT, weights_only=True)["scaler"] for name in ("calm", "run"))
+    assert skipped["scale"] == calm["scale"] / 2
+
+
+@pytest.mark.parametrize("most", [1, 2, 3])
+def test_a_step_in_parts_is_the_same_step(tmp_path, most):
+    whole, progress = run(tmp_path / "whole", dropout=0.0)
+    parts, again = run(tmp_path / "parts", dropout=0.0, micro_batch_tokens=most)
+    assert progress.tokens == again.tokens == 36
+    assert again.loss == pytest.approx(progress.loss, rel=1e-5)
+    torch.testing.assert_close(parts.state_dict(), whole.state_dict(), rtol=0, atol=1e-5)
+
+
+def test_memory_that_is_out_names_the_size_to_try(tmp_path):
+    def allocate(total):
+        return total + torch.empty(2**55).sum()
+
+    with pytest.raises(TrainingError, match=r"4 samples of 4 padded tokens: .* --micro-batch-tokens 2; .* the same"):
+        run(tmp_path / "run", accident_at=4, accident=allocate)
+    assert load_checkpoint(tmp_path / "run", Net())[1].step == 4
+    with pytest.raises(TrainingError, match="one sample of 1 tokens: start again with --recompute"):
+        run(tmp_path / "run", accident_at=0, accident=allocate, micro_batch_tokens=1)
+
+    def on_a_gpu(total):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(TrainingError, match="--micro-batch-tokens 1"):
+        run(tmp_path / "run", accident_at=0, accident=on_a_gpu, micro_batch_tokens=2)
+
+
+def test_a_full_disk_leaves_the_checkpoint_of_before(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "run", accident_at=3, accident=interrupt)
+    before = (tmp_path / "run" / CHECKPOINT).read_bytes()
+    # Whatever is written to it fails with "no space left on device".
+    (tmp_path / "run" / f"{CHECKPOINT}.partial").symlink_to("/dev/full")
+    with pytest.raises(TrainingError, match=r"checkpoint\.pt: cannot be written: .*No space left.*make room"):
+        run(tmp_path / "run")
+    assert (tmp_path / "run" / CHECKPOINT).read_bytes() == before
+    assert run(tmp_path / "run")[1].step == 9
+
+
+def test_a_checkpoint_of_other_files_is_refused(tmp_path):
+    run(tmp_path / "run", same={"tokenizer.json": "a"})
+    with pytest.raises(TrainingError, match=r"run/tokenizer\.json: not the one that .* was trained with"):
+        run(tmp_path / "run", same={"tokenizer.json": "b"})
+
+
+def test_a_checkpoint_of_today_s_predecessors_is_read(tmp_path):
+    net, _ = run(tmp_path / "run")
+    path = tmp_path / "run" / CHECKPOINT
+    state = torch.load(path, weights_only=True)
+    old = {name: state[name] for name in ("model", "optimisers", "steps", "progress")} | {"rng": torch.get_rng_state()}
+    del old["progress"]["device"]
+    torch.save(old, path)
+    again, progress = run(tmp_path / "run", same={"tokenizer.json": "a"})
+    assert (progress.step, progress.device) == (9, "cpu")
+    assert torch.equal(net.out.weight, again.out.weight)
+
+
+def test_what_this_machine_cannot_do_is_said(tmp_path):
+    with pytest.raises(TrainingError, match="start them with torchrun"):
+        run(tmp_path / "run", fsdp=True)
+    with pytest.raises(TrainingError, match=r"quantise_last .* no fsdp, recompute or compile"):
+        run(tmp_path / "run", FIT.model_copy(update={"quantise_last": 0.5}), recompute=True)
+    with pytest.raises(TrainingError, match="compile is for GPUs"):
+        run(tmp_path / "run", compile=True)
+    if not torch.cuda.is_available():
+        with pytest.raises(TrainingError, match="torch finds no GPU"), join("cuda"):
+            pass
 
 
 def test_the_schedule_warms_up_stands_and_falls():

@@ -136,8 +136,8 @@ def test_the_faster_precision_is_measured(data, monkeypatch, faster):
     rows = [row for _, part in load_rows(recipe, data) for row in part]
     asked = []
 
-    def fit_model(model, fit, epoch_batches, loss_of, run):
-        steps = round(fit.epochs * len(epoch_batches(0)))
+    def fit_model(model, fit, work, run):
+        steps = round(fit.epochs * len(work.epoch_batches(0)))
         asked.append((fit.precision, steps))
         seconds = steps * (0.5 if fit.precision == faster else 1.0)
         return Progress(step=steps, tokens=100 * steps, elapsed_s=seconds, joules=steps, quality="estimated")

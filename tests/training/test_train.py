@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 
+import wattle
 from models.manifest import load_manifest
 from tests.training import recipes
 from training.budget import count_parameters
+from training.checkpoint import CHECKPOINT
 from training.errors import TrainingError
 from training.export import PARITY_LIMIT, export
-from training.loop import CHECKPOINT
 from training.recipe import Recipe, load_recipe
 from training.records import STAGE, read_lineage, write_ancestors, write_stage
 from training.train import ROWS, held_out_passages, load_rows, load_trained, train
@@ -207,3 +208,36 @@ def test_the_lineage_holds_every_stage_and_their_energy(data, tmp_path):
     card = (tmp_path / "out" / recipe.name / "README.md").read_text()
     assert "| first | pretrain | random weights | none |" in card
     assert "| first | big (2.5 kJ for its targets) |" in card
+
+
+def test_what_stops_a_run_is_one_line_and_loses_nothing(data, tmp_path, monkeypatch, capsys):
+    def train_by_command(recipe):
+        monkeypatch.setattr("training.commands.load_recipe", lambda name: recipe)
+        folders = ["--data", str(data), "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
+        status = wattle.main(["train", "tiny-translate", *folders])
+        return status, capsys.readouterr().err.splitlines()[-1]
+
+    recipe = recipes.translate()
+    wild = {**recipes.FIT, "learning_rate": 1e30, "checkpoint_every_s": 0}
+    status, said = train_by_command(recipes.translate(fit=wild))
+    assert status == 1
+    assert "loss is" in said, said
+    assert "lower the learning rate" in said
+    assert "samples such as '" in said
+    run = tmp_path / "runs" / "tiny-translate"
+    (run / CHECKPOINT).unlink()
+    assert train_by_command(recipe)[0] == 0
+    kept = (run / CHECKPOINT).read_bytes()
+
+    wider = recipe.model_copy(update={"model": recipe.model.model_copy(update={"d_ff": 96})})
+    status, said = train_by_command(wider)
+    assert status == 1
+    assert "not a checkpoint of this model" in said
+    assert "size mismatch for encoder.0.ffn.up.weight" in said
+
+    with (run / "tokenizer.json").open("a") as file:
+        file.write("\n")
+    status, said = train_by_command(recipe)
+    assert status == 1
+    assert "tokenizer.json: not the one that" in said
+    assert (run / CHECKPOINT).read_bytes() == kept
