@@ -36,6 +36,8 @@ _NEVER_LATE = ("ok", "refused")
 _LAST_READINGS = 5
 _LAST_INTERVAL_S = 0.06
 """At the end, the slowest counter gets as many readings to cover the last steps: its steps are 100 ms long."""
+_KEPT_AFTER_NS = NS_PER_S // 4
+"""Nearly every bill is final before it is this old. Only of the others the ledger gets a provisional one."""
 _ALARM_SHARE = 100
 """A residual above a hundredth of what the meter counted is an alarm."""
 _ALARM_INTERVAL_NS = 60 * NS_PER_S
@@ -91,6 +93,7 @@ class _Over:
     record: RequestRecord
     time_s: float
     final_from_ns: int
+    kept_from_ns: int
     kept: bool = False
     """Whether the ledger has a bill of it, final or not."""
 
@@ -188,11 +191,10 @@ class Account:
             self._read(now_ns)
             self._charge(now_ns)
             with self._lock:
-                waiting = self._waiting()
                 for request_id, over in list(self._over.items()):
-                    if over.final_from_ns <= now_ns and request_id not in waiting:
+                    if over.final_from_ns <= now_ns and not self._requests.waits(request_id):
                         finished.append(self._settle(request_id))
-                    elif not over.kept:
+                    elif not over.kept and over.kept_from_ns <= now_ns:
                         open_records.append(self._over_record(request_id))
                         over.kept = True
             self._watch_residual(now_ns)
@@ -213,7 +215,9 @@ class Account:
             self._note()
             now_ns = self._clock.monotonic_ns()
             final_from_ns = now_ns if record.status in _NEVER_LATE else now_ns + HORIZON_NS
-            self._over[record.request_id] = _Over(record, self._clock.unix_s(), final_from_ns)
+            self._over[record.request_id] = _Over(
+                record, self._clock.unix_s(), final_from_ns, kept_from_ns=now_ns + _KEPT_AFTER_NS
+            )
             bill = self._bill(record.request_id, settled=False)
         self.wake()
         return bill
@@ -248,6 +252,7 @@ class Account:
         with self._settling, self._lock:
             self._requests.lose(self._pending)
             self._pending.clear()
+            self._requests.await_only(())
             finished = [self._settle(request_id) for request_id in list(self._over)]
         self._publish(finished, ())
         if self._owner is not None:
@@ -279,8 +284,9 @@ class Account:
         covered: list[Noted] = []
         waiting: list[Noted] = []
         lost: list[Noted] = []
+        covered_ns = {own: self._requests.covered_ns(own) for own in {noted.own for noted in self._pending}}
         for noted in self._pending:
-            if noted.covered:
+            if noted.step.ended_ns <= covered_ns[noted.own]:
                 covered.append(noted)
             else:
                 (waiting if noted.step.ended_ns >= now_ns - HORIZON_NS else lost).append(noted)
@@ -302,14 +308,11 @@ class Account:
                 warm_uj = sum(claim.idle_uj + claim.active_uj for noted, claim in each if not noted.step.work)
                 self._unattributed[device, Reason.WARM_UP] += warm_uj
                 self._requests.charge(device, [(noted, claim) for noted, claim in each if noted.step.work])
-            self._requests.occupy(covered)
+            if self._carbon.assumptions.embodied_kg is not None:
+                self._requests.occupy(covered)
             self._requests.lose(lost)
             self._pending = waiting
-
-    def _waiting(self) -> set[str]:
-        """The requests of steps that no reading covers yet."""
-        steps = (*self._pending, *self._noted)
-        return {name for noted in steps for portion in noted.portions for name in portion.names}
+            self._requests.await_only((*waiting, *self._noted))
 
     def _settle(self, request_id: str) -> SettledRecord:
         """Move a request that is over to the totals."""
@@ -326,17 +329,22 @@ class Account:
 
     def _bill(self, request_id: str, settled: bool) -> Bill:
         cost = self._requests.costs.get(request_id) or Cost()
-        expected = self._requests.expect(request_id, (*self._pending, *self._noted))
+        expected = self._requests.expect(request_id)
         if expected is None:
             return Bill(request_id, None, None, None, Quality.UNAVAILABLE, settled)
-        parts = [claim.quality for claim in expected] + ([cost.quality] if cost.quality else [])
-        quality = weakest(parts or [self.quality])
+        quality = self._quality_of(cost, expected)
         if quality is Quality.UNAVAILABLE:
             return Bill(request_id, None, None, None, quality, settled)
         active_uj = cost.active_uj + sum(claim.active_uj for claim in expected)
         allocated_uj = cost.allocated_uj + sum(claim.active_uj + claim.idle_uj for claim in expected)
         gco2e = self._carbon.gco2e(allocated_uj, cost.machine_ns)
         return Bill(request_id, active_uj, allocated_uj, gco2e, quality, settled, self._requests.parts(cost))
+
+    def _quality_of(self, cost: Cost, expected: Sequence[Claim]) -> Quality:
+        if not expected:
+            return cost.quality or self.quality
+        qualities = [claim.quality for claim in expected]
+        return weakest(qualities if cost.quality is None else [cost.quality, *qualities])
 
     def _balance(self) -> dict[str, MeterTotal]:
         """Where what each device counted is, by device."""
@@ -378,15 +386,18 @@ class Account:
         for settled in finished:
             if self._on_settled is not None:
                 self._on_settled(settled)
-        if _requests_log.isEnabledFor(logging.INFO):
-            for settled in finished:
-                _requests_log.info("%s", _as_json(settled))
+        if finished and _requests_log.isEnabledFor(logging.INFO):
+            # All at once: what costs is the log, not a line of it.
+            _requests_log.info("%s", "\n".join(map(_as_json, finished)))
+
+
+_REQUEST_FIELDS = [field.name for field in fields(RequestRecord)]
+_BILL_FIELDS = [field.name for field in fields(Bill) if field.name != "settled"]
 
 
 def _as_json(settled: SettledRecord) -> str:
     """One line: the record's fields side by side, carbon assumptions below their own name."""
     line: dict[str, Any] = {"time_s": settled.time_s}
-    for part in (settled.request, settled.bill):
-        line |= {field.name: getattr(part, field.name) for field in fields(part)}
-    del line["settled"]
+    for part, names in ((settled.request, _REQUEST_FIELDS), (settled.bill, _BILL_FIELDS)):
+        line |= {name: getattr(part, name) for name in names}
     return orjson.dumps({**line, "carbon": settled.carbon}).decode()

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from energy.attribution import DEFAULTS, Coefficients, charge, fractions, split
 from energy.settlement import BESIDE, Channel, Claim
-from energy.types import Part, Phase, Quality, Step
+from energy.types import Part, Phase, Quality, Step, Work
 
 _BEST_FIRST = list(Quality)
 
@@ -25,11 +25,10 @@ class Portion(NamedTuple):
     """What a step did in one phase."""
 
     phase: Phase
-    shares: dict[str, int]
-    """Of each request in the step; see ``fractions``."""
     names: tuple[str, ...]
+    """The requests in the step, each once."""
     parts: tuple[int, ...]
-    """Keys and values of the same."""
+    """Their shares; see ``fractions``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,15 +46,6 @@ class Noted:
     """The sum of all shares."""
     time_ns: int
     """Time on an executor."""
-
-    @property
-    def covered(self) -> bool:
-        """Whether every meter has been read since it ended."""
-        return all(channel.read_ns >= self.step.ended_ns for channel in self.channels)
-
-    def share(self, name: str) -> float:
-        """How much of the step is a request's."""
-        return sum(portion.shares.get(name, 0) for portion in self.portions) / self.whole
 
 
 @dataclass(slots=True)
@@ -85,6 +75,10 @@ class Requests:
         self._executors = executors
         self._coefficients = coefficients
         self._channels = {channel.device: channel for channel in channels}
+        self._burnt: dict[str, tuple[Channel, ...]] = {}
+        """By device of a step, those that it burns energy on."""
+        self._waiting: defaultdict[str, list[tuple[Noted, int]]] = defaultdict(list)
+        """By request, its shares of the steps that wait for a reading."""
         self._numbers: dict[Charged, int] = {}
         self._charged: list[Charged] = []
         """What each number is for: as a key, a number costs a tenth of what it stands for."""
@@ -97,14 +91,30 @@ class Requests:
             for item in step.work:
                 self.costs[item.request_id].weaken(Quality.UNAVAILABLE)
             return None
-        by_phase: dict[Phase, dict[str, int]] = {}
         shares = fractions(step.work, self._coefficients.get(step.model, DEFAULTS))
-        for item, share in zip(step.work, shares, strict=True):
-            mine = by_phase.setdefault(item.phase, {})
-            mine[item.request_id] = mine.get(item.request_id, 0) + share
-        portions = [Portion(phase, mine, tuple(mine), tuple(mine.values())) for phase, mine in by_phase.items()]
         time_ns = 0 if step.device == BESIDE else step.ended_ns - step.started_ns
-        return Noted(step, own, channels, portions, sum(shares) or 1, time_ns)
+        noted = Noted(step, own, channels, _portions(step.work, shares), sum(shares) or 1, time_ns)
+        self._wait(noted)
+        return noted
+
+    def await_only(self, steps: Iterable[Noted]) -> None:
+        """From now on, these are the steps that wait for a reading."""
+        self._waiting.clear()
+        for noted in steps:
+            self._wait(noted)
+
+    def waits(self, name: str) -> bool:
+        """Whether a request has a share of a step that waits for a reading."""
+        return name in self._waiting
+
+    def covered_ns(self, own: str) -> int:
+        """Until when every meter has been read that counts what a device does; it has one."""
+        return min(channel.read_ns for channel in self._channels_of(own))
+
+    def _wait(self, noted: Noted) -> None:
+        for portion in noted.portions:
+            for name, part in zip(portion.names, portion.parts, strict=True):
+                self._waiting[name].append((noted, part))
 
     def charge(self, device: str, claims: Sequence[tuple[Noted, Claim]]) -> None:
         """Share what steps took from one device among their requests.
@@ -143,15 +153,15 @@ class Requests:
         for name in {name for noted in steps for portion in noted.portions for name in portion.names}:
             self.costs[name].weaken(Quality.UNAVAILABLE)
 
-    def expect(self, name: str, steps: Iterable[Noted]) -> list[Claim] | None:
-        """What a request will probably pay for ``steps``, which wait for a reading; None where there is nothing to
+    def expect(self, name: str) -> list[Claim] | None:
+        """What a request will probably pay for the steps that wait for a reading; None where there is nothing to
         judge by."""
         loads: dict[str, tuple[float, float]] = {}
-        for noted in steps:
-            share = noted.share(name)
-            if share:
-                cpu_ns, time_ns = loads.get(noted.own, (0.0, 0.0))
-                loads[noted.own] = cpu_ns + noted.step.cpu_ns * share, time_ns + noted.time_ns * share
+        # Not the index itself: asking must not make an entry.
+        for noted, part in self._waiting.get(name, ()):
+            share = part / noted.whole
+            cpu_ns, time_ns = loads.get(noted.own, (0.0, 0.0))
+            loads[noted.own] = cpu_ns + noted.step.cpu_ns * share, time_ns + noted.time_ns * share
         expected = []
         for own, (cpu_ns, time_ns) in loads.items():
             for channel in self._channels_of(own):
@@ -167,6 +177,9 @@ class Requests:
 
     def parts(self, cost: Cost) -> tuple[Part, ...]:
         """What has been charged, by device and phase."""
+        if len(cost.charges) == 1:
+            ((number, energy_uj),) = cost.charges.items()
+            return (Part(self._charged[number].device, self._charged[number].phase, energy_uj),)
         parts: dict[tuple[str, Phase], int] = {}
         for number, energy_uj in cost.charges.items():
             device, _, phase, _ = self._charged[number]
@@ -190,13 +203,26 @@ class Requests:
 
     def _channels_of(self, own: str) -> tuple[Channel, ...]:
         """The metered devices that a step on ``own`` burns energy on; none where that has no meter."""
-        if own not in self._channels:
-            return ()
-        return tuple(channel for device, channel in self._channels.items() if device in (own, "cpu", "dram"))
+        if own not in self._burnt:
+            burnt = [channel for device, channel in self._channels.items() if device in (own, "cpu", "dram")]
+            self._burnt[own] = tuple(burnt) if own in self._channels else ()
+        return self._burnt[own]
 
 
 _Share = tuple[int, Sequence[str], Sequence[int]]
 """Energy, and who shares it how; see ``charge``."""
+
+
+def _portions(work: Sequence[Work], shares: Sequence[int]) -> list[Portion]:
+    """What falls to each request, by phase."""
+    names = tuple([item.request_id for item in work])
+    if work and len(set(names)) == len(names) and all([item.phase is work[0].phase for item in work]):
+        return [Portion(work[0].phase, names, tuple(shares))]
+    by_phase: dict[Phase, dict[str, int]] = {}
+    for item, share in zip(work, shares, strict=True):
+        mine = by_phase.setdefault(item.phase, {})
+        mine[item.request_id] = mine.get(item.request_id, 0) + share
+    return [Portion(phase, tuple(mine), tuple(mine.values())) for phase, mine in by_phase.items()]
 
 
 def _by_phase(noted: Noted, claim: Claim) -> Iterable[tuple[Portion, Claim]]:

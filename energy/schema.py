@@ -5,7 +5,10 @@ import logging
 import sqlite3
 from collections.abc import Iterable
 from dataclasses import asdict
+from functools import cache
 from typing import Any
+
+import orjson
 
 from energy.types import Bill, CarbonAssumptions, Part, Phase, Quality, RequestRecord, SettledRecord
 
@@ -134,6 +137,11 @@ def _to_row(record: SettledRecord) -> tuple[object, ...]:
         bill.quality.value,
         bill.settled,
         request.key,
-        json.dumps([(part.device, part.phase, part.energy_uj) for part in bill.parts]),
-        json.dumps(asdict(record.carbon)),
+        orjson.dumps([(part.device, part.phase, part.energy_uj) for part in bill.parts]).decode(),
+        _carbon_json(record.carbon),
     )
+
+
+@cache
+def _carbon_json(carbon: CarbonAssumptions) -> str:
+    return json.dumps(asdict(carbon))

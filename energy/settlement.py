@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
 from energy.clock import NS_PER_S
 from energy.meters.base import Reading
@@ -42,8 +43,7 @@ class Reason(StrEnum):
     UNRESOLVED = "unresolved"
 
 
-@dataclass(frozen=True, slots=True)
-class Claim:
+class Claim(NamedTuple):
     """The energy of one step on one device."""
 
     idle_uj: int
@@ -64,8 +64,14 @@ class _Window:
     load_left_ns: int
     others_ns: int
 
-    def overlap_ns(self, step: Step) -> int:
-        return max(0, min(self.end_ns, step.ended_ns) - max(self.start_ns, step.started_ns))
+    def overlapping(self, steps: Sequence[Step]) -> list[tuple[int, int]]:
+        """The places of the steps that lasted in it, and for how long each."""
+        start_ns, end_ns = self.start_ns, self.end_ns
+        return [
+            (i, min(end_ns, step.ended_ns) - max(start_ns, step.started_ns))
+            for i, step in enumerate(steps)
+            if step.started_ns < end_ns and step.ended_ns > start_ns and step.started_ns < step.ended_ns
+        ]
 
 
 class Channel:
@@ -137,27 +143,24 @@ class Channel:
             if window.end_ns <= started_ns:
                 break
             length_ns = window.end_ns - window.start_ns
-            overlaps = [window.overlap_ns(step) for step in steps]
-            loads = overlaps
+            within = window.overlapping(steps)
+            loads = [overlap_ns for _, overlap_ns in within]
             if self.by_cpu_time:
                 loads = [
-                    step.cpu_ns * overlap_ns // (step.ended_ns - step.started_ns) if overlap_ns else 0
-                    for step, overlap_ns in zip(steps, overlaps, strict=True)
+                    steps[i].cpu_ns * overlap_ns // (steps[i].ended_ns - steps[i].started_ns)
+                    for i, overlap_ns in within
                 ]
             load_ns = max(window.load_left_ns, sum(loads))
             window.load_left_ns = load_ns - sum(loads)
-            for i, step in enumerate(steps):
-                overlap_ns = overlaps[i]
-                if not overlap_ns:
-                    continue
+            for (i, overlap_ns), step_ns in zip(within, loads, strict=True):
                 longest_ns[i] = max(longest_ns[i], length_ns)
-                if window.owned and step.device != BESIDE:
+                if window.owned and steps[i].device != BESIDE:
                     idle = min(window.idle_left_uj, window.idle_uj * overlap_ns // (length_ns * self._executors))
                     window.idle_left_uj -= idle
                     idle_uj[i] += idle
-                active = window.active_left_uj * loads[i] // load_ns if load_ns else 0
+                active = window.active_left_uj * step_ns // load_ns if load_ns else 0
                 window.active_left_uj -= active
-                load_ns -= loads[i]
+                load_ns -= step_ns
                 active_uj[i] += active
         weight_ns = sum(step.cpu_ns if self.by_cpu_time else step.ended_ns - step.started_ns for step in steps)
         if weight_ns:

@@ -44,6 +44,10 @@ from service.tracing import Tracing
 
 NS_PER_MS = 1_000_000
 _texts_log = logging.getLogger("wattle.texts")
+_SHORT_LETTERS = 1000
+"""Up to which texts are tokenised on the event loop: that takes less than handing them to a thread and back."""
+_SHORT_TOKENS = 256
+"""Up to which what was written is decoded there."""
 T = TypeVar("T")
 
 
@@ -164,8 +168,9 @@ class Service:
             async with self._deadline(request.timeout_s), self.repository.use(model) as model:
                 receipt.model = model
                 grounded = await self._ground(task, request, request_id)
+                is_short = task.letters(grounded) <= _SHORT_LETTERS
                 encode = partial(task.encode, grounded, model, request_id)
-                encoded = await self._beside(receipt, Phase.PREPROCESS, encode)
+                encoded = await self._beside(receipt, Phase.PREPROCESS, encode, is_short=is_short)
                 receipt.input_tokens = sum(len(item.input_ids) for item in encoded.items)
                 # A text that its client breaks off counts as if it had been written to its end.
                 count.correct(receipt.input_tokens + _most_written(encoded.items))
@@ -179,7 +184,8 @@ class Service:
                 count.correct(receipt.input_tokens + receipt.output_tokens)
                 self.books.predictor.wrote(request_id, to_learn(receipt.outputs))
                 decode = partial(task.decode, encoded.plan, model, receipt.outputs)
-                receipt.results = await self._beside(receipt, Phase.POST, decode)
+                is_short = is_short and receipt.output_tokens <= _SHORT_TOKENS
+                receipt.results = await self._beside(receipt, Phase.POST, decode, is_short=is_short)
         self._tell_texts(request_id, results=[result.model_dump() for result in receipt.results])
         return receipt
 
@@ -299,8 +305,9 @@ class Service:
             raise InvalidValue(task.texts, f"holds {texts} texts; at most {most} are allowed")
         return task.choose(request, self.models), texts
 
-    async def _beside(self, receipt: Receipt, phase: Phase, work: Callable[[], T]) -> T:
-        """Do ``work`` on a thread of the pool, and record its CPU time as a step beside the executors."""
+    async def _beside(self, receipt: Receipt, phase: Phase, work: Callable[[], T], *, is_short: bool) -> T:
+        """Do ``work``, unless it is short on a thread of the pool, and record its CPU time as a step beside the
+        executors."""
 
         def timed() -> T:
             started_ns, cpu_ns = time.monotonic_ns(), time.thread_time_ns()
@@ -311,7 +318,7 @@ class Service:
                 done = (Work(receipt.request_id, phase, 0),)
                 self.account.record(Step(BESIDE, receipt.model.name, started_ns, time.monotonic_ns(), cpu_ns, done))
 
-        return await asyncio.to_thread(timed)
+        return timed() if is_short else await asyncio.to_thread(timed)
 
     @contextmanager
     def _submitted(self, model: Model, items: Sequence[Item]) -> Iterator[list[Ticket]]:

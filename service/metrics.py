@@ -4,7 +4,7 @@ Names follow text-embeddings-inference; joules end in ``_joules_total``, as Kepl
 """
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -25,6 +25,24 @@ _RELATIVE = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1, 2, 5)
 _TOKENS = (8, 32, 128, 512, 1024, 2048, 4096, 8192, 16384)
 
 
+MetricT = TypeVar("MetricT", Counter, Histogram)
+
+
+class _Labelled(Generic[MetricT]):
+    """A metric, by the values of its labels: the library's own look-up costs more than counting."""
+
+    def __init__(self, metric: MetricT) -> None:
+        self._metric = metric
+        self._known: dict[tuple[str, ...], MetricT] = {}
+
+    def __call__(self, *values: str) -> MetricT:
+        """Raises ``ValueError`` for the wrong number of values."""
+        child = self._known.get(values)
+        if child is None:
+            child = self._known[values] = self._metric.labels(*values)
+        return child
+
+
 class Metrics:
     """The metrics of one service. Methods may be called from any thread."""
 
@@ -33,33 +51,43 @@ class Metrics:
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self._registry = CollectorRegistry()
         by_model = ("task", "model")
-        self._requests = Counter(
-            "wattle_request_count", "Requests that are over.", (*by_model, "status"), registry=self._registry
+        self._requests = _Labelled(
+            Counter("wattle_request_count", "Requests that are over.", (*by_model, "status"), registry=self._registry)
         )
-        self._input_tokens = Counter("wattle_input_tokens", "Tokens read.", by_model, registry=self._registry)
-        self._output_tokens = Counter("wattle_output_tokens", "Tokens written.", by_model, registry=self._registry)
+        self._input_tokens = _Labelled(
+            Counter("wattle_input_tokens", "Tokens read.", by_model, registry=self._registry)
+        )
+        self._output_tokens = _Labelled(
+            Counter("wattle_output_tokens", "Tokens written.", by_model, registry=self._registry)
+        )
         self._queue = self._histogram("wattle_queue_duration_seconds", "From submission to the first step.", _SECONDS)
         self._inference = self._histogram("wattle_inference_duration_seconds", "From the first step on.", _SECONDS)
         self._duration = self._histogram("wattle_request_duration_seconds", "The whole request.", _SECONDS)
-        self._energy = Histogram(
-            "wattle_request_energy_joules",
-            "Allocated energy per request, as billed when it was over.",
-            (*by_model, "quality"),
-            buckets=_JOULES,
-            registry=self._registry,
+        self._energy = _Labelled(
+            Histogram(
+                "wattle_request_energy_joules",
+                "Allocated energy per request, as billed when it was over.",
+                (*by_model, "quality"),
+                buckets=_JOULES,
+                registry=self._registry,
+            )
         )
-        self._carbon = Counter(
-            "wattle_carbon_grams",
-            "CO2-equivalent of the allocated energy of requests, as billed when they were over.",
-            by_model,
-            registry=self._registry,
+        self._carbon = _Labelled(
+            Counter(
+                "wattle_carbon_grams",
+                "CO2-equivalent of the allocated energy of requests, as billed when they were over.",
+                by_model,
+                registry=self._registry,
+            )
         )
-        self._prediction = Histogram(
-            "wattle_energy_prediction_relative_error",
-            "|predicted - billed| / billed allocated energy, of requests that were predicted before they ran.",
-            by_model,
-            buckets=_RELATIVE,
-            registry=self._registry,
+        self._prediction = _Labelled(
+            Histogram(
+                "wattle_energy_prediction_relative_error",
+                "|predicted - billed| / billed allocated energy, of requests that were predicted before they ran.",
+                by_model,
+                buckets=_RELATIVE,
+                registry=self._registry,
+            )
         )
         self._loads = Histogram(
             "wattle_model_load_seconds",
@@ -74,15 +102,17 @@ class Metrics:
             ("model", "reason"),
             registry=self._registry,
         )
-        self._batch_size = Histogram(
-            "wattle_batch_next_size", "Rows of a step.", ("model",), buckets=_SIZES, registry=self._registry
+        self._batch_size = _Labelled(
+            Histogram("wattle_batch_next_size", "Rows of a step.", ("model",), buckets=_SIZES, registry=self._registry)
         )
-        self._batch_tokens = Histogram(
-            "wattle_batch_next_tokens",
-            "Tokens of a step, counted with padding.",
-            ("model",),
-            buckets=_TOKENS,
-            registry=self._registry,
+        self._batch_tokens = _Labelled(
+            Histogram(
+                "wattle_batch_next_tokens",
+                "Tokens of a step, counted with padding.",
+                ("model",),
+                buckets=_TOKENS,
+                registry=self._registry,
+            )
         )
 
     def watch_models(self, memory_bytes: Callable[[], int], waiting: Callable[[], int]) -> None:
@@ -115,34 +145,34 @@ class Metrics:
         if not step.work:
             return
         tokens = step.padding_tokens + sum(work.tokens for work in step.work)
-        self._batch_size.labels(step.model).observe(len(step.work))
-        self._batch_tokens.labels(step.model).observe(tokens)
+        self._batch_size(step.model).observe(len(step.work))
+        self._batch_tokens(step.model).observe(tokens)
 
     def request_over(self, charge: "Charge", status: str, elapsed_s: float) -> None:
         """Count a request, however it ended."""
         labels = (charge.task, charge.worker)
-        self._requests.labels(*labels, status).inc()
-        self._duration.labels(*labels).observe(elapsed_s)
+        self._requests(*labels, status).inc()
+        self._duration(*labels).observe(elapsed_s)
         if charge.outputs:
-            self._input_tokens.labels(*labels).inc(charge.input_tokens)
-            self._output_tokens.labels(*labels).inc(charge.output_tokens)
-            self._queue.labels(*labels).observe(charge.queue_ms / 1000)
-            self._inference.labels(*labels).observe(charge.compute_ms / 1000)
+            self._input_tokens(*labels).inc(charge.input_tokens)
+            self._output_tokens(*labels).inc(charge.output_tokens)
+            self._queue(*labels).observe(charge.queue_ms / 1000)
+            self._inference(*labels).observe(charge.compute_ms / 1000)
         if charge.bill.allocated_uj is not None:
-            self._energy.labels(*labels, charge.bill.quality).observe(charge.bill.allocated_uj / UJ_PER_J)
+            self._energy(*labels, charge.bill.quality).observe(charge.bill.allocated_uj / UJ_PER_J)
         if charge.bill.gco2e is not None:
-            self._carbon.labels(*labels).inc(charge.bill.gco2e)
+            self._carbon(*labels).inc(charge.bill.gco2e)
 
     def predicted(self, request: RequestRecord, relative_error: float) -> None:
         """Count a prediction that has met its bill."""
-        self._prediction.labels(request.task, request.model).observe(relative_error)
+        self._prediction(request.task, request.model).observe(relative_error)
 
     def exposition(self) -> bytes:
         """Everything, in Prometheus' text format."""
         return generate_latest(self._registry)
 
-    def _histogram(self, name: str, documentation: str, buckets: tuple[float, ...]) -> Histogram:
-        return Histogram(name, documentation, ("task", "model"), buckets=buckets, registry=self._registry)
+    def _histogram(self, name: str, documentation: str, buckets: tuple[float, ...]) -> _Labelled[Histogram]:
+        return _Labelled(Histogram(name, documentation, ("task", "model"), buckets=buckets, registry=self._registry))
 
 
 class _Live(Collector):

@@ -106,19 +106,24 @@ def energy_headers(energy: Energy) -> dict[str, str]:
 
 async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T | None:
     """The result of ``work``, or None once the client has disconnected; then ``work`` is cancelled."""
-    working, leaving = asyncio.create_task(work), asyncio.create_task(_departure(receive))
+    working = asyncio.current_task()
+    assert working is not None
+    leaving = asyncio.create_task(_departure(receive, working))
     try:
-        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
-        return working.result() if working.done() else None
+        return await work
+    except asyncio.CancelledError:
+        # Taken back where it came from the departure, and from nobody else.
+        if leaving.done() and not leaving.cancelled() and not working.uncancel():
+            return None
+        raise
     finally:
-        working.cancel()
         leaving.cancel()
-        await asyncio.gather(working, leaving, return_exceptions=True)
 
 
-async def _departure(receive: Receive) -> None:
+async def _departure(receive: Receive, working: "asyncio.Task[Any]") -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
+    working.cancel()
 
 
 def service_of(request: Request) -> Service:

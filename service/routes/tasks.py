@@ -31,6 +31,10 @@ class TaskResponse(BaseModel, Generic[ResultT]):
     energy: Energy
 
 
+_ANSWER = TaskResponse[BaseModel]
+"""Made once: making a class of a generic one costs more than answering."""
+
+
 def task_routes() -> APIRouter:
     """A route for every task of the tuple."""
     router = APIRouter(prefix="/v1", tags=["tasks"])
@@ -64,7 +68,7 @@ class Native:
 
     def whole(self, receipt: Receipt) -> dict[str, Any]:
         """See ``Script``."""
-        return TaskResponse[BaseModel](
+        return _ANSWER(
             id=receipt.request_id,
             model=receipt.model.name,
             results=list(receipt.results),

@@ -135,6 +135,10 @@ class Answer(Task[AnswerRequest, tuple[Asked, ...]]):
         grounded._found = tuple(map(tuple, found))
         return grounded
 
+    def letters(self, request: AnswerRequest) -> int:
+        read = request.context or [passage.text for found in request._found for passage in found]
+        return super().letters(request) + sum(map(len, read))
+
     def encode(self, request: AnswerRequest, model: Model, request_id: str) -> Encoded[tuple[Asked, ...]]:
         items: list[EncodeItem] = []
         asked = []

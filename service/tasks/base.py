@@ -151,6 +151,10 @@ class Task(ABC, Generic[RequestT, PlanT]):
         """How many texts the request counts as at the door."""
         return len(getattr(request, self.texts))
 
+    def letters(self, request: RequestT) -> int:
+        """How much text the request holds."""
+        return sum(map(len, getattr(request, self.texts)))
+
     def transcript(self, plan: PlanT, model: Model, number: int) -> Transcript | None:
         """What reads the text of an item while it is written; None where it is known only as a whole.
 

@@ -142,6 +142,9 @@ class Generate(Task[GenerateRequest, GeneratePlan]):
     def size(self, request: GenerateRequest) -> int:
         return len(request.input) * request.n
 
+    def letters(self, request: GenerateRequest) -> int:
+        return super().letters(request) + sum(len(turn.content) for turn in request.history)
+
     def encode(self, request: GenerateRequest, model: Model, request_id: str) -> Encoded[GeneratePlan]:
         chat = model.chat if request.chat else None
         should_stop = stopper(model.tokenizer, request.stop)
