@@ -17,9 +17,10 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "service": ("energy", "models.manifest", "models.config", "models.processor", "models.sentences", "models.heads"),
     "loadtests": ("energy.charts", "energy.sheet"),  # speaks HTTP, and draws its pages with the same plots
 }
-# Engines are compared with engines, so one worker runs ours without HTTP, in a process of its own.
+# Engines are compared with engines, so these run ours without HTTP, in processes of their own.
 EXCEPTIONS: dict[str, tuple[str, ...]] = {
     "loadtests/peers/wattle_worker.py": ("service.engine", "models.manifest"),
+    "loadtests/peers/engine_loop.py": ("service.engine", "models.manifest"),
 }
 # What serving loads must stay light.
 HEAVY = ("torch", "transformers")

@@ -29,11 +29,25 @@ def main() -> None:
     if not arguments.report:
         _measure(arguments, root, records)
     page = results.with_suffix(".md") if arguments.quick else arguments.page
-    page.write_text(report.render(records.all), encoding="utf-8")
+    before = page.read_text(encoding="utf-8") if page.exists() else ""
+    page.write_text(report.render(records.all, before), encoding="utf-8")
     print(f"written: {page}")
 
 
 def _measure(arguments: argparse.Namespace, root: Path, records: Records) -> None:
+    wanted = arguments.only or [""]
+    workloads = [workload for workload in WORKLOADS if any(each in workload.name for each in wanted)]
+    if workloads:
+        _measure_machine(root, records)
+        peers = [PEERS[name] for name in arguments.peers or PEERS]
+        least_s = 0.05 if arguments.quick else 0.4
+        plan = rounds.Plan(root, peers, workloads, arguments.rounds, least_s, all_settings=not arguments.quick)
+        rounds.measure(plan, records)
+    if any(each in "http" for each in wanted):
+        http_rounds.measure(root, arguments.rounds, records, _machine(), quick=arguments.quick)
+
+
+def _measure_machine(root: Path, records: Records) -> None:
     digest = weights.digest()
     if records.find("machine") and not records.find("machine", models=digest):
         raise SystemExit("the workloads have changed since the last run: begin again with --fresh")
@@ -41,15 +55,6 @@ def _measure(arguments: argparse.Namespace, root: Path, records: Records) -> Non
         print("measuring the machine's ceilings", flush=True)
         rates = ceilings.measure(python_of(root, "wattle"), ROOT)
         records.add("machine", models=digest, rates=rates, cache_bytes=ceilings.cache_bytes(), **_machine())
-    wanted = arguments.only or [""]
-    workloads = [workload for workload in WORKLOADS if any(each in workload.name for each in wanted)]
-    peers = [PEERS[name] for name in arguments.peers or PEERS]
-    least_s = 0.05 if arguments.quick else 0.4
-    plan = rounds.Plan(root, peers, workloads, arguments.rounds, least_s, all_settings=not arguments.quick)
-    if workloads:
-        rounds.measure(plan, records)
-    if any(each in "http" for each in wanted):
-        http_rounds.measure(root, arguments.rounds, records, quick=arguments.quick)
 
 
 def _end(number: int, frame: FrameType | None) -> None:

@@ -63,15 +63,19 @@ ENVIRONMENTS: Mapping[str, Environment] = {
             "onnx-ir==1.1.0",
         ),
     ),
-    "http": Environment(
-        ("litserve==0.2.19", "onnxruntime==1.32.0", "tokenizers==0.23.3", "aiohttp==3.14.5", "numpy==2.4.6")
-    ),
+    "http": Environment(("litserve==0.2.19", "onnxruntime==1.32.0", "tokenizers==0.23.3", "numpy==2.4.6")),
 }
 
 
 def python_of(root: Path, name: str) -> Path:
     """The interpreter of the environment ``name``; ``wattle`` is the project's own."""
     return Path(sys.executable) if name == "wattle" else root / "environments" / name / "bin" / "python"
+
+
+def version_of(name: str, package: str) -> str:
+    """Of a package in the environment ``name``, which pins it itself. Raises ``StopIteration`` for any other."""
+    pins = (pin.partition("==") for pin in ENVIRONMENTS[name].packages)
+    return next(number for pinned, _, number in pins if pinned == package)
 
 
 def make(root: Path, name: str) -> str | None:

@@ -15,7 +15,7 @@ import time
 from typing import Any
 from urllib.parse import urlsplit
 
-_WARM_UP_SHARE = 0.2
+WARM_UP_SHARE = 0.2
 """Of the time: answered, and not counted."""
 _HEAD_END = b"\r\n\r\n"
 _LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
@@ -29,7 +29,7 @@ class Load:
         self.address = urlsplit(url)
         self.requests = [_request(self.address.netloc, self.address.path, body) for body in bodies]
         self.clients = clients
-        self.counted_from_s = time.monotonic() + seconds * _WARM_UP_SHARE
+        self.counted_from_s = time.monotonic() + seconds * WARM_UP_SHARE
         self.end_s = time.monotonic() + seconds
         self.total = 0
         self.took_s: list[float] = []

@@ -1,7 +1,11 @@
-"""Measures through HTTP: the starters served by Wattle and by LitServe, the same clients taking turns at both."""
+"""Measures through HTTP: the starters served by Wattle and by LitServe, the same clients taking turns at both.
+
+Beside them Wattle's engine alone is asked the same by as many clients: what HTTP, tokenising and bills take from it.
+"""
 
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -17,7 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from loadtests.peers.environments import make, python_of
+from loadtests.peers.environments import make, python_of, version_of
 from loadtests.peers.power import Meter
 from loadtests.peers.processes import ROOT, Watch, WorkerFailed, cores, group_cpu_s
 from loadtests.peers.records import Record, Records
@@ -26,6 +30,11 @@ CLIENTS = (1, 8, 32, 64)
 _SENTENCES = Path(__file__).parent / "sentences.txt"
 _START_TIMEOUT_S = 90
 _MOST_BODIES = 64
+_SECONDS = 2.5
+"""Of a sample: with five rounds all of this takes some ten minutes."""
+_QUICK_SECONDS = 1.0
+ENGINE = "engine"
+"""The side that is no server."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,13 +144,15 @@ class Server:
             os.killpg(self._process.pid, number)
 
 
-def measure(root: Path, rounds: int, records: Records, *, quick: bool) -> None:
-    """Measure every endpoint at every number of clients that ``records`` does not hold yet."""
+def measure(root: Path, rounds: int, records: Records, machine: Record, *, quick: bool) -> None:
+    """Measure every endpoint at every number of clients that ``records`` does not hold yet, on ``machine``."""
     if failure := make(root, "http"):
         records.add("absent", peer="http", variant="", shape="", reason=failure)
         print(f"no comparison through HTTP: {failure}", flush=True)
         return
-    seconds = 1.0 if quick else 3.0
+    seconds = _QUICK_SECONDS if quick else _SECONDS
+    if not records.find("http machine"):
+        records.add("http machine", litserve=version_of("http", "litserve"), **machine)
     for endpoint in ENDPOINTS:
         try:
             best = {
@@ -193,10 +204,13 @@ def _rounds(
         servers: dict[tuple[str, Setting], Server] = {}
         for clients in CLIENTS:
             for number in range(rounds):
-                sides = list(best) if number % 2 == 0 else list(best)[::-1]
-                for side in sides:
+                sides = [*best, ENGINE]
+                for side in sides if number % 2 == 0 else sides[::-1]:
                     fields = {"endpoint": endpoint.name, "clients": clients, "side": side, "round": number}
                     if records.find("http sample", **fields):
+                        continue
+                    if side == ENGINE:
+                        records.add("http sample", **fields, **_engine_sample(root, endpoint, clients, seconds))
                         continue
                     setting = best[side][clients]
                     if (side, setting) not in servers:
@@ -216,7 +230,7 @@ def _start(root: Path, side: str, endpoint: Endpoint, setting: Setting) -> Serve
     port = _free_port()
     log = root / "logs" / f"{side}-server.log"
     log.parent.mkdir(exist_ok=True)
-    starter = ROOT / "models" / "starters" / endpoint.starter
+    starter = _starter(endpoint)
     if side == "wattle":
         command = [
             str(python_of(root, "wattle")),
@@ -254,8 +268,41 @@ def _sample(root: Path, server: Server, side: str, endpoint: Endpoint, clients: 
     }
 
 
+def _engine_sample(root: Path, endpoint: Endpoint, clients: int, seconds: float) -> Record:
+    order = {"folder": str(_starter(endpoint)), "texts": _texts(), "clients": clients, "seconds": seconds}
+    watch, started_s = Watch(), time.monotonic()
+    command = [str(python_of(root, "wattle")), "-m", "loadtests.peers.engine_loop", json.dumps(order)]
+    before_s = _children_cpu_s()
+    driven: dict[str, Any] = json.loads(subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, check=True).stdout)
+    elapsed_s, cpu_s = time.monotonic() - started_s, driven["cpu_s"]
+    energy = Meter().energy(cpu_s, seconds, len(cores()))
+    return {
+        "setting": Setting(len(cores()), 1, 0).text,
+        "per_s": driven["per_s"],
+        "p50_s": driven["p50_s"],
+        "p95_s": driven["p95_s"],
+        "server_cpu_s": cpu_s / driven["all_requests"],
+        "joules": energy.joules / driven["all_requests"],
+        "quality": energy.quality,
+        "foreign_cores": watch.foreign_cores(_children_cpu_s() - before_s, elapsed_s),
+    }
+
+
+def _children_cpu_s() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def _starter(endpoint: Endpoint) -> Path:
+    return ROOT / "models" / "starters" / endpoint.starter
+
+
+def _texts() -> list[str]:
+    return _SENTENCES.read_text(encoding="utf-8").splitlines()[:_MOST_BODIES]
+
+
 def _drive(root: Path, server: Server, side: str, endpoint: Endpoint, clients: int, seconds: float) -> dict[str, Any]:
-    texts = _SENTENCES.read_text(encoding="utf-8").splitlines()[:_MOST_BODIES]
+    texts = _texts()
     if side == "wattle":
         url, bodies = server.url + endpoint.wattle_path, [{"input": text, **endpoint.parameters} for text in texts]
     else:

@@ -1,5 +1,6 @@
 """Writes the page of the benchmarks from the records. Measures nothing."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -46,6 +47,9 @@ _READING = f"""## How to read the tables
 
 _LAST = ("ceiling", "J/query", "foreign")
 _ENDS = ("same answers", "J/query", "foreign")
+_SIDES = {"wattle": "Wattle", "litserve": "LitServe", "engine": "Wattle's engine alone"}
+_HTTP_TITLE = "## Through HTTP"
+_VERSIONS_TITLE = "## Versions"
 
 
 @dataclass(frozen=True)
@@ -70,17 +74,26 @@ class _Row:
         return Figure(self.peer, self.speed, self.agreed["mean"])
 
 
-def render(records: Sequence[Record]) -> str:
-    """The page. Raises ``SystemExit`` where nothing was measured."""
+def render(records: Sequence[Record], page: str = "") -> str:
+    """The page. Servers are measured apart from engines: of which nothing was measured, that stays as ``page`` has it.
+
+    Raises ``SystemExit`` where nothing was measured.
+    """
     machine = next((record for record in records if record["record"] == "machine"), None)
+    before = _part(page, _HTTP_TITLE)
+    http = _http(records) or before
     if machine is None:
-        raise SystemExit("nothing was measured yet: run `make bench`")
+        if not _http(records):
+            raise SystemExit("nothing was measured yet: run `make bench`")
+        rest = page.replace(before, "") if before else page
+        engines, versions, last = rest.partition(_VERSIONS_TITLE)
+        return f"{engines.rstrip() or _HEAD.rstrip()}\n\n{http}" + (f"\n{versions}{last}" if versions else "")
     parts = [_HEAD, _machine(machine), _READING]
     for workload in WORKLOADS:
         rows = list(_rows(workload, records))
         if rows:
             parts.append(_table(workload, rows, machine))
-    parts += [*_http(records), _versions(records), _absent(records)]
+    parts += [http, _versions(records), _absent(records)]
     return "\n".join(part for part in parts if part)
 
 
@@ -148,56 +161,72 @@ Python {machine["python"]}, {machine["system"]}. Measured before the rounds, on 
 """
 
 
-def _http(records: Sequence[Record]) -> Iterator[str]:
+def _http(records: Sequence[Record]) -> str:
+    """The part on servers; empty where none was measured."""
     samples = [record for record in records if record["record"] == "http sample"]
+    if not samples:
+        return ""
+    machine = next(record for record in records if record["record"] == "http machine")
+    parts = [
+        f"""{_HTTP_TITLE}
+
+{machine["date"]}: {machine["processor"]}, {machine["cores"]} cores, Python {machine["python"]}, {machine["system"]}.
+
+Clients in a closed loop, on the same cores as the server, each with a connection that it keeps. LitServe
+{machine["litserve"]} runs the starter's own graphs and tokenizer on ONNX Runtime, at the fastest of its settings for
+each number of clients: workers x threads, and how many texts it computes together. Wattle runs as `make serve` starts
+it, bills and all. The engine alone gets the same texts as token ids, as many at once as there are clients, without
+HTTP. Translation is greedy.
+"""
+    ]
     for endpoint in dict.fromkeys(sample["endpoint"] for sample in samples):
+        titles = ("clients", "server", "requests/s", "least to most", "p50 ms", "p95 ms", "setting")
         lines = [
             f"### {endpoint} through HTTP",
             "",
-            *_header(
-                "clients", "server", "requests/s", "least to most", "p50 ms", "p95 ms", "setting", "ratio", *_ENDS
-            ),
+            *_header(*titles, "ratio to LitServe", "of the engine", "CPU ms/request", *_ENDS),
         ]
         for clients in dict.fromkeys(sample["clients"] for sample in samples):
-            lines += _http_rows(
-                [each for each in samples if (each["endpoint"], each["clients"]) == (endpoint, clients)]
-            )
-        yield "\n".join(
-            [
-                *lines,
-                "",
-                "Clients in a closed loop, on the same cores as the server. LitServe runs the starter's own graphs on "
-                "ONNX Runtime; Wattle runs as `make serve` starts it, bills and all. Translation is greedy.",
-                "",
-            ]
-        )
+            found = [each for each in samples if (each["endpoint"], each["clients"]) == (endpoint, clients)]
+            lines += _http_rows(found)
+        rounds = min(Counter((each["endpoint"], each["clients"], each["side"]) for each in samples).values())
+        parts.append("\n".join([*lines, "", f"Rounds: {rounds}.", ""]))
+    return "\n".join(parts)
 
 
 def _http_rows(samples: Sequence[Record]) -> Iterator[str]:
-    sides = {side: [each for each in samples if each["side"] == side] for side in ("wattle", "litserve")}
+    sides = {side: [each for each in samples if each["side"] == side] for side in _SIDES}
     if not all(sides.values()):
         return
     speeds = {side: spread([each["per_s"] for each in found]) for side, found in sides.items()}
-    answers = {side: {k: v for each in found for k, v in each["answers"].items()} for side, found in sides.items()}
+    asked = ("wattle", "litserve")
+    answers = {side: {k: v for each in sides[side] for k, v in each["answers"].items()} for side in asked}
     same = same_share(answers["wattle"], answers["litserve"])
-    for side, title in (("wattle", "Wattle"), ("litserve", "LitServe")):
-        found, speed = sides[side], speeds[side]
-        ours = side == "wattle"
+    for side, found in sides.items():
+        speed, ours = speeds[side], side == "wattle"
         foreign = spread([each["foreign_cores"] for each in found])
         cells = [
             str(found[0]["clients"]),
-            title,
+            _SIDES[side],
             _number(speed.median),
             f"{_number(speed.least)} to {_number(speed.most)}",
             _number(spread([each["p50_s"] for each in found]).median * 1e3),
             _number(spread([each["p95_s"] for each in found]).median * 1e3),
             found[0]["setting"],
             f"**{_number(speed.median / speeds['litserve'].median)}**" if ours else "",
+            f"{speed.median / speeds['engine'].median:.0%}" if ours else "",
+            _number(spread([each["server_cpu_s"] for each in found]).median * 1e3),
             f"{same:.0%}" if ours and same is not None else "",
             f"{_number(spread([each['joules'] for each in found]).median)} {found[0]['quality']}",
             f"{foreign.median:.2f} ({foreign.most:.2f})",
         ]
         yield f"| {' | '.join(cells)} |"
+
+
+def _part(page: str, title: str) -> str:
+    """The part of a page that begins with ``title``, a heading of the second level; empty where there is none."""
+    _, found, rest = page.partition(f"{title}\n")
+    return (found + rest.partition("\n## ")[0]).rstrip() + "\n" if found else ""
 
 
 def _versions(records: Sequence[Record]) -> str:
@@ -209,7 +238,7 @@ def _versions(records: Sequence[Record]) -> str:
         f"- {title}: {', '.join(f'{name} {number}' for name, number in versions.items())}"
         for title, versions in found.items()
     ]
-    return "\n".join(["## Versions", "", *lines, ""]) if lines else ""
+    return "\n".join([_VERSIONS_TITLE, "", *lines, ""]) if lines else ""
 
 
 def _absent(records: Sequence[Record]) -> str:

@@ -79,7 +79,7 @@ def test_the_machine_the_versions_and_who_is_missing_are_told() -> None:
     assert "too early" not in page
 
 
-def http_sample(side: str, per_s: float, answers: dict[str, str]) -> dict[str, Any]:
+def http_sample(side: str, per_s: float, answers: dict[str, str] | None) -> dict[str, Any]:
     return {
         "record": "http sample",
         "endpoint": "sentiment",
@@ -90,21 +90,47 @@ def http_sample(side: str, per_s: float, answers: dict[str, str]) -> dict[str, A
         "per_s": per_s,
         "p50_s": 0.01,
         "p95_s": 0.02,
+        "server_cpu_s": 0.004,
         "joules": 0.5,
         "quality": "estimated",
         "foreign_cores": 0.0,
-        "answers": answers,
+        **({} if answers is None else {"answers": answers}),
     }
 
 
-def test_servers_stand_side_by_side() -> None:
-    samples = [
-        http_sample("wattle", 300, {"0": "positive", "1": "neutral"}),
-        http_sample("litserve", 200, {"0": "positive", "1": "negative"}),
-    ]
-    page = render([MACHINE, *samples])
-    assert row(page, "8 | Wattle")[2:9] == ["300", "300 to 300", "10", "20", "2 x 1", "**1.5**", "50%"]
+HTTP_MACHINE = {
+    "record": "http machine",
+    "litserve": "0.2",
+    "date": "2026-11-25",
+    "processor": "another",
+    "cores": 2,
+    "python": "3.11",
+    "system": "Linux",
+}
+SERVERS = [
+    HTTP_MACHINE,
+    http_sample("wattle", 300, {"0": "positive", "1": "neutral"}),
+    http_sample("litserve", 200, {"0": "positive", "1": "negative"}),
+    http_sample("engine", 400, None),
+]
+
+
+def test_servers_stand_side_by_side_and_beside_the_engine() -> None:
+    page = render(SERVERS)
+    assert row(page, "8 | Wattle |")[2:11] == ["300", "300 to 300", "10", "20", "2 x 1", "**1.5**", "75%", "4", "50%"]
     assert row(page, "8 | LitServe")[7:9] == ["", ""]
+    assert row(page, "8 | Wattle's engine alone")[2] == "400"
+    assert "LitServe\n0.2 runs" in page and "another, 2 cores" in page
+
+
+def test_what_was_not_measured_stays_as_the_page_has_it() -> None:
+    engines = render(RECORDS)
+    both = render(SERVERS, engines)
+    for part in (*engines.split("\n## "), "another, 2 cores"):
+        assert part.strip() in both
+    # Measured again, each part replaces itself alone.
+    assert render(SERVERS, both) == both
+    assert render(RECORDS, both) == render([*RECORDS, *SERVERS])
 
 
 def test_without_a_measurement_there_is_no_page() -> None:
