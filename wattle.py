@@ -28,6 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def serve(flags: dict[str, str]) -> int:
     """Serve the models over HTTP until SIGTERM or SIGINT."""
+    from service.engine.devices import DeviceUnavailable
     from service.keys import KeysFileError
     from service.server import CannotListen
     from service.server import serve as run
@@ -35,7 +36,7 @@ def serve(flags: dict[str, str]) -> int:
 
     try:
         return run(read_settings(**flags))
-    except (CannotListen, KeysFileError) as error:
+    except (CannotListen, KeysFileError, DeviceUnavailable) as error:
         return _fail(str(error), 1)
     except ValueError as error:
         return _fail(str(error), 2)

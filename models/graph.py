@@ -7,7 +7,7 @@ bias where there is an array of that name, and an output layer of its own where 
 comments: ``b`` rows, ``s`` tokens of a chunk, ``n`` real tokens of all rows, ``c`` capacity of a buffer, ``d`` model
 width, ``h`` heads, ``g`` heads of keys and values (``h`` where no query heads share one), ``e`` head size.
 
-Inputs are int64 and padded on the right; outputs are float32.
+Inputs are int64 and padded on the right; outputs are float32 unless said otherwise.
 
 - ``model.onnx`` (encoder): ``input_ids`` (b, s), ``lengths`` (b,), with the bert style ``token_types`` (b, s)
   -> ``logits``: (b, labels), or (b, s, 2) of a span head, or (b, d) of an embed head; with l ``vector_layers``
@@ -35,10 +35,13 @@ All graphs of a folder share ``weights.bin``, in which every array lies once. A 
 
 - ``rowwise``: 8 bits, one float32 scale for each output; a token's activations are quantised with one scale too, and
   products are sums of integers (MatMulIntegerToFloat): twice as fast as blocks on batches.
+- ``float16``: for GPUs: half-precision weights, hidden states, keys and values (``k_{i}``, ``cross_k_{i}`` and their
+  like are float16 too). Its decoder has one more output, ``tokens`` (b,), int64: the likeliest word of each row, so
+  that logits need not leave the device.
 - ``blockwise``: rows cut into blocks of ``block_size`` with a scale each (MatMulNBits), of 8 or 4 bits: more exact,
   and faster on a single token.
 
-Token and position embeddings always have 8 bits.
+Token and position embeddings of the last two always have 8 bits.
 
 A row gives the same bits alone as in any batch, measured on a CPU with AVX-512, as long as blocks have 64 numbers or
 fewer (of 128, MatMulNBits sums a single row in another order), buffers hold a multiple of ``KEY_BLOCK`` (of a source:
@@ -62,11 +65,12 @@ _OPSETS = {"": 24, "com.microsoft": 1}
 EMBEDDING_BLOCK = 64
 """Numbers of a table that share a scale in the blockwise scheme."""
 _ALIGNMENT = 64
+_FLOAT = ir.DataType.FLOAT
 
 KEY_BLOCK = 16
 """Buffers hold a multiple of this many tokens, so that one query sums over them in whole groups of four."""
 
-Scheme = Literal["none", "blockwise", "rowwise"]
+Scheme = Literal["none", "float16", "blockwise", "rowwise"]
 
 
 def write_graphs(
@@ -155,6 +159,8 @@ class _Store:
         self, path: Path, weights: Mapping[str, NDArray[np.float32]], scheme: Scheme, bits: int, block_size: int
     ) -> None:
         self.weights, self.scheme = weights, scheme
+        self.float_type = ir.DataType.FLOAT16 if scheme == "float16" else ir.DataType.FLOAT
+        """Of hidden states, and of weights that are not quantised."""
         self._bits, self._block_size = bits, block_size
         self._path, self._file = path, path.open("wb")
         self._offsets: dict[str, int] = {}
@@ -168,8 +174,8 @@ class _Store:
         self._file.close()
 
     def plain(self, name: str, *, transposed: bool = False) -> ir.ExternalTensor:
-        """A weight as float32; ``transposed`` is another array, with a place of its own."""
-        weight = self.weights[name]
+        """A weight as it is, or in half precision; ``transposed`` is another array, with a place of its own."""
+        weight = self.weights[name].astype(self.float_type.numpy(), copy=False)
         return self._tensor(name + ".T", weight.T) if transposed else self._tensor(name, weight)
 
     def blocks(self, name: str) -> _Blocks:
@@ -207,7 +213,7 @@ class _Store:
         return self._blocks[name]
 
     def _tensor(
-        self, key: str, array: NDArray[np.float32] | NDArray[np.uint8] | NDArray[np.int8], alias: str | None = None
+        self, key: str, array: NDArray[np.floating] | NDArray[np.uint8] | NDArray[np.int8], alias: str | None = None
     ) -> ir.ExternalTensor:
         """Write ``array`` unless ``key`` has been written; ``alias`` names the same bytes under another shape."""
         if key not in self._offsets:
@@ -272,6 +278,14 @@ class _Graph:
     def constant(self, value: float | list[int] | list[float], dtype: type[np.generic] = np.int64) -> ir.Value:
         array = np.asarray(value, dtype)
         return self._initializer(ir.tensor(array, name=f"{array.dtype.name}_{array.tolist()}"))
+
+    def number(self, value: float) -> ir.Value:
+        """A constant for hidden states."""
+        return self.constant(value, self.store.float_type.numpy().type)
+
+    def cast(self, x: ir.Value, dtype: ir.DataType) -> ir.Value:
+        """``x``, in whichever of the two precisions it is, in ``dtype``."""
+        return x if self.store.float_type is ir.DataType.FLOAT else self.op("Cast", x, to=dtype)
 
     def weight(self, name: str) -> ir.Value:
         return self._initializer(self.store.plain(name))
@@ -372,7 +386,7 @@ class _Graph:
 
     def lookup(self, table: str, ids: ir.Value) -> ir.Value:
         """Rows ``ids`` (m,) of the embedding ``table`` (n, d)."""
-        if self.store.scheme == "none":
+        if self.store.scheme in ("none", "float16"):
             return self.op("Gather", self.weight(table), ids)
         if self.store.scheme == "rowwise":
             rows = self.store.rows(table)
@@ -413,7 +427,7 @@ class _Network(_Graph):
         """(m,) -> (m, d); ``positions`` and ``token_types`` are (m,)."""
         x, style = self.lookup("embed.token.weight", ids), self.config.style
         if style in ("modern", "marian"):
-            x = self.op("Mul", x, self.constant(self.config.d_model**0.5, np.float32))
+            x = self.op("Mul", x, self.number(self.config.d_model**0.5))
         if not self.config.rotates:
             x = self.op("Add", x, self.lookup("embed.position.weight", positions))
         if token_types is not None:
@@ -490,7 +504,7 @@ class _Network(_Graph):
         frequencies = self.config.rope_base ** (-np.arange(half) / half)
         every = self.op("Cast", self.range(self.constant(self.config.max_positions)), to=ir.DataType.DOUBLE)
         angle = self.op("Mul", self.unsqueeze(every, 1), self.constant(frequencies.tolist(), np.float64))
-        cos, sin = (self.op("Cast", self.op(op, angle), to=ir.DataType.FLOAT) for op in ("Cos", "Sin"))
+        cos, sin = (self.op("Cast", self.op(op, angle), to=self.store.float_type) for op in ("Cos", "Sin"))
         return cos, sin, positions
 
 
@@ -582,8 +596,11 @@ class _Encoder(_Network):
         """(n, d) -> (b, d), over the real tokens of each row."""
         x = self.padded(x)
         # A product with the mask adds in the order of the tokens; ReduceSum's order depends on how many there are.
+        # In single precision: half of it would lose the last of many tokens.
+        x = self.cast(x, ir.DataType.FLOAT)
         total = self.op("Squeeze", self.op("MatMul", self.unsqueeze(self.is_real, 1), x), self.constant([1]))
-        return self.op("Div", total, self.unsqueeze(self.op("Cast", self.lengths, to=ir.DataType.FLOAT), 1))
+        mean = self.op("Div", total, self.unsqueeze(self.op("Cast", self.lengths, to=ir.DataType.FLOAT), 1))
+        return self.cast(mean, self.store.float_type)
 
 
 def _encoder(config: TransformerConfig, store: _Store) -> _Network:
@@ -592,13 +609,13 @@ def _encoder(config: TransformerConfig, store: _Store) -> _Network:
     if config.vector_layers:
         g.output(g.vector(), "vector", "rows", len(config.vector_layers) * config.d_model)
     if config.head == "span":
-        g.output(g.padded(g.linear(x, "head.out", plain=True)), "logits", "rows", "tokens", 2)
+        g.output(g.cast(g.padded(g.linear(x, "head.out", plain=True)), _FLOAT), "logits", "rows", "tokens", 2)
         return g
     pooled = g.pool(x)
     if config.head == "embed":
-        g.output(pooled, "logits", "rows", config.d_model)
+        g.output(g.cast(pooled, _FLOAT), "logits", "rows", config.d_model)
     else:
-        g.output(g.linear(pooled, "head.out", plain=True), "logits", "rows", config.n_labels)
+        g.output(g.cast(g.linear(pooled, "head.out", plain=True), _FLOAT), "logits", "rows", config.n_labels)
     return g
 
 
@@ -609,9 +626,8 @@ def _source_encoder(config: TransformerConfig, store: _Store) -> _Network:
         name = f"decoder.{i}.cross"
         k, v = g.ops("Split", g.linear(memory, name + ".kv"), n_outputs=2, axis=-1, num_outputs=2)
         for part, x in (("k", g.head_norm(k, config.n_heads, name + ".k_norm")), ("v", v)):
-            g.output(
-                g.split_heads(g.padded(x)), f"cross_{part}_{i}", "rows", config.n_heads, "tokens", config.head_dim
-            )
+            shape = ("rows", config.n_heads, "tokens", config.head_dim)
+            g.output(g.split_heads(g.padded(x)), f"cross_{part}_{i}", *shape, dtype=store.float_type)
     return g
 
 
@@ -629,7 +645,7 @@ def _decoder(config: TransformerConfig, store: _Store) -> _Network:
 
     def buffers(kind: str, layer: int | str, rows: str, capacity: str) -> list[ir.Value]:
         shape = (rows, config.kv_heads, capacity, config.head_dim)
-        return [g.input(f"{kind}{part}_{layer}", *shape, dtype=ir.DataType.FLOAT) for part in ("k", "v")]
+        return [g.input(f"{kind}{part}_{layer}", *shape, dtype=store.float_type) for part in ("k", "v")]
 
     before = [buffers("", i, "rows", "capacity") for i in range(config.n_decoder_layers)]
     attend_to: Callable[[ir.Value, ir.Value, ir.Value, int], list[ir.Value]]
@@ -666,7 +682,8 @@ def _decoder(config: TransformerConfig, store: _Store) -> _Network:
         layer = int(name.split(".")[1])
         x, *updated = attend_to(*g.queries_keys_values(x, name, chunk, rotary), layer)
         for part, buffer in zip(("k", "v"), updated, strict=True):
-            g.output(buffer, f"new_{part}_{layer}", "rows", config.kv_heads, "capacity", config.head_dim)
+            shape = ("rows", config.kv_heads, "capacity", config.head_dim)
+            g.output(buffer, f"new_{part}_{layer}", *shape, dtype=store.float_type)
         return g.linear(g.op("Reshape", x, g.constant([-1, config.d_model])), name + ".out")
 
     branches: dict[str, _Branch] = {"attn": attend, "ffn": g.feed_forward}
@@ -691,7 +708,7 @@ def _decoder(config: TransformerConfig, store: _Store) -> _Network:
     if config.extract_head:
         hidden = g.norm(x, "decoder_norm") if g.pre_norm else x
         scores = g.op("Reshape", g.linear(hidden, "head.extract", plain=True), g.op("Shape", ids))
-        g.output(scores, "extract_logits", "rows", "tokens")
+        g.output(g.cast(scores, _FLOAT), "extract_logits", "rows", "tokens")
     # The last real token is picked before the output layer, the widest of all.
     row_starts = g.op("Mul", g.range(g.size(ids, 0)), n_tokens)
     x = g.op("Gather", x, g.op("Sub", g.op("Add", row_starts, lengths), g.constant(1)))
@@ -704,7 +721,10 @@ def _decoder(config: TransformerConfig, store: _Store) -> _Network:
     x = g.linear(x, "head.out") if own_output else g.linear_tied(x, "embed.token.weight")
     if "head.word_bias" in store.weights:
         x = g.op("Add", x, g.weight("head.word_bias"))
+    x = g.cast(x, _FLOAT)
     g.output(x, "logits", "rows", config.vocab_size)
+    if store.scheme == "float16":
+        g.output(g.op("ArgMax", x, axis=1, keepdims=0), "tokens", "rows", dtype=ir.DataType.INT64)
     return g
 
 

@@ -5,6 +5,7 @@ import logging
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from fastapi import FastAPI, Request
@@ -31,7 +32,9 @@ from service.classifiers.store import Classifiers
 from service.core import Service
 from service.door import Door
 from service.edge import Bounds, Edge
+from service.engine.devices import gpus
 from service.engine.engine import Engine, engine_settings
+from service.engine.loading import check_device
 from service.errors import TABLE, WattleError, render
 from service.gate import TIMEOUT_HEADER, Gate, document_gate
 from service.keys import Keyring
@@ -152,7 +155,7 @@ def build_service(settings: Settings) -> Iterator[Service]:
                 engine,
                 metrics,
                 roots=settings.models,
-                check=check_manifest,
+                check=partial(check_model, settings),
                 on_load=lambda model: _recalibrate(coefficients, model, settings.state),
                 max_bytes=None if settings.max_models_mb is None else settings.max_models_mb * 1_000_000,
                 pinned=() if embedder is None else (embedder.name,),
@@ -187,7 +190,7 @@ def build_service(settings: Settings) -> Iterator[Service]:
 
 def open_models(settings: Settings) -> Models:
     """The models that ``settings`` name; logs those that are refused."""
-    models = load_models(settings.models, check_manifest, settings.model_aliases)
+    models = load_models(settings.models, partial(check_model, settings), settings.model_aliases)
     for refusal in models.refused:
         _log.error("refused the model %s: %s", refusal.folder_name, refusal.reason)
     for alias, name in settings.model_aliases.items():
@@ -250,7 +253,7 @@ def open_account(
         choice.meter,
         carbon,
         ledger,
-        executors=settings.executors,
+        executors=settings.executors + len(gpus(engine_settings(settings))),
         coefficients=coefficients,
         owner=Owner(settings.state),
         on_settled=on_settled,
@@ -258,6 +261,12 @@ def open_account(
     if settings.daily_budget_j is not None and account.quality is Quality.UNAVAILABLE:
         _log.warning("no energy meter is read, so the daily budget of %g J cannot be kept", settings.daily_budget_j)
     return account
+
+
+def check_model(settings: Settings, manifest: Manifest) -> None:
+    """Raise ``ArtefactError`` for a model that cannot be served as ``settings`` want it to be."""
+    check_manifest(manifest)
+    check_device(manifest, engine_settings(settings))
 
 
 def check_manifest(manifest: Manifest) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.registry import Collector
 
 from energy.account import Totals
@@ -25,7 +26,7 @@ _RELATIVE = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1, 2, 5)
 _TOKENS = (8, 32, 128, 512, 1024, 2048, 4096, 8192, 16384)
 
 
-MetricT = TypeVar("MetricT", Counter, Histogram)
+MetricT = TypeVar("MetricT", bound=MetricWrapperBase)
 
 
 class _Labelled(Generic[MetricT]):

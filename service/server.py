@@ -10,6 +10,8 @@ import uvicorn
 from fastapi import FastAPI
 
 from service.app import create_app
+from service.engine.devices import gpus
+from service.engine.engine import engine_settings
 from service.models import Models
 from service.settings import Settings
 
@@ -37,11 +39,13 @@ class _Server(uvicorn.Server):
 def serve(settings: Settings) -> int:
     """Serve until SIGTERM or SIGINT, finish what runs, and return the exit status.
 
-    Raises ``CannotListen`` and ``KeysFileError``.
+    Raises ``CannotListen``, ``KeysFileError`` and ``DeviceUnavailable``.
     """
     may_be_reached = settings.insecure or settings.api_keys_file is not None
     with _listen(settings.host, settings.port, may_be_reached) as listener:
         logging.config.dictConfig(_logging(settings.log_level.upper()))
+        # Known before anything is loaded.
+        gpus(engine_settings(settings))
         app = create_app(settings)
         sys.setswitchinterval(_TURN_S)
         config = uvicorn.Config(

@@ -115,6 +115,16 @@ class Settings(BaseSettings):
         ge=1,
         description="Groups of cores that compute side by side; by default as many as the cores allow.",
     )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto",
+        description="Where models run: `cuda` is GPUs, `auto` those models that are stored as float16 on GPUs where "
+        "there are any, and the others on the processor.",
+    )
+    gpus: Annotated[tuple[int, ...], NoDecode] = Field(
+        (0,),
+        min_length=1,
+        description="Which GPUs, as `0,1`, in the order in which NVIDIA's driver counts them; one executor each.",
+    )
     meter: Literal["auto", "nvml", "powercap", "estimate", "none"] = Field(
         "auto", description="Where joules are read from; auto takes the best that this machine lets us read."
     )
@@ -188,6 +198,16 @@ class Settings(BaseSettings):
     @classmethod
     def _list(cls, value: Any) -> Any:
         return tuple(filter(None, map(str.strip, value.split(",")))) if isinstance(value, str) else value
+
+    @field_validator("gpus", mode="before")
+    @classmethod
+    def _number(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        numbers = [number.strip() for number in value.split(",")]
+        if not all(number.isdecimal() for number in numbers) or len(set(numbers)) < len(numbers):
+            raise ValueError("must be the numbers of GPUs, each once, separated by commas")
+        return tuple(map(int, numbers))
 
     @field_validator("model_aliases", mode="before")
     @classmethod

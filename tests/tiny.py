@@ -132,7 +132,8 @@ def write_tiny(
     (folder / "README.md").write_text(f"# A tiny {kind} model with random weights, for tests\n")
     config = tiny_config(kind, vocab_size=tokenizer.get_vocab_size(), max_positions=max_positions)
     write_graphs(folder, config, weights_of(tiny_transformer(config, seed)), scheme, bits, block_size)
-    quantised = Quantisation(scheme=scheme, bits=bits, block_size=block_size) if scheme == "blockwise" else None
+    bits_stored = {"none": 32, "float16": 16, "rowwise": 8, "blockwise": bits}[scheme]
+    stored = Quantisation(scheme=scheme, bits=bits_stored, block_size=block_size if scheme == "blockwise" else 0)
     writes = kind in WRITERS
     return write_manifest(
         folder,
@@ -149,6 +150,6 @@ def write_tiny(
             labels=LABELS if kind == "classify" else (),
             generation=GenerationDefaults(max_tokens=16) if writes else None,
             chat_template=chat_template,
-            quantisation=quantised or Quantisation(scheme="none"),
+            quantisation=stored,
         ),
     )

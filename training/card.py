@@ -37,12 +37,14 @@ def write_card(folder: Path, manifest: Manifest) -> None:
         parent = manifest.parent
         lines.append(f"- {parent.relation.capitalize()} from {parent.name} ({parent.licence}). {parent.note}".rstrip())
     if stored.scheme != "none":
-        scales = (
-            f"in blocks of {stored.block_size}" if stored.scheme == "blockwise" else "with a scale for each output"
-        )
+        scales = {
+            "float16": "in half precision",
+            "rowwise": "with a scale for each output",
+            "blockwise": f"in blocks of {stored.block_size}",
+        }
         lines.append(
-            f"- Stored with {stored.bits} bits a weight {scales}; against float32 the logits' cosine is "
-            f"{stored.parity_cosine}, their largest difference {stored.parity_max_error}"
+            f"- Stored with {stored.bits} bits a weight {scales[stored.scheme]}; against float32 the logits' cosine "
+            f"is {stored.parity_cosine}, their largest difference {stored.parity_max_error}"
         )
     lines += ["", "## Scores", ""]
     if manifest.scores:

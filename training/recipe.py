@@ -187,12 +187,13 @@ class Storage(_Part):
     @property
     def bits_per_weight(self) -> int:
         """Of a matrix."""
-        return {"none": 32, "rowwise": 8, "blockwise": self.bits}[self.scheme]
+        return {"none": 32, "float16": 16, "rowwise": 8, "blockwise": self.bits}[self.scheme]
 
     @property
     def bytes_per_parameter(self) -> float:
         """About; the scales of the rowwise scheme are too few to count."""
-        return {"none": 4.0, "rowwise": 1.0, "blockwise": self.bits / 8 + 4 / self.block_size}[self.scheme]
+        in_blocks = self.bits / 8 + 4 / self.block_size
+        return {"none": 4.0, "float16": 2.0, "rowwise": 1.0, "blockwise": in_blocks}[self.scheme]
 
 
 class ExportRecipe(Storage):

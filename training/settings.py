@@ -56,7 +56,8 @@ class Settings(BaseSettings):
     )
     scheme: Scheme = Field(
         "rowwise",
-        description="How weights are stored: rowwise (8 bits), blockwise (8 or 4 bits) or none (32 bits).",
+        description="How weights are stored: rowwise (8 bits), blockwise (8 or 4 bits), float16 (for GPUs) or none "
+        "(32 bits).",
     )
     bits: Literal["8", "4"] = Field("8", description="Bits of a weight of the blockwise scheme.")
     block_size: Literal["16", "32", "64"] = Field(

@@ -12,6 +12,7 @@ import json
 import re
 import sys
 import time
+from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -104,12 +105,9 @@ async def drive(url: str, bodies: list[dict[str, Any]], clients: int, seconds: f
     """Requests for ``seconds``; what is in flight at the end is not counted."""
     load, loop = Load(url, bodies, clients, seconds), asyncio.get_running_loop()
     ends = [loop.create_future() for _ in range(clients)]
+    host, port = load.address.hostname or "127.0.0.1", load.address.port or 80
     for number, end in enumerate(ends):
-        await loop.create_connection(
-            lambda number=number, end=end: _Client(load, number, end),  # type: ignore[misc]
-            load.address.hostname,
-            load.address.port,
-        )
+        await loop.create_connection(partial(_Client, load, number, end), host, port)
     await asyncio.gather(*ends)
     if load.failure is not None or not load.took_s:
         return {"error": load.failure or "no request was answered in time"}

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from energy.settlement import BESIDE
 from energy.types import Step
@@ -54,6 +54,14 @@ class ServiceSettings(Protocol):
         """Threads of each executor."""
 
     @property
+    def device(self) -> Literal["auto", "cpu", "cuda"]:
+        """Where models run."""
+
+    @property
+    def gpus(self) -> tuple[int, ...]:
+        """Which GPUs."""
+
+    @property
     def max_batch_tokens(self) -> int:
         """Tokens of one forward pass."""
 
@@ -83,6 +91,8 @@ def engine_settings(settings: ServiceSettings) -> EngineSettings:
     return EngineSettings(
         executors=settings.executors,
         threads=settings.threads,
+        device=settings.device,
+        gpus=settings.gpus,
         max_batch_tokens=settings.max_batch_tokens,
         max_waiting_items=settings.max_concurrent_requests,
         max_waiting_tokens=settings.max_queue_tokens,
@@ -281,7 +291,8 @@ class Engine:
         self._drop_cancelled(model)
         waiting = self._waiting[model]
         running = sum(each.running[model] for each in self._executors)
-        share = fair_share(len(waiting), executor.running[model], running, len(self._executors))
+        executors = sum(model in each.workers for each in self._executors)
+        share = fair_share(len(waiting), executor.running[model], running, executors)
         if not waiting or not share:
             return False
         shared = len(self._backlog.by_key) > 1

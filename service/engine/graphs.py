@@ -6,7 +6,7 @@
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import onnxruntime as ort
@@ -15,13 +15,17 @@ from numpy.typing import NDArray
 from models.config import TransformerConfig
 from models.processor import keep_products_exact
 from service.engine.batching import padded_width
-from service.engine.buffers import Buffers, Floats
+from service.engine.buffers import KEY_BLOCK, Buffers, Floats
+from service.engine.devices import CPU, Device, DeviceLogits, DeviceRows, Logits, Region
 
 Ids = NDArray[np.int64]
 
 
-def open_graph(path: Path, threads: int) -> ort.InferenceSession:
-    """Load a graph. A session of one thread may be run by several threads at once: each computes on its own."""
+def open_graph(path: Path, threads: int, device: Device = CPU) -> ort.InferenceSession:
+    """Load a graph onto ``device``.
+
+    A session of one thread may be run by several threads at once: each computes on its own.
+    """
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -33,16 +37,19 @@ def open_graph(path: Path, threads: int) -> ort.InferenceSession:
     return ort.InferenceSession(
         path,
         options,
-        providers=["CPUExecutionProvider"],
+        providers=device.providers,
         # Its kernel is eight times slower than the two that it replaces.
         disabled_optimizers=["SkipLayerNormFusion"],
     )
 
 
-def pad(rows: Sequence[Sequence[int]], value: int) -> tuple[Ids, Ids]:
-    """Right-pad ``rows`` to one width; returns them ``(rows, width)`` and their lengths ``(rows,)``."""
+def pad(rows: Sequence[Sequence[int]], value: int, width: int | None = None) -> tuple[Ids, Ids]:
+    """Right-pad ``rows`` to one width, by default the least.
+
+    Returns them ``(rows, width)`` and their lengths ``(rows,)``.
+    """
     lengths = np.array([len(row) for row in rows], dtype=np.int64)
-    padded = np.full((len(rows), padded_width(int(lengths.max()))), value, dtype=np.int64)
+    padded = np.full((len(rows), width or padded_width(int(lengths.max()))), value, dtype=np.int64)
     for i, row in enumerate(rows):
         padded[i, : len(row)] = row
     return padded, lengths
@@ -58,14 +65,73 @@ class EncoderGraph:
 
     def run(self, rows: Sequence[Sequence[int]], token_types: Sequence[Sequence[int]] = ()) -> dict[str, Floats]:
         """The graph's outputs by name, for ``rows`` of ids and, where the model has them, their types."""
-        ids, lengths = pad(rows, self._pad_id)
+        feeds = self._feeds(rows, token_types, None)
+        return dict(zip(self._outputs, self._session.run(self._outputs, feeds), strict=True))
+
+    def run_into(self, rows: Sequence[Sequence[int]], regions: Mapping[str, Region], width: int) -> None:
+        """See ``SourceReader``."""
+        binding = self._session.io_binding()
+        for name, array in self._feeds(rows, (), width).items():
+            binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
+        for name, region in regions.items():
+            region.bind_output(binding, name)
+        self._session.run_with_iobinding(binding)
+
+    def _feeds(
+        self, rows: Sequence[Sequence[int]], token_types: Sequence[Sequence[int]], width: int | None
+    ) -> dict[str, Ids]:
+        ids, lengths = pad(rows, self._pad_id, width)
         feeds = {"input_ids": ids, "lengths": lengths}
         if self._takes_types:
             types = np.zeros_like(ids)
             for i, row in enumerate(token_types):
                 types[i, : len(row)] = row
             feeds["token_types"] = types
-        return dict(zip(self._outputs, self._session.run(self._outputs, feeds), strict=True))
+        return feeds
+
+
+class HostRows(Buffers):
+    """Keys and values in arrays of this process."""
+
+    def bind(self, binding: ort.IOBinding, rows: slice, *, updated: bool) -> None:
+        """See ``Rows``."""
+        for name, array in self.arrays.items():
+            value = ort.OrtValue.ortvalue_from_numpy(array[rows])
+            binding.bind_ortvalue_input(name, value)
+            if updated:
+                binding.bind_ortvalue_output(f"new_{name}", value)
+
+    def read(self, first: int, sources: Sequence[Sequence[int]], encoder: EncoderGraph) -> None:
+        """See ``Rows``. The same source in several rows is read once."""
+        places = {ids: place for place, ids in enumerate(dict.fromkeys(map(tuple, sources)))}
+        crosses = encoder.run(list(places))
+        each = [places[tuple(ids)] for ids in sources]
+        end, width = first + len(sources), max(map(len, sources))
+        for name, array in self.arrays.items():
+            cross = crosses[name] if len(places) == len(sources) else crosses[name][each]
+            array[first:end, :, :width] = cross[:, :, :width]
+
+
+class Rows(Protocol):
+    """Where rows keep keys and values; ``Buffers`` says what its methods do."""
+
+    def reserve(self, tokens: int, used: int) -> bool:
+        """See ``Buffers``."""
+
+    def copy(self, source: int, target: int, start: int, end: int) -> None:
+        """See ``Buffers``."""
+
+    def get(self, row: int, end: int) -> list[Any]:
+        """See ``Buffers``."""
+
+    def put(self, row: int, parts: Sequence[Any]) -> None:
+        """See ``Buffers``."""
+
+    def bind(self, binding: ort.IOBinding, rows: slice, *, updated: bool) -> None:
+        """Let a graph read ``rows``, and where they are ``updated`` write them in place."""
+
+    def read(self, first: int, sources: Sequence[Sequence[int]], encoder: EncoderGraph) -> None:
+        """Let the rows from ``first`` on hold what ``encoder`` makes of ``sources``."""
 
 
 class DecoderGraph:
@@ -73,18 +139,27 @@ class DecoderGraph:
 
     Every text has ``beams`` neighbouring rows, which share what they know of a source. The graph updates the rows'
     buffers in place; row axis first, as only contiguous slices of an array can be lent to ONNX Runtime without a copy.
+    On a device buffers and logits stay there, and only token ids come back.
     """
 
     def __init__(
-        self, session: ort.InferenceSession, config: TransformerConfig, pad_id: int, n_texts: int, beams: int = 1
+        self,
+        session: ort.InferenceSession,
+        config: TransformerConfig,
+        pad_id: int,
+        n_texts: int,
+        beams: int = 1,
+        source: EncoderGraph | None = None,
+        device: Device | None = None,
     ) -> None:
+        """``source`` is the encoder of an encoder-decoder; without a ``device`` the memory is this process's."""
         self._session, self._pad_id, self._extracts = session, pad_id, config.extract_head
         self.beams = beams
         n_rows = n_texts * beams
         names = [f"{part}_{layer}" for layer in range(config.n_decoder_layers) for part in ("k", "v")]
-        shape = config.kv_heads, config.head_dim, config.max_positions
-        self._memory = Buffers(names, n_rows, *shape)
-        self._cross: Buffers | None = None
+        self._device, self._source = device, source
+        self._memory = _rows(device, names, n_rows, config, grows=True)
+        self._cross: Rows | None = None
         """What each text knows of its source."""
         self._lengths: dict[str, Ids] = {}
         """Of each row's prefix or each text's source."""
@@ -92,15 +167,17 @@ class DecoderGraph:
             self._lengths["prefix_lengths"] = np.ones(n_rows, dtype=np.int64)
         if config.architecture == "encoder-decoder":
             self._lengths["source_lengths"] = np.ones(n_texts, dtype=np.int64)
-            self._cross = Buffers([f"cross_{name}" for name in names], n_texts, *shape, grows=False)
+            self._cross = _rows(device, [f"cross_{name}" for name in names], n_texts, config, grows=False)
         self.positions = np.zeros(n_rows, dtype=np.int64)
         """How many tokens each row has read."""
         self._next_ids = np.zeros((n_rows, 1), dtype=np.int64)
         self._ones = np.ones(n_rows, dtype=np.int64)
-        self._logits = np.empty((n_rows, config.vocab_size), dtype=np.float32)
+        self._logits = np.empty((n_rows if device is None else 0, config.vocab_size), dtype=np.float32)
+        self._tokens = np.zeros(n_rows, dtype=np.int64)
+        """What follows each row, where a device says it."""
         self._single_steps: dict[int, ort.IOBinding] = {}
 
-    def prefill(self, used: int, prompts: Sequence[Sequence[int]]) -> tuple[Floats, Floats]:
+    def prefill(self, used: int, prompts: Sequence[Sequence[int]]) -> tuple[Logits, Floats]:
         """Let texts behind the ``used`` rows read a prompt each, from its beginning; a prefix LM reads it as a prefix.
 
         Each text's first row reads, the others have to be copied from it. Returns logits ``(texts, words)``, valid
@@ -116,9 +193,8 @@ class DecoderGraph:
         binding = self._bind(rows, ids, lengths)
         if self._extracts:
             binding.bind_ortvalue_output("extract_logits", ort.OrtValue.ortvalue_from_numpy(extracted))
-        self._session.run_with_iobinding(binding)
+        logits = self._run(binding, rows)
         self.positions[rows] = lengths
-        logits = self._logits[rows]
         if self.beams > 1:
             # They read side by side; from the last to the first, each moves to where its text's rows are.
             logits = logits.copy()
@@ -131,35 +207,37 @@ class DecoderGraph:
         """Let the first row read its prompt from the beginning."""
         self.positions[0] = 0
 
-    def read_on(self, chunk: Sequence[int]) -> Floats:
+    def read_on(self, chunk: Sequence[int]) -> Logits:
         """Let the only row read more of its prompt; returns logits ``(1, words)``, valid until the next call."""
         ids, lengths = np.array([chunk], dtype=np.int64), np.array([len(chunk)], dtype=np.int64)
         self._reserve(self._memory, int(self.positions[0]) + len(chunk), 1)
-        self._session.run_with_iobinding(self._bind(slice(0, 1), ids, lengths))
+        logits = self._run(self._bind(slice(0, 1), ids, lengths), slice(0, 1))
         self.positions[0] += len(chunk)
-        return self._logits[:1]
+        return logits
 
-    def step(self, next_ids: Sequence[int] | Ids) -> Floats:
+    def step(self, next_ids: Sequence[int] | Ids) -> Logits:
         """Let each of the first rows read one token; returns logits ``(rows, words)``, valid until the next call."""
         n = len(next_ids)
         self._reserve(self._memory, int(self.positions[:n].max()) + 1, n)
         self._next_ids[:n, 0] = next_ids
+        rows = slice(0, n)
         if n not in self._single_steps:
-            self._single_steps[n] = self._bind(slice(0, n), self._next_ids[:n], self._ones[:n])
-        self._session.run_with_iobinding(self._single_steps[n])
-        self.positions[:n] += 1
-        return self._logits[:n]
+            self._single_steps[n] = self._bind(rows, self._next_ids[rows], self._ones[rows])
+        elif self._device is not None:
+            # What is bound to a device was copied there when it was bound.
+            self._bind_inputs(self._single_steps[n], rows, self._next_ids[rows], self._ones[rows])
+        logits = self._run(self._single_steps[n], rows)
+        self.positions[rows] += 1
+        return logits
 
-    def know_sources(self, first: int, lengths: Sequence[int], crosses: Mapping[str, Floats]) -> None:
-        """Let texts from ``first`` on start over sources of ``lengths`` tokens; ``crosses`` holds their ``cross_*``,
-        ``(texts, heads, width, head size)``."""
-        assert self._cross is not None
-        end, width = first + len(lengths), max(lengths)
-        self._reserve(self._cross, width, first)
+    def read_sources(self, first: int, sources: Sequence[Sequence[int]]) -> None:
+        """Let texts from ``first`` on start over ``sources``."""
+        assert self._cross is not None and self._source is not None
+        end, lengths = first + len(sources), [len(source) for source in sources]
+        self._reserve(self._cross, max(lengths), first)
         self.positions[first * self.beams : end * self.beams] = 0
         self._lengths["source_lengths"][first:end] = lengths
-        for name, buffer in self._cross.arrays.items():
-            buffer[first:end, :, :width] = crosses[name][:, :, :width]
+        self._cross.read(first, sources, self._source)
 
     def contexts(self, n_texts: int) -> list[int]:
         """How many tokens the rows of each of the first texts attend to together, besides those that they read."""
@@ -205,26 +283,45 @@ class DecoderGraph:
             lengths = self._lengths["prefix_lengths"]
             lengths[row : row + self.beams] = lengths[row]
 
-    def _reserve(self, buffers: Buffers, tokens: int, used: int) -> None:
-        if buffers.reserve(tokens, used):
+    def _reserve(self, rows: Rows, tokens: int, used: int) -> None:
+        if rows.reserve(tokens, used):
             self._single_steps.clear()
+
+    def _run(self, binding: ort.IOBinding, rows: slice) -> Logits:
+        self._session.run_with_iobinding(binding)
+        if self._device is None:
+            return self._logits[rows]
+        return DeviceLogits(binding.get_outputs()[0], self._tokens[rows])
 
     def _bind(self, rows: slice, ids: Ids, lengths: Ids) -> ort.IOBinding:
         binding = self._session.io_binding()
-        inputs: dict[str, NDArray[Any]] = {"input_ids": ids, "lengths": lengths, "positions": self.positions[rows]}
-        if self._cross is None:
-            inputs |= {name: array[rows] for name, array in self._lengths.items()}
+        if self._device is None:
+            binding.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(self._logits[rows]))
         else:
-            texts = slice(rows.start // self.beams, rows.stop // self.beams)
-            inputs |= {name: array[texts] for name, array in (self._lengths | self._cross.arrays).items()}
-        for name, array in inputs.items():
-            binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
-        for name, buffer in self._memory.arrays.items():
-            value = ort.OrtValue.ortvalue_from_numpy(buffer[rows])
-            binding.bind_ortvalue_input(name, value)
-            binding.bind_ortvalue_output(f"new_{name}", value)
-        binding.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(self._logits[rows]))
+            binding.bind_output("logits", self._device.kind, self._device.index)
+            binding.bind_ortvalue_output("tokens", ort.OrtValue.ortvalue_from_numpy(self._tokens[rows]))
+        self._bind_inputs(binding, rows, ids, lengths)
+        self._memory.bind(binding, rows, updated=True)
+        if self._cross is not None:
+            self._cross.bind(binding, self._texts(rows), updated=False)
         return binding
+
+    def _bind_inputs(self, binding: ort.IOBinding, rows: slice, ids: Ids, lengths: Ids) -> None:
+        """Everything but what rows remember."""
+        known = rows if self._cross is None else self._texts(rows)
+        inputs = {"input_ids": ids, "lengths": lengths, "positions": self.positions[rows]}
+        for name, array in (inputs | {name: array[known] for name, array in self._lengths.items()}).items():
+            binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
+
+    def _texts(self, rows: slice) -> slice:
+        return slice(rows.start // self.beams, rows.stop // self.beams)
+
+
+def _rows(device: Device | None, names: Sequence[str], count: int, config: TransformerConfig, *, grows: bool) -> Rows:
+    if device is None:
+        return HostRows(names, count, config.kv_heads, config.head_dim, config.max_positions, grows=grows)
+    capacity = -(-config.max_positions // KEY_BLOCK) * KEY_BLOCK
+    return DeviceRows(device, names, (count, config.kv_heads, capacity, config.head_dim))
 
 
 class BeamGraph:
@@ -233,10 +330,18 @@ class BeamGraph:
     def __init__(self, session: ort.InferenceSession) -> None:
         self._session = session
 
-    def likeliest(self, logits: Floats, count: int) -> tuple[Floats, Ids]:
+    def likeliest(self, logits: Logits, count: int) -> tuple[Floats, Ids]:
         """Log probabilities and words ``(rows, count)``, best first."""
-        feeds = {"logits": logits, "count": np.array([count], dtype=np.int64)}
-        scores, words = self._session.run(["log_probabilities", "words"], feeds)
+        binding = self._session.io_binding()
+        value = logits.value if isinstance(logits, DeviceLogits) else None
+        if value is None:
+            value = ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(logits))
+        binding.bind_ortvalue_input("logits", value)
+        binding.bind_cpu_input("count", np.array([count], dtype=np.int64))
+        for name in ("log_probabilities", "words"):
+            binding.bind_output(name)
+        self._session.run_with_iobinding(binding)
+        scores, words = binding.copy_outputs_to_cpu()
         return scores, words
 
 
@@ -250,8 +355,9 @@ class WriteGraphs:
         decoder: ort.InferenceSession,
         beams: ort.InferenceSession,
         source: ort.InferenceSession | None,
+        device: Device | None = None,
     ) -> None:
-        self._session, self._config, self._pad_id = decoder, config, pad_id
+        self._session, self._config, self._pad_id, self._device = decoder, config, pad_id, device
         self.beams = BeamGraph(beams)
         self.source = None if source is None else EncoderGraph(source, pad_id)
         """What reads the sources of an encoder-decoder; other models read prompts."""
@@ -263,4 +369,6 @@ class WriteGraphs:
 
     def decoder(self, n_texts: int, beams: int) -> DecoderGraph:
         """New buffers for ``n_texts`` texts."""
-        return DecoderGraph(self._session, self._config, self._pad_id, n_texts, beams)
+        return DecoderGraph(
+            self._session, self._config, self._pad_id, n_texts, beams, source=self.source, device=self._device
+        )

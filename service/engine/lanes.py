@@ -7,7 +7,7 @@ from typing import Generic, Protocol, TypeVar
 import numpy as np
 
 from service.engine.beams import Beams, Copy, Hypothesis
-from service.engine.buffers import Floats
+from service.engine.devices import Logits
 from service.engine.graphs import BeamGraph, DecoderGraph
 from service.engine.sampling import repeating_tokens
 from service.engine.texts import Text, Written
@@ -25,7 +25,7 @@ class Lane(Protocol[KeyT]):
     decoder: DecoderGraph
     keys: list[KeyT]
 
-    def begin(self, keys: Sequence[KeyT], texts: "Sequence[New]", logits: Floats | None) -> list[tuple[KeyT, Outcome]]:
+    def begin(self, keys: Sequence[KeyT], texts: "Sequence[New]", logits: Logits | None) -> list[tuple[KeyT, Outcome]]:
         """Add texts whose prompts or sources the decoder has just read, behind those that are here.
 
         ``logits`` ``(texts, words)`` follow the prompts; over a source, nothing has been read yet. Returns those that
@@ -71,7 +71,7 @@ class PlainLane(_Places[KeyT]):
         self._texts: list[Text] = []
         self._next_ids: list[int] = []
 
-    def begin(self, keys: Sequence[KeyT], texts: Sequence[New], logits: Floats | None) -> list[tuple[KeyT, Outcome]]:
+    def begin(self, keys: Sequence[KeyT], texts: Sequence[New], logits: Logits | None) -> list[tuple[KeyT, Outcome]]:
         """See ``Lane``."""
         first = len(self.keys)
         self.keys += keys
@@ -90,7 +90,7 @@ class PlainLane(_Places[KeyT]):
         self._texts.pop()
         self._next_ids.pop()
 
-    def _advance(self, first: int, logits: Floats) -> list[tuple[KeyT, Outcome]]:
+    def _advance(self, first: int, logits: Logits) -> list[tuple[KeyT, Outcome]]:
         ended: list[tuple[KeyT, Outcome]] = []
         for row, likeliest in enumerate(logits.argmax(-1).tolist()):
             text, token = self._texts[first + row], likeliest
@@ -119,7 +119,7 @@ class BeamLane(_Places[KeyT]):
         self._beams = Beams(decoder.beams, eos, n_texts, max_tokens)
         self._texts: list[New] = []
 
-    def begin(self, keys: Sequence[KeyT], texts: Sequence[New], logits: Floats | None) -> list[tuple[KeyT, Outcome]]:
+    def begin(self, keys: Sequence[KeyT], texts: Sequence[New], logits: Logits | None) -> list[tuple[KeyT, Outcome]]:
         """See ``Lane``."""
         first = len(self.keys)
         self.keys += keys
@@ -146,7 +146,7 @@ class BeamLane(_Places[KeyT]):
         self._texts[place] = self._texts[-1]
         self._texts.pop()
 
-    def _advance(self, first: int, logits: Floats) -> list[tuple[KeyT, Outcome]]:
+    def _advance(self, first: int, logits: Logits) -> list[tuple[KeyT, Outcome]]:
         width = self._beams.width
         for place, new in enumerate(self._texts[first:], first):
             if new.sampling.no_repeat_ngram:

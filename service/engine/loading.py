@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
@@ -10,12 +10,15 @@ from typing import Protocol
 import onnxruntime as ort
 
 from models.manifest import ArtefactError, Manifest
+from service.engine.devices import CPU, Device, gpus
 from service.engine.executor import Executor
 from service.engine.graphs import EncoderGraph, WriteGraphs, open_graph
 from service.engine.pages import enlarge_pages, large_pages
 from service.engine.settings import EngineSettings
 from service.engine.workers import EncodeWorker, Limits, Worker, WriteWorker
 
+_GPU_SCHEME = "float16"
+"""CUDA has no kernels for products of integers with a scale per row, and its attention over buffers is in halves."""
 _log = logging.getLogger(__name__)
 
 
@@ -32,9 +35,29 @@ class LoadedModel(Protocol):
 
 
 def open_executors(settings: EngineSettings) -> list[Executor]:
-    """Executors without models, each with cores of its own where there are enough."""
+    """Executors without models: on the processor, each with cores of its own where there are enough, and one for each
+    GPU. Raises ``DeviceUnavailable``."""
     groups = core_groups(_cores(), settings.executors, settings.threads)
-    return [Executor(f"cpu:{number}", cores, settings.threads) for number, cores in enumerate(groups)]
+    executors = [Executor(f"cpu:{number}", cores, settings.threads) for number, cores in enumerate(groups)]
+    return [*executors, *(Executor(device.name, _cores(), 1) for device in gpus(settings))]
+
+
+def executors_of(manifest: Manifest, settings: EngineSettings) -> int:
+    """How many executors run a model: all GPUs, or else all groups of cores."""
+    return len(_gpus_for(manifest, settings)) or settings.executors
+
+
+def check_device(manifest: Manifest, settings: EngineSettings) -> None:
+    """Raise ``ArtefactError`` for a model that cannot run where ``settings`` want all models to."""
+    if settings.device == "cuda" and manifest.quantisation.scheme != _GPU_SCHEME:
+        raise ArtefactError(
+            f"manifest.json: stored as {manifest.quantisation.scheme}, and GPUs run {_GPU_SCHEME}: store it anew with "
+            f"`wattle export {manifest.name} --scheme {_GPU_SCHEME}`, or set device to auto"
+        )
+
+
+def _gpus_for(manifest: Manifest, settings: EngineSettings) -> Sequence[Device]:
+    return gpus(settings) if manifest.quantisation.scheme == _GPU_SCHEME else ()
 
 
 def open_workers(models: Mapping[str, LoadedModel], settings: EngineSettings) -> list[dict[str, Worker]]:
@@ -49,8 +72,12 @@ def open_workers(models: Mapping[str, LoadedModel], settings: EngineSettings) ->
         if settings.threads > 1:
             sessions = {}
         # Threads stay on the cores of the thread that makes them: those of a session on its executor's.
+        here = {key: model for key, model in models.items() if not _gpus_for(model.manifest, settings)}
         with _on(cores):
-            opened.append({key: _open(model, sessions, settings) for key, model in models.items()})
+            opened.append({key: _open(model, sessions, settings, CPU) for key, model in here.items()})
+    for device in gpus(settings):
+        here = {key: model for key, model in models.items() if _gpus_for(model.manifest, settings)}
+        opened.append({key: _open(model, {}, settings, device) for key, model in here.items()})
     # Not the buffers: those are large and mostly empty, and would be filled.
     _log.debug("%d MB lie in large pages", enlarge_pages(occupied) // 1_000_000)
     return opened
@@ -62,7 +89,7 @@ def memory_of(model: LoadedModel, settings: EngineSettings) -> int:
     Raises ``ArtefactError`` as ``rows_that_fit`` does.
     """
     weights, row = _weights_and_row(model, settings)
-    return weights + row * rows_that_fit(model, settings) * settings.executors
+    return weights + row * rows_that_fit(model, settings) * executors_of(model.manifest, settings)
 
 
 def rows_that_fit(model: LoadedModel, settings: EngineSettings) -> int:
@@ -70,12 +97,12 @@ def rows_that_fit(model: LoadedModel, settings: EngineSettings) -> int:
 
     Raises ``ArtefactError`` where the memory that one model may take does not hold it with a single row.
     """
-    weights, row = _weights_and_row(model, settings)
+    (weights, row), executors = _weights_and_row(model, settings), executors_of(model.manifest, settings)
     left = settings.max_model_bytes - weights
-    rows = min(settings.max_rows, left // (row * settings.executors)) if row else settings.max_rows
+    rows = min(settings.max_rows, left // (row * executors)) if row else settings.max_rows
     if left < 0 or rows < 1:
         raise ArtefactError(
-            f"it takes {(weights + row * settings.executors) / 1e6:,.0f} MB with one text for each executor, and a "
+            f"it takes {(weights + row * executors) / 1e6:,.0f} MB with one text for each executor, and a "
             f"model may take {settings.max_model_bytes / 1e6:,.0f} MB: raise max_model_mb or lower the executors"
         )
     return rows
@@ -85,9 +112,11 @@ def _weights_and_row(model: LoadedModel, settings: EngineSettings) -> tuple[int,
     """Bytes of the weights of all executors, and of one row of one executor."""
     config = model.manifest.config
     # Each session keeps the weights as it computes with them, and those of one thread are shared.
-    copies = 1 if settings.threads == 1 else settings.executors
+    on_gpus = len(_gpus_for(model.manifest, settings))
+    copies = on_gpus or (1 if settings.threads == 1 else settings.executors)
+    number_bytes = 2 if model.manifest.quantisation.scheme == _GPU_SCHEME else 4
     kinds = 4 if config.architecture == "encoder-decoder" else 2  # keys and values, of the text and of its source
-    row = 4 * kinds * config.n_decoder_layers * config.kv_width * config.max_positions
+    row = number_bytes * kinds * config.n_decoder_layers * config.kv_width * config.max_positions
     return copies * model.manifest.size_bytes, row
 
 
@@ -98,8 +127,11 @@ def core_groups(cores: list[int], groups: int, threads: int) -> list[list[int]]:
     return [cores[group * threads : (group + 1) * threads] for group in range(groups)]
 
 
-def _open(model: LoadedModel, sessions: dict[Path, ort.InferenceSession], settings: EngineSettings) -> Worker:
+def _open(
+    model: LoadedModel, sessions: dict[Path, ort.InferenceSession], settings: EngineSettings, device: Device
+) -> Worker:
     manifest, config = model.manifest, model.manifest.config
+    check_device(manifest, settings)
     rows = rows_that_fit(model, settings)
     if manifest.layout != "wattle":
         raise ArtefactError(f"manifest.json: graphs of the layout {manifest.layout} are not run")
@@ -107,7 +139,7 @@ def _open(model: LoadedModel, sessions: dict[Path, ort.InferenceSession], settin
     def session(name: str) -> ort.InferenceSession:
         path = model.folder / name
         if path not in sessions:
-            sessions[path] = open_graph(path, settings.threads)
+            sessions[path] = open_graph(path, settings.threads, device)
         return sessions[path]
 
     pad_id = manifest.special_ids.pad
@@ -116,7 +148,9 @@ def _open(model: LoadedModel, sessions: dict[Path, ort.InferenceSession], settin
     if config.has_encoder and manifest.special_ids.bos is None:
         raise ArtefactError("manifest.json: an encoder-decoder needs the special id bos, from which its texts start")
     source = session("encoder.onnx") if config.has_encoder else None
-    graphs = WriteGraphs(config, pad_id, session("decoder.onnx"), session("beams.onnx"), source)
+    halves = manifest.quantisation.scheme == _GPU_SCHEME
+    decoder, beams = session("decoder.onnx"), session("beams.onnx")
+    graphs = WriteGraphs(config, pad_id, decoder, beams, source, device if halves else None)
     limits = Limits(rows, settings.max_batch_tokens, settings.max_piece_tokens, settings.prefix_bytes)
     return WriteWorker(manifest, graphs, limits)
 

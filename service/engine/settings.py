@@ -1,6 +1,7 @@
 """How much the engine may use, and take on. Reads no environment."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True, slots=True)
@@ -10,6 +11,11 @@ class EngineSettings:
     executors: int = 1
     threads: int = 1
     """Of each executor."""
+    device: Literal["auto", "cpu", "cuda"] = "cpu"
+    """``cuda`` runs models on GPUs, ``auto`` those that GPUs run where there is one, and the others on the
+    processor."""
+    gpus: tuple[int, ...] = (0,)
+    """Which, as NVIDIA counts them; one executor each."""
     max_rows: int = 128
     """Texts, or beams of texts, that an executor writes at once with one model."""
     max_batch_tokens: int = 512

@@ -9,6 +9,7 @@ from energy.types import Phase, Work
 from models.manifest import Manifest
 from service.engine.batching import PACKED_PADDING_SHARE, PADDING_SHARE, form_batch, padded_width
 from service.engine.buffers import Floats
+from service.engine.devices import Logits, first_rows
 from service.engine.graphs import EncoderGraph, WriteGraphs
 from service.engine.lanes import BeamLane, Lane, New, PlainLane
 from service.engine.prefixes import Prefixes
@@ -227,7 +228,7 @@ class WriteWorker:
         if self._graphs.source is None:
             lane.decoder.prefill(0, [[0]])
         else:
-            lane.decoder.know_sources(0, [1], self._graphs.source.run([[0]]))
+            lane.decoder.read_sources(0, [[0]])
         lane.decoder.step([0])
 
     def _reading(self, jobs: tuple[Job, ...]) -> Turn:
@@ -253,15 +254,8 @@ class WriteWorker:
         return Turn(jobs, work, 0, lambda: list(lane.write()), lambda: self._drop(jobs))
 
     def _read_sources(self, jobs: Sequence[Job]) -> list[tuple[Job, Result]]:
-        assert self._graphs.source is not None
-        # The same source in several jobs is read once.
-        places = {ids: place for place, ids in enumerate(dict.fromkeys(job.item.input_ids for job in jobs))}
-        crosses = self._graphs.source.run(list(places))
-        if len(places) < len(jobs):
-            each = [places[job.item.input_ids] for job in jobs]
-            crosses = {name: values[each] for name, values in crosses.items()}
         lane = self._lane(jobs[0].rows)
-        lane.decoder.know_sources(len(lane.keys), [job.tokens for job in jobs], crosses)
+        lane.decoder.read_sources(len(lane.keys), [job.item.input_ids for job in jobs])
         return self._begin(lane, jobs, None)
 
     def _read_prompts(self, jobs: Sequence[Job]) -> list[tuple[Job, Result]]:
@@ -277,7 +271,7 @@ class WriteWorker:
         if self._reads_in_pieces:
             for text, job in enumerate(writers, len(lane.keys)):
                 self._prefixes.keep(job.item.input_ids, partial(lane.decoder.remember, text))
-        return scored + self._begin(lane, writers, logits[: len(writers)])
+        return scored + self._begin(lane, writers, first_rows(logits, len(writers)))
 
     def _read_on(self, reader: _Reader, piece: Sequence[int]) -> list[tuple[Job, Result]]:
         logits = self._graphs.reader.read_on(piece)
@@ -295,7 +289,7 @@ class WriteWorker:
     def _known(self, job: Job) -> list[Floats]:
         return self._prefixes.find(job.item.input_ids) if isinstance(job.item, WriteItem) else []
 
-    def _begin(self, lane: Lane[Job], jobs: Sequence[Job], logits: Floats | None) -> list[tuple[Job, Result]]:
+    def _begin(self, lane: Lane[Job], jobs: Sequence[Job], logits: Logits | None) -> list[tuple[Job, Result]]:
         self._new = []
         return list(lane.begin(jobs, [self._start(job.item) for job in jobs], logits))
 

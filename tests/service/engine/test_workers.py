@@ -1,7 +1,7 @@
 """Continuous batching without ONNX: a decoder whose rows are lists, and a text that depends on all that was read."""
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -73,9 +73,9 @@ class ListDecoder:
             self.rows[row] = [*self.rows[row], int(token)]
         return np.stack([logits_after(row) for row in self.rows[: len(next_ids)]])
 
-    def know_sources(self, first: int, lengths: Sequence[int], crosses: Mapping[str, NDArray[np.float32]]) -> None:
-        for text, length in enumerate(lengths, first):
-            source = crosses["source"][text - first, :length].astype(int).tolist()
+    def read_sources(self, first: int, sources: Sequence[Sequence[int]]) -> None:
+        self.graphs.maybe_fail()
+        for text, source in enumerate(sources, first):
             self.rows[text * self.beams : (text + 1) * self.beams] = [list(source) for _ in range(self.beams)]
 
     def contexts(self, n_texts: int) -> list[int]:

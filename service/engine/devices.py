@@ -1,0 +1,245 @@
+"""Where sessions compute: the processor, or GPUs through CUDA; and memory on a device, by address.
+
+Knows nothing of models. Whether CUDA works is asked of a session, never of the module: that lists CUDA wherever the
+package for it is installed.
+"""
+
+import logging
+from base64 import b64decode
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from math import prod
+from typing import Any, Protocol
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from service.engine.buffers import Floats
+from service.engine.settings import EngineSettings
+
+Halves = NDArray[np.float16]
+Ids = NDArray[np.int64]
+_log = logging.getLogger(__name__)
+_PROVIDER = "CUDAExecutionProvider"
+# `y = Identity(x)` over float16 of any shape, opset 21. Asks whether a device works, and copies on one.
+_IDENTITY = b64decode("CAo6KwoQCgF4EgF5IghJZGVudGl0eRIBY1oJCgF4EgQKAggKYgkKAXkSBAoCCApCBAoAEBU=")
+
+
+class DeviceUnavailable(Exception):
+    """A device that was asked for is not there; the message says what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """Something that computes one step at a time."""
+
+    kind: str
+    """As ONNX Runtime calls it: ``cpu`` or ``cuda``."""
+    index: int = 0
+
+    @property
+    def name(self) -> str:
+        """What steps and meters call a GPU."""
+        return f"gpu:{self.index}"
+
+    @property
+    def providers(self) -> list[Any]:
+        """What a session on it is made with."""
+        if self.kind == "cpu":
+            return ["CPUExecutionProvider"]
+        # Memory as it is asked for: by default the arena doubles.
+        options = {"device_id": self.index, "arena_extend_strategy": "kSameAsRequested"}
+        return [(_PROVIDER, options), "CPUExecutionProvider"]
+
+
+CPU = Device("cpu")
+
+
+@cache
+def gpus(settings: EngineSettings) -> tuple[Device, ...]:
+    """The GPUs that ``settings`` ask for and that work; none where they ask for none.
+
+    Raises ``DeviceUnavailable`` where CUDA is asked for and a GPU does not work.
+    """
+    if settings.device == "cpu":
+        return ()
+    wanted = [Device("cuda", index) for index in settings.gpus]
+    found = tuple(device for device in wanted if _works(device))
+    missing = [device.index for device in wanted if device not in found]
+    if missing and settings.device == "cuda":
+        raise DeviceUnavailable(
+            f"CUDA does not work on GPU {', '.join(map(str, missing))}: it needs the extra [gpu] instead of [cpu], "
+            "NVIDIA's driver, CUDA 13 and cuDNN 9; or set device to auto or cpu"
+        )
+    if not found:
+        _log.info("no GPU that CUDA works on: models run on the processor")
+    return found
+
+
+def _works(device: Device) -> bool:
+    if _PROVIDER not in ort.get_available_providers():
+        return False
+    options = ort.SessionOptions()
+    options.log_severity_level = 4  # that it does not work is our message
+    try:
+        session = ort.InferenceSession(_IDENTITY, options, providers=device.providers)
+    except Exception as error:  # ONNX Runtime raises what the driver says
+        _log.info("%s does not work: %s", device.name, error)
+        return False
+    return bool(session.get_providers()[0] == _PROVIDER)
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """Contiguous memory on a device, for as long as whoever lends it keeps it."""
+
+    device: Device
+    address: int
+    shape: tuple[int, ...]
+    dtype: type[np.generic]
+
+    def rows(self, start: int, stop: int) -> "Region":
+        """Those along the first axis."""
+        size = prod(self.shape[1:]) * np.dtype(self.dtype).itemsize
+        return Region(self.device, self.address + start * size, (stop - start, *self.shape[1:]), self.dtype)
+
+    def bind_input(self, binding: ort.IOBinding, name: str) -> None:
+        """Let a graph read it."""
+        binding.bind_input(name, self.device.kind, self.device.index, self.dtype, self.shape, self.address)
+
+    def bind_output(self, binding: ort.IOBinding, name: str) -> None:
+        """Let a graph write it."""
+        binding.bind_output(name, self.device.kind, self.device.index, self.dtype, self.shape, self.address)
+
+
+class DeviceRows:
+    """Keys and values on a device: a region of zeros ``(rows, heads, capacity, head size)`` for each of ``names``.
+
+    Rows have room for all that they may ever hold, as attention on a GPU reads no more than there is; so a row is
+    contiguous, and copied as a whole.
+    """
+
+    def __init__(self, device: Device, names: Sequence[str], shape: tuple[int, int, int, int]) -> None:
+        self._device, self._copier = device, _copier(device)
+        # What attention masks it still multiplies by zero, and that must be a number.
+        zeros = np.zeros(shape, dtype=np.float16)
+        self._values = {}
+        for name in names:
+            value = ort.OrtValue.ortvalue_from_shape_and_type(shape, np.float16, device.kind, device.index)
+            value.update_inplace(zeros)
+            self._values[name] = value
+        self._regions = {
+            name: Region(device, value.data_ptr(), shape, np.float16) for name, value in self._values.items()
+        }
+        self._row_shape = (1, *shape[1:])
+        self.capacity = shape[2]
+
+    def reserve(self, tokens: int, used: int) -> bool:
+        """There is always room."""
+        return False
+
+    def copy(self, source: int, target: int, start: int, end: int) -> None:
+        """Copy row ``source`` to row ``target``, all of it."""
+        for region in self._regions.values():
+            self._copy(region.rows(source, source + 1), region.rows(target, target + 1))
+
+    def get(self, row: int, end: int) -> list[Halves]:
+        """Copies on the host of the first ``end`` tokens of a row, ``(heads, end, head size)`` of each region."""
+        found = []
+        for region in self._regions.values():
+            array = np.empty(self._row_shape, dtype=np.float16)
+            self._copy(region.rows(row, row + 1), _on_host(array))
+            found.append(array[0, :, :end].copy())
+        return found
+
+    def put(self, row: int, parts: Sequence[Halves]) -> None:
+        """Let a row begin with ``parts``, as ``get`` returns them."""
+        for region, part in zip(self._regions.values(), parts, strict=True):
+            array = np.zeros(self._row_shape, dtype=np.float16)
+            array[0, :, : part.shape[1]] = part
+            self._copy(_on_host(array), region.rows(row, row + 1))
+
+    def bind(self, binding: ort.IOBinding, rows: slice, *, updated: bool) -> None:
+        """Let a graph read ``rows``, and where they are ``updated`` write them as ``new_*``."""
+        for name, region in self._regions.items():
+            part = region.rows(rows.start, rows.stop)
+            part.bind_input(binding, name)
+            if updated:
+                part.bind_output(binding, f"new_{name}")
+
+    def read(self, first: int, sources: Sequence[Sequence[int]], encoder: "SourceReader") -> None:
+        """Let ``encoder`` write what it makes of ``sources`` into the rows from ``first`` on."""
+        regions = {name: region.rows(first, first + len(sources)) for name, region in self._regions.items()}
+        encoder.run_into(sources, regions, self.capacity)
+
+    def _copy(self, source: Region, target: Region) -> None:
+        binding = self._copier.io_binding()
+        source.bind_input(binding, "x")
+        target.bind_output(binding, "y")
+        self._copier.run_with_iobinding(binding)
+
+
+class SourceReader(Protocol):
+    """What reads sources."""
+
+    def run_into(self, rows: Sequence[Sequence[int]], regions: Mapping[str, Region], width: int) -> None:
+        """Read ``rows`` padded to ``width``, and write each output into its region."""
+
+
+class DeviceLogits:
+    """Logits ``(rows, words)`` that stay on a device unless somebody looks at them; their argmax is known."""
+
+    def __init__(self, value: ort.OrtValue, tokens: Ids) -> None:
+        self.value: ort.OrtValue | None = value
+        """On the device; None once what the host holds is another."""
+        self._tokens = tokens
+        self._fetched: Floats | None = None
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def __getitem__(self, place: int) -> Floats:
+        row: Floats = self._host()[place]
+        return row
+
+    def __setitem__(self, place: tuple[int, Sequence[int]], value: float) -> None:
+        self._host()[place] = value
+        self.value = None
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Floats:
+        return self._host()
+
+    def argmax(self, axis: int) -> Ids:
+        """The likeliest word of each row; ``axis`` is the last."""
+        return self._tokens
+
+    def copy(self) -> "DeviceLogits":
+        """Every run has memory of its own."""
+        return self
+
+    def _host(self) -> Floats:
+        if self._fetched is None:
+            assert self.value is not None
+            self._fetched = self.value.numpy()[: len(self)].copy()
+        return self._fetched
+
+
+Logits = Floats | DeviceLogits
+
+
+def first_rows(logits: Logits, count: int) -> Logits:
+    """The first ``count`` rows."""
+    if isinstance(logits, DeviceLogits):
+        return logits if count == len(logits) else np.asarray(logits)[:count]
+    return logits[:count]
+
+
+def _on_host(array: Halves) -> Region:
+    return Region(CPU, array.ctypes.data, array.shape, np.float16)
+
+
+@cache
+def _copier(device: Device) -> ort.InferenceSession:
+    return ort.InferenceSession(_IDENTITY, providers=device.providers)

@@ -1,0 +1,189 @@
+"""What a GPU is given, on the processor's memory: all of it but the provider."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from onnx import TensorProto, helper
+
+from energy.types import Step
+from models.manifest import ArtefactError, Manifest
+from service.engine import devices, loading
+from service.engine.devices import CPU, DeviceLogits, DeviceRows, DeviceUnavailable, gpus
+from service.engine.engine import Engine
+from service.engine.graphs import EncoderGraph, open_graph
+from service.engine.loading import check_device
+from service.engine.settings import EngineSettings
+from service.engine.types import Item, Sampling, WriteItem, WriteOutput
+from tests.tiny import BOS, EOS, WRITERS, Kind, tiny_config, write_tiny
+
+WAIT_S = 30.0
+LIMIT = 12
+
+
+@dataclass(frozen=True)
+class Loaded:
+    manifest: Manifest
+    folder: Path
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Loaded]:
+    root = tmp_path_factory.mktemp("halves")
+    kinds: tuple[Kind, ...] = (*WRITERS, "classify")
+    found = {kind: Loaded(write_tiny(root / kind, kind, name=kind, scheme="float16"), root / kind) for kind in kinds}
+    found["single"] = Loaded(write_tiny(root / "single", "decoder", name="single"), root / "single")
+    return found
+
+
+def item(number: int, **how: Any) -> WriteItem:
+    random = np.random.default_rng(number)
+    ids = tuple(random.integers(6, 90, int(random.integers(2, 20))).tolist())
+    return WriteItem(f"r{number}", ids, Sampling(**{"max_tokens": LIMIT, **how}))
+
+
+def mixed(count: int) -> list[Item]:
+    """Greedy, by chance and by beams."""
+    ways: tuple[dict[str, Any], ...] = ({}, {"temperature": 0.8, "seed": 3}, {"beams": 3}, {"no_repeat_ngram": 2})
+    return [item(number, **ways[number % len(ways)]) for number in range(count)]
+
+
+def written(running: Engine, model: str, items: Sequence[Item]) -> list[tuple[int, ...]]:
+    outputs = [ticket.future.result(WAIT_S) for ticket in running.submit(model, items)]
+    return [output.output_ids for output in outputs if isinstance(output, WriteOutput)]
+
+
+def plain_greedy(model: Loaded, ids: Sequence[int]) -> tuple[int, ...]:
+    """One text by the same graph, with arrays of this process and an argmax of its own."""
+    config, graph = model.manifest.config, open_graph(model.folder / "decoder.onnx", 1)
+    shape = (1, config.kv_heads, 64, config.head_dim)
+    memory = {f"{part}_{i}": np.zeros(shape, np.float16) for i in range(config.n_decoder_layers) for part in "kv"}
+    feeds: dict[str, Any] = {}
+    prompt = np.array([ids], dtype=np.int64)
+    if config.architecture == "encoder-decoder":
+        source = EncoderGraph(open_graph(model.folder / "encoder.onnx", 1), 0)
+        feeds = {**source.run([ids]), "source_lengths": np.array([len(ids)])}
+        prompt = np.array([[BOS]])
+    if config.architecture == "prefix-lm":
+        feeds["prefix_lengths"] = np.array([len(ids)])
+    found: list[int] = []
+    position = 0
+    while len(found) < LIMIT:
+        binding = graph.io_binding()
+        inputs = {"input_ids": prompt, "positions": np.array([position]), "lengths": np.array([prompt.shape[1]])}
+        for name, array in (feeds | inputs).items():
+            binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
+        for name, array in memory.items():
+            value = ort.OrtValue.ortvalue_from_numpy(array)
+            binding.bind_ortvalue_input(name, value)
+            binding.bind_ortvalue_output(f"new_{name}", value)
+        binding.bind_output("logits")
+        graph.run_with_iobinding(binding)
+        token = int(binding.get_outputs()[-1].numpy()[0].argmax())
+        if token == EOS:
+            break
+        position += prompt.shape[1]
+        found.append(token)
+        prompt = np.array([[token]])
+    return tuple(found)
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_texts_are_those_of_a_plain_loop_alone_and_in_company(models: dict[str, Loaded], kind: Kind) -> None:
+    # Small pieces and few rows: prompts are read in parts and handed over, texts move as others end.
+    limits = EngineSettings(max_rows=8, max_piece_tokens=8)
+    running = Engine({kind: models[kind]}, lambda step: None, limits)
+    try:
+        greedy = [item(number) for number in range(6)]
+        assert written(running, kind, greedy) == [plain_greedy(models[kind], each.input_ids) for each in greedy]
+        together = written(running, kind, mixed(16))
+        assert [written(running, kind, [each])[0] for each in mixed(16)] == together
+    finally:
+        running.close()
+
+
+def test_a_gpu_runs_what_is_stored_for_it_and_the_processor_the_rest(
+    models: dict[str, Loaded], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Made of the processor's memory, and named as the first GPU.
+    monkeypatch.setattr(loading, "gpus", lambda settings: (CPU,))
+    steps: list[Step] = []
+    chosen = {name: models[name] for name in ("decoder", "single", "classify")}
+    running = Engine(chosen, steps.append, EngineSettings(executors=2, device="auto"))
+    try:
+        for model in ("decoder", "single"):
+            written(running, model, [item(number) for number in range(4)])
+    finally:
+        running.close()
+    where = {(step.model, step.device) for step in steps if step.device != "cpu"}
+    assert where == {("decoder", "gpu:0"), ("classify", "gpu:0"), ("single", "cpu:0"), ("single", "cpu:1")}
+
+
+def test_a_gpu_that_is_not_there_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="service.engine.devices")
+    gpus.cache_clear()
+    assert gpus(EngineSettings(device="cpu")) == ()
+    assert not caplog.records
+    assert gpus(EngineSettings(device="auto", gpus=(7,))) == ()
+    assert "run on the processor" in caplog.text
+    with pytest.raises(DeviceUnavailable, match=r"GPU 7: it needs the extra \[gpu\]"):
+        gpus(EngineSettings(device="cuda", gpus=(7,)))
+
+
+def test_a_model_that_no_gpu_runs_is_refused_only_where_all_must(models: dict[str, Loaded]) -> None:
+    for device in ("auto", "cpu"):
+        check_device(models["single"].manifest, EngineSettings(device=device))  # type: ignore[arg-type]
+    check_device(models["decoder"].manifest, EngineSettings(device="cuda"))
+    with pytest.raises(ArtefactError, match="wattle export single --scheme float16"):
+        check_device(models["single"].manifest, EngineSettings(device="cuda"))
+
+
+def test_rows_are_copied_fetched_and_put_back() -> None:
+    rows = DeviceRows(CPU, ["k", "v"], (3, 2, 16, 4))
+    parts = [np.random.default_rng(seed).random((2, 5, 4)).astype(np.float16) for seed in (1, 2)]
+    rows.put(1, parts)
+    rows.copy(1, 2, 0, 5)
+    rows.put(1, [part[:, :3] for part in parts])
+    assert [found.tolist() for found in rows.get(2, 5)] == [part.tolist() for part in parts]
+    assert [found.tolist() for found in rows.get(1, 3)] == [part[:, :3].tolist() for part in parts]
+    assert not any(found.any() for found in rows.get(0, 16))
+    assert rows.get(1, 16)[0][:, 3:].any() == np.False_
+
+
+def test_logits_are_fetched_only_when_they_are_looked_at() -> None:
+    value = ort.OrtValue.ortvalue_from_numpy(np.array([[0.0, 2.0], [5.0, 1.0]], dtype=np.float32))
+    logits = DeviceLogits(value, np.array([1, 0]))
+    assert logits.argmax(-1).tolist() == [1, 0]
+    assert logits.value is value
+    assert logits[1].tolist() == [5.0, 1.0]
+    logits[1, [0]] = -np.inf
+    # What the device holds is another now.
+    assert logits.value is None
+    assert np.asarray(logits).tolist() == [[0.0, 2.0], [-np.inf, 1.0]]
+
+
+def test_the_graph_that_copies_is_what_it_says() -> None:
+    halves = onnx.TypeProto()
+    halves.tensor_type.elem_type = TensorProto.FLOAT16
+    graph = onnx.load_from_string(devices._IDENTITY).graph
+    assert list(graph.node) == [helper.make_node("Identity", ["x"], ["y"])]
+    assert [each.type for each in (*graph.input, *graph.output)] == [halves, halves]
+
+
+def test_half_precision_is_near_single(tmp_path: Path) -> None:
+    kinds: tuple[Kind, ...] = ("classify", "span", "bert-span")
+    for kind in kinds:
+        logits = []
+        for scheme in ("none", "float16"):
+            folder = tmp_path / f"{kind}-{scheme}"
+            write_tiny(folder, kind, name=kind, scheme=scheme)  # type: ignore[arg-type]
+            graph = EncoderGraph(open_graph(folder / "model.onnx", 1), 0)
+            types = [[0] * 3, [0] * 6] if tiny_config(kind).n_token_types else []
+            logits.append(graph.run([[7, 8, 9], [10, 11, 12, 13, 14, 15]], types)["logits"])
+        assert logits[1].dtype == np.float32
+        assert 0 < np.abs(logits[0] - logits[1]).max() < 0.02
