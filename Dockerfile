@@ -6,10 +6,13 @@ ENV PIP_DISABLE_PIP_VERSION_CHECK=1 \
 
 WORKDIR /app
 
+# cpu, or gpu for models stored as float16 on NVIDIA's: then run it with `--gpus all`.
+ARG RUNTIME=cpu
+
 # Dependencies first, so that an edited source file does not install them anew.
 COPY pyproject.toml LICENSE ./
 RUN python -c "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
-print(*project['dependencies'], *project['optional-dependencies']['cpu'], sep='\n')" > requirements.txt \
+print(*project['dependencies'], *project['optional-dependencies']['${RUNTIME}'], sep='\n')" > requirements.txt \
     && pip install -r requirements.txt
 
 COPY wattle.py ./

@@ -228,7 +228,10 @@ def calibration_places(model: Model, state: Path) -> tuple[Path, Path]:
 def meter_settings(settings: Settings) -> MeterSettings:
     """What ``settings`` say of meters."""
     return MeterSettings(
-        meter=settings.meter, powercap_root=settings.powercap_root, watts_per_core=settings.watts_per_core
+        meter=settings.meter,
+        gpus=tuple(device.index for device in gpus(engine_settings(settings))),
+        powercap_root=settings.powercap_root,
+        watts_per_core=settings.watts_per_core,
     )
 
 

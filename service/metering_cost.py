@@ -82,7 +82,7 @@ def measure(model: Model, settings: Settings, rounds: int = ROUNDS, round_s: flo
         nonlocal number
         started_s, started_cpu_s, asked = time.monotonic(), time.process_time(), 0
         while time.monotonic() < started_s + round_s:
-            items = [_item(model, number + i) for i in range(_AT_ONCE)]
+            items = [some_item(model, number + i) for i in range(_AT_ONCE)]
             number += len(items)
             for ticket in engine.submit(model.name, items):
                 ticket.future.result()
@@ -134,7 +134,8 @@ def _idle(account: Account, settings: Settings, seconds: float) -> float:
         return (time.process_time() - started_cpu_s) / (time.monotonic() - started_s)
 
 
-def _item(model: Model, number: int) -> Item:
+def some_item(model: Model, number: int) -> Item:
+    """A request for ``model``, of twenty tokens and as many to write; another for each number."""
     config = model.manifest.config
     ids = tuple(
         5 + (number * 31 + i * 7) % (config.vocab_size - 5) for i in range(min(_LENGTH, config.max_positions // 2))

@@ -237,10 +237,13 @@ def onnx_logits(folder: Path, config: TransformerConfig, batch: Batch) -> NDArra
         ids, lengths = batch["target"].numpy(), batch["target_lengths"].numpy()
     elif config.architecture == "prefix-lm":
         extra["prefix_lengths"] = batch["prefix"].numpy()
-    empty = np.zeros((rows, config.kv_heads, ids.shape[1], config.head_dim), dtype=np.float32)
+    decoder = _session(folder / "decoder.onnx")
+    in_halves = any(each.type == "tensor(float16)" for each in decoder.get_inputs())
+    shape = (rows, config.kv_heads, ids.shape[1], config.head_dim)
+    empty = np.zeros(shape, dtype=np.float16 if in_halves else np.float32)
     buffers = {f"{part}_{layer}": empty for part in ("k", "v") for layer in range(config.n_decoder_layers)}
     feeds = {"input_ids": ids, "lengths": lengths, "positions": np.zeros(rows, dtype=np.int64), **buffers, **extra}
-    return _session(folder / "decoder.onnx").run(["logits"], feeds)[0]  # type: ignore[no-any-return]
+    return decoder.run(["logits"], feeds)[0]  # type: ignore[no-any-return]
 
 
 def _session(path: Path) -> ort.InferenceSession:

@@ -81,6 +81,8 @@ def gpus(settings: EngineSettings) -> tuple[Device, ...]:
 def _works(device: Device) -> bool:
     if _PROVIDER not in ort.get_available_providers():
         return False
+    # CUDA's libraries, where they were installed as Python packages.
+    ort.preload_dlls(directory="")
     options = ort.SessionOptions()
     options.log_severity_level = 4  # that it does not work is our message
     try:

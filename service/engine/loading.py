@@ -50,9 +50,11 @@ def executors_of(manifest: Manifest, settings: EngineSettings) -> int:
 def check_device(manifest: Manifest, settings: EngineSettings) -> None:
     """Raise ``ArtefactError`` for a model that cannot run where ``settings`` want all models to."""
     if settings.device == "cuda" and manifest.quantisation.scheme != _GPU_SCHEME:
+        stored = manifest.quantisation.scheme
         raise ArtefactError(
-            f"manifest.json: stored as {manifest.quantisation.scheme}, and GPUs run {_GPU_SCHEME}: store it anew with "
-            f"`wattle export {manifest.name} --scheme {_GPU_SCHEME}`, or set device to auto"
+            f"manifest.json: stored as {stored}, and GPUs run {_GPU_SCHEME}: run `wattle export` with scheme = "
+            f'"{_GPU_SCHEME}" under [export] of its recipe, or `wattle import --scheme {_GPU_SCHEME}`; or set device '
+            "to auto"
         )
 
 
