@@ -77,8 +77,10 @@ class Requests:
         self._channels = {channel.device: channel for channel in channels}
         self._burnt: dict[str, tuple[Channel, ...]] = {}
         """By device of a step, those that it burns energy on."""
-        self._waiting: defaultdict[str, list[tuple[Noted, int]]] = defaultdict(list)
-        """By request, its shares of the steps that wait for a reading."""
+        self._alone: defaultdict[str, list[tuple[Noted, int]]] = defaultdict(list)
+        """By request, the steps of it alone that wait for a reading, with its share."""
+        self._together: defaultdict[tuple[str, ...], list[tuple[Noted, tuple[int, ...]]]] = defaultdict(list)
+        """The same of several requests: steps that follow each other mostly have the same ones."""
         self._numbers: dict[Charged, int] = {}
         self._charged: list[Charged] = []
         """What each number is for: as a key, a number costs a tenth of what it stands for."""
@@ -99,13 +101,14 @@ class Requests:
 
     def await_only(self, steps: Iterable[Noted]) -> None:
         """From now on, these are the steps that wait for a reading."""
-        self._waiting.clear()
+        self._alone.clear()
+        self._together.clear()
         for noted in steps:
             self._wait(noted)
 
     def waits(self, name: str) -> bool:
         """Whether a request has a share of a step that waits for a reading."""
-        return name in self._waiting
+        return name in self._alone or any(name in names for names in self._together)
 
     def covered_ns(self, own: str) -> int:
         """Until when every meter has been read that counts what a device does; it has one."""
@@ -113,8 +116,10 @@ class Requests:
 
     def _wait(self, noted: Noted) -> None:
         for portion in noted.portions:
-            for name, part in zip(portion.names, portion.parts, strict=True):
-                self._waiting[name].append((noted, part))
+            if len(portion.names) == 1:
+                self._alone[portion.names[0]].append((noted, portion.parts[0]))
+            else:
+                self._together[portion.names].append((noted, portion.parts))
 
     def charge(self, device: str, claims: Sequence[tuple[Noted, Claim]]) -> None:
         """Share what steps took from one device among their requests.
@@ -157,8 +162,13 @@ class Requests:
         """What a request will probably pay for the steps that wait for a reading; None where there is nothing to
         judge by."""
         loads: dict[str, tuple[float, float]] = {}
-        # Not the index itself: asking must not make an entry.
-        for noted, part in self._waiting.get(name, ()):
+        # Looked up so that asking makes no entry.
+        shares = list(self._alone.get(name, ()))
+        for names, steps in self._together.items():
+            if name in names:
+                place = names.index(name)
+                shares += [(noted, parts[place]) for noted, parts in steps]
+        for noted, part in shares:
             share = part / noted.whole
             cpu_ns, time_ns = loads.get(noted.own, (0.0, 0.0))
             loads[noted.own] = cpu_ns + noted.step.cpu_ns * share, time_ns + noted.time_ns * share
