@@ -607,7 +607,7 @@ def _encoder(config: TransformerConfig, store: _Store) -> _Network:
     g = _Encoder(config, store)
     x = g.encode()
     if config.vector_layers:
-        g.output(g.vector(), "vector", "rows", len(config.vector_layers) * config.d_model)
+        g.output(g.cast(g.vector(), _FLOAT), "vector", "rows", len(config.vector_layers) * config.d_model)
     if config.head == "span":
         g.output(g.cast(g.padded(g.linear(x, "head.out", plain=True)), _FLOAT), "logits", "rows", "tokens", 2)
         return g
