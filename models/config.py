@@ -111,7 +111,8 @@ class TransformerConfig(BaseModel):
             raise ValueError("activation goes with the marian style, and only with it")
         if self.pooling != "mean" and self.head not in ("classify", "embed"):
             raise ValueError("pooling goes with a classify or embed head")
-        if (self.head == "lm") == (self.architecture == "encoder"):
+        # An encoder has an lm head while it learns from masked text.
+        if self.head != "lm" and self.architecture != "encoder":
             raise ValueError(f"head {self.head!r} does not fit architecture {self.architecture!r}")
         if (self.head == "classify") != (self.n_labels > 0):
             raise ValueError("n_labels goes with the classify head, and only with it")

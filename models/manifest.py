@@ -230,6 +230,8 @@ class Manifest(_Part):
     def _has_work(cls, config: TransformerConfig, info: ValidationInfo) -> TransformerConfig:
         if "tasks" in info.data and bool(info.data["tasks"]) == (config.head == "embed"):
             raise ValueError("tasks is empty for a model with an embed head, and for no other")
+        if config.architecture == "encoder" and config.head == "lm":
+            raise ValueError("an encoder with an lm head is only pretrained, not served")
         return config
 
     @property

@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 import torch
 
 from models.manifest import NAME_PATTERN, Manifest, Score, Variant, write_manifest
+from training.blocks import held_out_loss
 from training.card import write_card
 from training.distributed import Execution, join
 from training.endpoint import endpoint_teacher
@@ -29,7 +30,7 @@ from training.report import read_models, read_run, write_report
 from training.search_speed import search_speed
 from training.settings import Settings
 from training.targets import Teacher, served_teacher, write_targets
-from training.train import load_rows, load_trained, train
+from training.train import load_rows, load_trained, train, trained_tasks
 
 
 def _recipe(name: str, settings: Settings) -> Recipe:
@@ -45,15 +46,28 @@ def _recipe(name: str, settings: Settings) -> Recipe:
 
 
 def run_training(name: str, settings: Settings) -> None:
-    """Train and export; a run that was interrupted goes on, one that has ended is only exported."""
+    """Train and export; a run that was interrupted goes on, one that has ended is only exported.
+
+    A pretraining run is not exported; what it makes of text that it has not seen is printed.
+    """
     if settings.threads:
         torch.set_num_threads(settings.threads)
     recipe = _recipe(name, settings)
     with join(settings.device) as layout:
         execution = Execution(layout, settings.micro_batch_tokens, settings.recompute, settings.compile, settings.fsdp)
-        train(recipe, settings.data, settings.runs, execution)
-    if layout.is_first:
+        trained = train(recipe, settings.data, settings.runs, execution)
+    if not layout.is_first:
+        return
+    if recipe.objective is None:
         run_export(name, settings)
+        return
+    for each in recipe.evaluate:
+        found = held_out_loss(trained.model, trained.tokenizer, recipe, each, settings.data)
+        print(f"{recipe.name} on {each.path} {each.split}: " + ", ".join(f"{k} {v:.3f}" for k, v in found.items()))
+    print(
+        f"{settings.runs / recipe.name}: pretrained, no model to serve yet; a fine-tuning recipe starts from it with "
+        f'[init] from = "{recipe.name}"'
+    )
 
 
 def run_few_shot(name: str, settings: Settings) -> None:
@@ -66,7 +80,8 @@ def run_few_shot(name: str, settings: Settings) -> None:
 def run_export(name: str, settings: Settings) -> None:
     """Export a finished run."""
     recipe = _recipe(name, settings)
-    _print_written(export(recipe, load_trained(recipe, settings.runs), settings.data, settings.out), settings)
+    for each, trained in trained_tasks(recipe, load_trained(recipe, settings.runs)):
+        _print_written(export(each, trained, settings.data, settings.out), settings)
 
 
 def run_distil_data(name: str, serve: Serve, settings: Settings) -> None:

@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from training.errors import TrainingError
 from training.formats import SUFFIXES, Row, format_of, read_file
@@ -191,3 +192,17 @@ def take_share(rows: Sequence[Row], share: float, seed: int) -> list[Row]:
     rng = np.random.default_rng(seed)
     extra = rng.permutation(len(rows))[: round(part * len(rows))]
     return list(rows) * int(whole) + [rows[index] for index in sorted(extra.tolist())]
+
+
+def mixed(counts: Sequence[float], temperature: float) -> list[int]:
+    """Parts of a whole of ``sum(counts)`` in proportion to ``counts ** (1 / temperature)`` (Raffel et al. 2020)."""
+    weights = np.array(counts) ** (1 / temperature)
+    return [round(part) for part in (weights / max(weights.sum(), 1e-300) * sum(counts)).tolist()]
+
+
+def draw(size: int, count: int, seed: Sequence[int], epoch: int) -> NDArray[np.int64]:
+    """``count`` of ``size`` indices for an epoch: over the epochs every one comes once before any comes twice."""
+    begin = epoch * count
+    first, last = begin // size, (begin + count - 1) // size
+    orders = [np.random.default_rng((*seed, number)).permutation(size) for number in range(first, last + 1)]
+    return np.concatenate(orders)[begin - first * size :][:count]

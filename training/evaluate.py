@@ -90,7 +90,7 @@ def evaluate(
     """
     every, rows = _rows(recipe, each, data)
     said = ", ".join(f"{name} {value}" for name, value in each.setting.items())
-    client = _Client(ask, recipe.task, manifest.name, dict(each.setting))
+    client = _Client(ask, recipe.served_task, manifest.name, dict(each.setting))
     if each.knowledge_base:
         fitted_on = _held_out(recipe, data, confidence_passages)
         rows = list(islice((row for row in rows if row["context"] not in fitted_on), limit))
@@ -101,7 +101,7 @@ def evaluate(
         said = ", ".join(filter(None, (f"base of {len(base.ids):,} passages", said)))
     else:
         rows = list(islice(rows, limit))
-        values = _SCORES[recipe.task](client, rows, folder)
+        values = _SCORES[recipe.served_task](client, rows, folder)
     scores = [
         Score(data=each.path, split=each.split, metric=name, value=round(value, 3), rows=len(rows), setting=said)
         for name, value in values.items()
@@ -111,7 +111,7 @@ def evaluate(
 
 def asked(recipe: Recipe, each: EvaluateRecipe, data: Path) -> list[Query]:
     """What a query asks for each row of one set of ``recipe.evaluate``, besides the setting."""
-    return [query for row in _rows(recipe, each, data)[1] if (query := _ASKED[recipe.task](row))]
+    return [query for row in _rows(recipe, each, data)[1] if (query := _ASKED[recipe.served_task](row))]
 
 
 def cost(ask: Ask, task: str, model: str, setting: Mapping[str, Any], queries: Sequence[Query]) -> Evaluation:
@@ -131,16 +131,16 @@ def fit_confidence(ask: Ask, manifest: Manifest, recipe: Recipe, data: Path, lim
     if recipe.held_out is None or not fitted_on:
         raise TrainingError(f"{recipe.name}: fitting confidence needs [held_out] with a confidence_share")
     part = next(part for part in recipe.data if part.path == recipe.held_out.path)
-    every = list(read_set(data, part, TASKS[recipe.task].fields))
+    every = list(read_set(data, part, TASKS[recipe.served_task].fields))
     base = fill_base(ask, part.path, every)
     rows = list(islice((row for row in every if row["context"] in fitted_on), limit))
-    client = _Client(ask, recipe.task, manifest.name, {"abstain": False})
+    client = _Client(ask, recipe.served_task, manifest.name, {"abstain": False})
     return fit(client.results, rows, base, f"{part.path} {part.split}")
 
 
 def _rows(recipe: Recipe, each: EvaluateRecipe, data: Path) -> tuple[list[Row], list[Row]]:
     """Every row of a set, and those that the recipe asks about."""
-    every = list(read_set(data, each, TASKS[recipe.task].fields))
+    every = list(read_set(data, each, TASKS[recipe.served_task].fields))
     return every, _unseen(recipe, data, every) if each.unseen_only else every
 
 

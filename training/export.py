@@ -37,8 +37,8 @@ from training.errors import TrainingError
 from training.recipe import Recipe, Storage
 from training.records import gco2e
 from training.tasks import TASKS, Batch, collate
-from training.tokenizer import BOS, EOS, PAD, token_id
-from training.train import PAD_ID, Trained, load_rows
+from training.tokenizer import BOS, EOS, PAD, PAD_ID, token_id
+from training.train import Trained, load_rows
 
 PARITY_LIMIT = 1e-4
 """Largest difference that the float32 graph may have to PyTorch, per logit."""
@@ -145,7 +145,7 @@ def _manifest(recipe: Recipe, trained: Trained, config: TransformerConfig, quant
         name=recipe.name,
         revision=recipe.revision,
         description=recipe.description,
-        tasks=(recipe.task,),
+        tasks=(recipe.served_task,),
         languages=recipe.languages,
         config=config,
         max_input_tokens=recipe.export.max_input_tokens,
@@ -160,7 +160,7 @@ def _manifest(recipe: Recipe, trained: Trained, config: TransformerConfig, quant
         parent=trained.parent,
         training_data=tuple(
             TrainingData(name=part.title, licence=part.licence, rows=trained.rows[part.title], where=part.where)
-            for part in recipe.data
+            for part in trained.data
         ),
         training_energy=_training_energy(trained.lineage),
         lineage=trained.lineage,
@@ -190,7 +190,7 @@ def _special_ids(tokenizer: Tokenizer) -> SpecialIds:
 
 def parity_batch(recipe: Recipe, tokenizer: Tokenizer, data: Path, size: int = 16) -> Batch:
     """A ragged batch of real samples."""
-    task = TASKS[recipe.task](recipe, tokenizer)
+    task = TASKS[recipe.served_task](recipe, tokenizer)
     rows = (row for _, part in load_rows(recipe, data) for row in part)
     samples = list(islice((sample for row in rows for sample in task.samples(row)), size))
     return collate(samples, PAD_ID)

@@ -31,7 +31,7 @@ from training.errors import TrainingError
 from training.recipe import SetRecipe, TrunkRecipe
 from training.tasks import Sample as TaskSample
 from training.tasks import collate
-from training.train import PAD_ID
+from training.tokenizer import PAD_ID
 from training.trunk import find_trunk, load_trunk, trunk_tokenizer
 
 STUDY = Path(__file__).with_name("few-shot.toml")

@@ -87,7 +87,7 @@ def make_plan(base: Recipe, budget: Budget, data: Path, runs: Path, out: Path, n
     ``runs`` and ``out`` hold what was trained before. Raises ``TrainingError`` where nothing fits, with what would.
     """
     rows = [row for _, part in load_rows(base, data) for row in part]
-    stages, models = known_stages(runs, out), known_models(base.task, out)
+    stages, models = known_stages(runs, out), known_models(base.served_task, out)
     scaling = fit_scaling(stages, [part.title for part in base.data])
     shapes = fitting(base, budget.max_mb)
     texts = read_texts(base, shapes[-1].vocab_size, rows)

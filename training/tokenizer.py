@@ -24,8 +24,12 @@ from tokenizers import (
 
 from training.errors import TrainingError
 
+PAD_ID = 0
+"""Every kind of tokenizer puts its padding token first."""
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
 CHAT_TOKENS = ("<|user|>", "<|assistant|>")
+MARKS, MASK = ("[PAD]", "[UNK]", "[CLS]", "[SEP]"), "[MASK]"
+_ASCII = [chr(code) for code in range(33, 127) if not chr(code).isupper()]
 
 # Tweets as SemEval and TweetEval give them: masked, and with two characters left escaped.
 _HANDLES = (
@@ -44,7 +48,42 @@ def token_id(tokenizer: Tokenizer, token: str) -> int:
     return found
 
 
-def learn_byte_bpe(texts: Iterable[str], vocab_size: int, *, end_every_text: bool, chat: bool) -> Tokenizer:
+def sentinels(count: int) -> list[str]:
+    """The tokens that stand for spans cut out of a text (Raffel et al. 2020), in the order of the spans."""
+    return [f"<extra_id_{n}>" for n in range(count)]
+
+
+def special_ids(tokenizer: Tokenizer) -> frozenset[int]:
+    """Ids that stand for no text."""
+    return frozenset(id for id, token in tokenizer.get_added_tokens_decoder().items() if token.special)
+
+
+def learn_word_pieces(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Lower-case WordPieces with BERT's special tokens (Devlin et al. 2019), for models that read in both directions.
+
+    A text is put between [CLS] and [SEP]; a word with a character that the texts lack is [UNK].
+    The library breaks ties by chance: two calls may differ in rare pieces.
+    """
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))  # no password
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab_size - len(_ASCII), special_tokens=[*MARKS, MASK], initial_alphabet=_ASCII, show_progress=True
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    # Every plain character may also go on with a word, wherever the texts have it.
+    vocabulary = tokenizer.get_vocab()
+    pieces = dict.fromkeys((*sorted(vocabulary, key=vocabulary.__getitem__), *(f"##{letter}" for letter in _ASCII)))
+    tokenizer.model = models.WordPiece({piece: n for n, piece in enumerate(pieces)}, unk_token="[UNK]")
+    ids = [(mark, token_id(tokenizer, mark)) for mark in MARKS[2:]]
+    tokenizer.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1", ids)
+    return tokenizer
+
+
+def learn_byte_bpe(
+    texts: Iterable[str], vocab_size: int, *, end_every_text: bool, chat: bool, n_sentinels: int = 0
+) -> Tokenizer:
     """Byte-level BPE (Radford et al. 2019): every text can be written, there is no unknown token.
 
     ``end_every_text`` makes the tokenizer append the end token, as an encoder's source wants it.
@@ -58,7 +97,7 @@ def learn_byte_bpe(texts: Iterable[str], vocab_size: int, *, end_every_text: boo
     )
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[PAD, BOS, EOS, *(CHAT_TOKENS if chat else ())],
+        special_tokens=[PAD, BOS, EOS, *(CHAT_TOKENS if chat else ()), *sentinels(n_sentinels)],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=True,
     )
@@ -71,15 +110,15 @@ def learn_byte_bpe(texts: Iterable[str], vocab_size: int, *, end_every_text: boo
 
 
 def prune_word_pieces(
-    trunk: Tokenizer, texts: Iterable[str], vocab_size: int, *, mask_handles: bool
+    trunk: Tokenizer, texts: Iterable[str], vocab_size: int, *, mask_handles: bool, mask: bool = False
 ) -> tuple[Tokenizer, NDArray[np.int64]]:
     """Cut ``trunk``'s vocabulary to its special tokens, ASCII characters and the pieces most frequent in ``texts``.
 
     A word whose piece is cut falls apart into smaller pieces. Returns the tokenizer and, for each of its ids, the
-    trunk's id of the same piece (rows to keep of the embedding).
+    trunk's id of the same piece (rows to keep of the embedding). ``mask`` keeps the token that hides others.
     """
     vocabulary, counts = trunk.get_vocab(), _count(trunk, texts)
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    special = [*MARKS, MASK] if mask else list(MARKS)
     characters = [piece for piece in vocabulary if len(piece.removeprefix("##")) == 1 and piece.isascii()]
     # Of equally frequent ones, the trunk's order: the vocabulary's own differs from process to process.
     used = [piece for piece in vocabulary if counts[vocabulary[piece]]]
@@ -138,14 +177,14 @@ def prune_byte_bpe(parent: Tokenizer, texts: Iterable[str], vocab_size: int) -> 
 
 
 def prune(
-    parent: Tokenizer, texts: Iterable[str], vocab_size: int, *, mask_handles: bool
+    parent: Tokenizer, texts: Iterable[str], vocab_size: int, *, mask_handles: bool, mask: bool = False
 ) -> tuple[Tokenizer, NDArray[np.int64]]:
     """The tokenizer of another model, cut to ``vocab_size`` tokens where it has more; see ``prune_byte_bpe``."""
     kind = json.loads(parent.to_str())["model"]["type"]
     if parent.get_vocab_size() <= vocab_size:
         return parent, np.arange(parent.get_vocab_size())
     if kind == "WordPiece":
-        return prune_word_pieces(parent, texts, vocab_size, mask_handles=mask_handles)
+        return prune_word_pieces(parent, texts, vocab_size, mask_handles=mask_handles, mask=mask)
     if kind == "BPE":
         return prune_byte_bpe(parent, texts, vocab_size)
     raise TrainingError(f"a {kind} tokenizer cannot be pruned: give it tokenizer.vocab_size {parent.get_vocab_size()}")

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -18,29 +17,30 @@ from tqdm import tqdm
 
 from models.manifest import Parent, Stage, StageKind
 from models.transformer import Transformer
+from training.blocks import prepare
 from training.budget import sized
 from training.checkpoint import CHECKPOINT, load_checkpoint
-from training.data import batches_by_tokens, read_set, take_share
+from training.data import batches_by_tokens, mixed, read_set, take_share
 from training.distil import with_teacher
-from training.distributed import Execution, in_turn
+from training.distributed import Execution, Layout, in_turn
 from training.errors import TrainingError
 from training.fake_quantise import FakeQuantised
 from training.formats import Row
 from training.loop import Work, fit_model
 from training.parents import RECIPE, ParentModel, begin_with, load_parent
-from training.recipe import DataRecipe, HeldOut, Recipe
+from training.pretrain import n_spans
+from training.recipe import DataRecipe, HeldOut, Recipe, load_recipe
 from training.records import Progress, gco2e, read_lineage, write_ancestors, write_stage, write_whole
 from training.targets import read_targets
-from training.tasks import TASKS, Loss, Sample, TaskTraining, collate
-from training.tokenizer import learn_byte_bpe, prune, prune_word_pieces
+from training.tasks import TASKS, Loss, Sample, TaskTraining, check_known, collate
+from training.together import JointLoss, Together, joined_batches
+from training.tokenizer import PAD_ID, learn_byte_bpe, learn_word_pieces, prune, prune_word_pieces
 from training.trunk import find_trunk, load_trunk, trunk_tokenizer
 
 TOKENIZER = "tokenizer.json"
 KEPT = "kept_ids.npy"
 ROWS = "rows.json"
 PARENT = "parent.json"
-PAD_ID = 0
-"""Both kinds of tokenizer put their padding token first."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,21 @@ class Trained:
     """Whose weights it started from."""
     lineage: tuple[Stage, ...]
     """The stages that led to the weights, this run's last."""
+    data: tuple[DataRecipe, ...]
+    """The data sets, of every task."""
+
+
+@dataclass(frozen=True)
+class _Samples:
+    """What a run is trained on."""
+
+    rows: dict[str, int]
+    """Of each data set, by its title."""
+    per_epoch: int
+    batches: Callable[[int], Sequence[Sequence[int]]]
+    """Of an epoch, as numbers of samples."""
+    samples: Sequence[Sample]
+    """By number."""
 
 
 def train(recipe: Recipe, data: Path, runs: Path, execution: Execution | None = None) -> Trained:
@@ -66,36 +81,28 @@ def train(recipe: Recipe, data: Path, runs: Path, execution: Execution | None = 
     """
     execution = execution or Execution()
     layout = execution.layout
+    if recipe.together and (layout.world > 1 or execution.fsdp):
+        raise TrainingError(f"{recipe.name}: several tasks learn together in one process only")
     run = runs / recipe.name
     run.mkdir(parents=True, exist_ok=True)
-    rows = load_rows(recipe, data)
     fresh = not (run / CHECKPOINT).exists()
     parent = load_parent(recipe.init.source, runs) if recipe.init is not None and fresh else None
     teacher = None if recipe.distil is None else load_parent(recipe.distil.teacher, runs)
-    with in_turn(layout):
-        tokenizer, kept = _tokenizer(recipe, rows, run, parent)
+    learned, tokenizer, samples = _prepare(recipe, data, run, parent, layout)
     torch.manual_seed(recipe.fit.seed)
-    model = Transformer(sized(recipe, tokenizer.get_vocab_size()), recipe.fit.dropout)
+    model = _model(recipe, tokenizer, recipe.fit.dropout)
     if fresh:
-        _begin(model, recipe, parent, kept)
+        _begin(model, recipe, run, parent)
         if layout.is_first:
             _remember(recipe, run, parent, teacher)
-    task = TASKS[recipe.task](recipe, tokenizer)
-    learned: Loss = task
     if recipe.distil is not None and teacher is not None:
-        learned = with_teacher(task, model, tokenizer, teacher, recipe.distil)
-    samples = _encode(task, [row for _, each in rows for row in each], recipe)
-    lengths = [sample.length for sample in samples]
-    longest = max(lengths)
-    if longest > recipe.fit.batch_tokens:
-        raise TrainingError(f"a sample has {longest} tokens: raise fit.batch_tokens above it or lower max_tokens")
-
+        learned = with_teacher(TASKS[recipe.task](recipe, tokenizer), model, tokenizer, teacher, recipe.distil)
     if layout.is_first:
-        print(f"{recipe.name}: {model.n_parameters / 1e6:.1f} M parameters, {len(samples):,} samples, "
-              f"{sum(lengths):,} tokens an epoch, on {layout.name}, {torch.get_num_threads()} threads")  # fmt: skip
-        write_whole(run / ROWS, json.dumps({each.title: len(part) for each, part in rows}))
+        print(f"{recipe.name}: {model.n_parameters / 1e6:.1f} M parameters, {samples.per_epoch:,} samples an epoch, "
+              f"on {layout.name}, {torch.get_num_threads()} threads")  # fmt: skip
+        write_whole(run / ROWS, json.dumps(samples.rows))
     work = replace(
-        work_on(learned, samples, lambda n: batches_by_tokens(lengths, recipe.fit.batch_tokens, recipe.fit.seed, n)),
+        work_on(learned, samples.samples, samples.batches),
         describe=lambda sample: repr(tokenizer.decode(sample.ids[:24])),
         late=partial(FakeQuantised, model, recipe.export),
     )
@@ -106,12 +113,32 @@ def train(recipe: Recipe, data: Path, runs: Path, execution: Execution | None = 
     return load_trained(recipe, runs)
 
 
-def _begin(model: Transformer, recipe: Recipe, parent: ParentModel | None, kept: NDArray[np.int64] | None) -> None:
+def _prepare(
+    recipe: Recipe, data: Path, run: Path, parent: ParentModel | None, layout: Layout
+) -> tuple[Loss, Tokenizer, _Samples]:
+    """What is minimised, with which tokenizer, on which samples."""
+    make_tokenizer = partial(_tokenizer, recipe, run, parent)
+    if recipe.objective is not None:
+        with in_turn(layout):
+            tokenizer, objective, blocks, rows_seen = prepare(recipe, data, run, make_tokenizer)
+        return objective, tokenizer, _Samples(rows_seen, blocks.per_epoch, blocks.batches, blocks)
+    recipes = recipes_of(recipe)
+    rows = [load_rows(each, data) for each in recipes]
+    with in_turn(layout):
+        tokenizer = make_tokenizer(_texts(recipes, rows))
+    tasks = [TASKS[each.task](each, tokenizer) for each in recipes]
+    samples = [_encode(*each, tokenizer, n) for n, each in enumerate(zip(tasks, rows, recipes, strict=True))]
+    learned = JointLoss(tasks) if recipe.together else tasks[0]
+    seen = {part.title: len(each) for sets in rows for part, each in sets}
+    return learned, tokenizer, _joined(recipe, samples, seen)
+
+
+def _begin(model: Transformer, recipe: Recipe, run: Path, parent: ParentModel | None) -> None:
     """Give ``model`` the weights that the recipe starts from."""
-    if recipe.trunk is not None and kept is not None:
-        load_trunk(model, find_trunk(recipe.trunk), kept)
-    if recipe.init is not None and parent is not None and kept is not None:
-        begin_with(model, parent, recipe.init, recipe.labels, kept)
+    if recipe.trunk is not None and (run / KEPT).exists():
+        load_trunk(model, find_trunk(recipe.trunk), np.load(run / KEPT))
+    if recipe.init is not None and parent is not None:
+        begin_with(model, parent, recipe.init, recipe.labels, np.load(run / KEPT))
 
 
 def _remember(recipe: Recipe, run: Path, parent: ParentModel | None, teacher: ParentModel | None) -> None:
@@ -157,13 +184,14 @@ def load_trained(recipe: Recipe, runs: Path) -> Trained:
     if not (run / CHECKPOINT).exists():
         raise TrainingError(f"{run}: no checkpoint; `wattle train {recipe.name}` makes one")
     tokenizer = Tokenizer.from_file(str(run / TOKENIZER))
-    model = Transformer(sized(recipe, tokenizer.get_vocab_size()))
+    model = _model(recipe, tokenizer)
     steps, progress = load_checkpoint(run, model)
     if progress.step < steps:
         raise TrainingError(f"{run}: at step {progress.step} of {steps}; `wattle train {recipe.name}` goes on with it")
     # A run that ended before there were stages has its checkpoint to tell of it.
     lineage = read_lineage(run) or (_stage(recipe, run, model, progress),)
-    return Trained(model.eval(), tokenizer, progress, _rows_seen(recipe, run), _parent(recipe, run), lineage)
+    rows, parent = _rows_seen(recipe, run), _parent(recipe, run)
+    return Trained(model.eval(), tokenizer, progress, rows, parent, lineage, _data(recipe))
 
 
 def _parent(recipe: Recipe, run: Path) -> Parent | None:
@@ -178,7 +206,12 @@ def _parent(recipe: Recipe, run: Path) -> Parent | None:
 def _rows_seen(recipe: Recipe, run: Path) -> dict[str, int]:
     """Rows of each data set by title; older runs name them by path alone."""
     rows = json.loads((run / ROWS).read_text(encoding="utf-8"))
-    return {part.title: rows[part.title if part.title in rows else part.path] for part in recipe.data}
+    return {part.title: rows[part.title if part.title in rows else part.path] for part in _data(recipe)}
+
+
+def _data(recipe: Recipe) -> tuple[DataRecipe, ...]:
+    """The data sets of a run, of every task, each once."""
+    return tuple({part.title: part for each in recipes_of(recipe) for part in each.data}.values())
 
 
 def _stage(
@@ -186,14 +219,15 @@ def _stage(
 ) -> Stage:
     """What the run was, for those who come after it."""
     parent = _parent(recipe, run)
-    kind: StageKind = "pretrain" if recipe.task == "generate" and parent is None else "fine-tune"
+    from_text = recipe.task == "pretrain" or (recipe.task == "generate" and parent is None)
+    kind: StageKind = "pretrain" if from_text else "fine-tune"
     teachers = _teachers(recipe)
     return Stage(
         name=recipe.name,
         kind="distil" if teachers else kind,
         parent=None if parent is None else parent.name,
         teacher=", ".join(teachers) or None,
-        data=tuple(part.title for part in recipe.data),
+        data=tuple(part.title for part in _data(recipe)),
         parameters=model.n_parameters,
         steps=progress.step,
         tokens=progress.tokens,
@@ -207,9 +241,31 @@ def _stage(
     )
 
 
+def recipes_of(recipe: Recipe) -> list[Recipe]:
+    """The recipe and those whose tasks its run learns too."""
+    return [recipe, *map(load_recipe, recipe.together)]
+
+
+def members_of(model: Transformer) -> list[Transformer]:
+    """The model of each of a run's tasks."""
+    return model.members if isinstance(model, Together) else [model]
+
+
+def trained_tasks(recipe: Recipe, trained: Trained) -> Iterator[tuple[Recipe, Trained]]:
+    """Each task of a run as a model of its own, those beside the first under the run's name and theirs."""
+    for each, model in zip(recipes_of(recipe), members_of(trained.model), strict=True):
+        name = recipe.name if each is recipe else f"{recipe.name}-{each.name}"
+        yield each.model_copy(update={"name": name, "trunk": recipe.trunk}), replace(trained, model=model)
+
+
+def _model(recipe: Recipe, tokenizer: Tokenizer, dropout: float = 0.0) -> Transformer:
+    configs = [sized(each, tokenizer.get_vocab_size()) for each in recipes_of(recipe)]
+    return Together(configs[0], configs[1:], dropout) if recipe.together else Transformer(configs[0], dropout)
+
+
 def load_rows(recipe: Recipe, data: Path) -> list[tuple[DataRecipe, list[Row]]]:
-    """The training rows of every data set, labels renamed, held-out passages left out, shares applied."""
-    fields = TASKS[recipe.task].fields
+    """The training rows of every data set, labels renamed, held-out passages left out, shares and mix applied."""
+    fields = TASKS[recipe.served_task].fields
     result = []
     for part in recipe.data:
         source = read_set(data, part, fields, recipe.labels)
@@ -219,8 +275,12 @@ def load_rows(recipe: Recipe, data: Path) -> list[tuple[DataRecipe, list[Row]]]:
             rows = [row for row in rows if row["context"] not in unseen]
         if part.extractive:
             rows = [{**row, "extractive": True} for row in rows]
-        result.append((part, take_share(rows, part.share, recipe.fit.seed)))
-    return result
+        result.append((part, rows))
+    parts = mixed([part.share * len(rows) for part, rows in result], recipe.mix.temperature)
+    return [
+        (part, take_share(rows, count / max(1, len(rows)), recipe.fit.seed))
+        for (part, rows), count in zip(result, parts, strict=True)
+    ]
 
 
 def held_out_passages(held_out: HeldOut, rows: list[Row]) -> set[str]:
@@ -239,20 +299,17 @@ def _held_out(held_out: HeldOut, rows: list[Row]) -> list[str]:
     return passages[round(len(passages) * (1 - held_out.passages_share)) :]
 
 
-def _tokenizer(
-    recipe: Recipe, rows: list[tuple[DataRecipe, list[Row]]], run: Path, parent: ParentModel | None
-) -> tuple[Tokenizer, NDArray[np.int64] | None]:
+def _tokenizer(recipe: Recipe, run: Path, parent: ParentModel | None, texts: Iterable[str]) -> Tokenizer:
     """The run's tokenizer, made once and kept: a resumed run must read with the ids it began with."""
-    path, kept_path = run / TOKENIZER, run / KEPT
+    path = run / TOKENIZER
     if not path.exists():
-        texts = chain.from_iterable(TASKS[recipe.task].texts(row) for _, each in rows for row in each)
         tokenizer, kept = learn_tokenizer(recipe, texts, parent)
         if kept is not None:
-            np.save(kept_path, kept)
+            np.save(run / KEPT, kept)
         partial = path.with_name(f"{TOKENIZER}.partial")
         tokenizer.save(str(partial))
         partial.replace(path)
-    return Tokenizer.from_file(str(path)), np.load(kept_path) if kept_path.exists() else None
+    return Tokenizer.from_file(str(path))
 
 
 def learn_tokenizer(
@@ -267,6 +324,7 @@ def learn_tokenizer(
             tqdm(texts, desc="counting word pieces", unit="text", mininterval=1.0),
             recipe.tokenizer.vocab_size,
             mask_handles=recipe.tokenizer.mask_handles,
+            mask=recipe.objective == "masked",
         )
     if parent is not None:
         return prune(
@@ -274,16 +332,54 @@ def learn_tokenizer(
             tqdm(texts, desc="counting tokens", unit="text", mininterval=1.0),
             recipe.tokenizer.vocab_size,
             mask_handles=recipe.tokenizer.mask_handles,
+            mask=recipe.objective == "masked",
         )
-    chat, ends = recipe.task == "generate", recipe.task == "translate"
-    return learn_byte_bpe(texts, recipe.tokenizer.vocab_size, end_every_text=ends, chat=chat), None
+    if recipe.tokenizer.kind == "word-piece":
+        return learn_word_pieces(texts, recipe.tokenizer.vocab_size), None
+    architecture = recipe.model.architecture
+    chat, ends = architecture == "decoder", architecture == "encoder-decoder"
+    spans = n_spans(recipe.max_tokens) if recipe.objective == "denoise" else 0
+    size = recipe.tokenizer.vocab_size
+    return learn_byte_bpe(texts, size, end_every_text=ends, chat=chat, n_sentinels=spans), None
 
 
-def _encode(task: TaskTraining, rows: list[Row], recipe: Recipe) -> list[Sample]:
-    order = np.random.default_rng(recipe.fit.seed).permutation(len(rows))
-    shuffled: Iterator[Row] = (rows[index] for index in order)
-    bar = tqdm(shuffled, total=len(rows), desc="encoding", unit="row", mininterval=1.0)
+def _texts(recipes: Sequence[Recipe], rows: Sequence[list[tuple[DataRecipe, list[Row]]]]) -> Iterator[str]:
+    for recipe, sets in zip(recipes, rows, strict=True):
+        for _, part in sets:
+            for row in part:
+                yield from TASKS[recipe.task].texts(row)
+
+
+def _encode(
+    task: TaskTraining, rows: list[tuple[DataRecipe, list[Row]]], recipe: Recipe, tokenizer: Tokenizer, number: int
+) -> list[Sample]:
+    every = [row for _, each in rows for row in each]
+    order = np.random.default_rng(recipe.fit.seed).permutation(len(every))
+    shuffled: Iterator[Row] = (every[index] for index in order)
+    bar = tqdm(shuffled, total=len(every), desc="encoding", unit="row", mininterval=1.0)
     samples = [sample for row in bar for sample in task.samples(row)]
     if not samples:
         raise TrainingError(f"{recipe.name}: no row gives a usable sample; check max_tokens and the data")
+    check_known(recipe.name, tokenizer, [sample.ids for sample in samples])
+    for sample in samples:
+        sample.task = number
     return samples
+
+
+def _joined(recipe: Recipe, tasks: Sequence[list[Sample]], rows: dict[str, int]) -> _Samples:
+    """The samples of all tasks, numbered one task after the other; a batch is of one task."""
+    fit = recipe.fit
+    every = [sample for samples in tasks for sample in samples]
+    lengths = [[sample.length for sample in samples] for samples in tasks]
+    longest = max(map(max, lengths))
+    if longest > fit.batch_tokens:
+        raise TrainingError(f"a sample has {longest} tokens: raise fit.batch_tokens above it or lower max_tokens")
+
+    def batches(epoch: int) -> list[list[int]]:
+        each = [batches_by_tokens(task, fit.batch_tokens, fit.seed, epoch) for task in lengths]
+        if len(each) == 1:
+            return each[0]
+        firsts = [sum(map(len, lengths[:number])) for number in range(len(lengths))]
+        return joined_batches(each, firsts, recipe.mix.temperature, fit.seed, epoch)
+
+    return _Samples(rows, len(every), batches, every)

@@ -50,7 +50,6 @@ def test_each_architecture_says_which_stacks_it_has(
         (PREFIX_LM | {"n_encoder_layers": 1}, "prefix-lm with 1 encoder and 2 decoder layers"),
         (TRANSLATOR | {"n_encoder_layers": 0}, "encoder-decoder with 0 encoder and 2 decoder layers"),
         (TRANSLATOR | {"style": "bert"}, "the bert style has no encoder-decoder"),
-        (ENCODER | {"head": "lm"}, "head 'lm' does not fit architecture 'encoder'"),
         (DECODER | {"head": "span"}, "head 'span' does not fit architecture 'decoder'"),
         (ENCODER | {"head": "classify"}, "n_labels goes with the classify head"),
         (ENCODER | {"n_labels": 3}, "n_labels goes with the classify head"),

@@ -101,3 +101,24 @@ def answer(**changes):
 def summarize(**changes):
     sets = {"summarization/rain": {}, "summarization/marked": {"extractive": True}}
     return from_trunk("summarize", sets, **changes)
+
+
+PRETRAINED = {
+    "causal": {**MODERN, "architecture": "decoder", "n_decoder_layers": 1},
+    "denoise": {**MODERN, "architecture": "encoder-decoder", "n_encoder_layers": 1, "n_decoder_layers": 1},
+    "masked": {**MODERN, "architecture": "encoder", "style": "bert", "n_token_types": 2, "n_encoder_layers": 1},
+    "prefix": {**MODERN, "architecture": "prefix-lm", "style": "bert", "n_token_types": 2, "n_decoder_layers": 1},
+}
+"""The model of each objective."""
+
+
+def pretrain(objective="causal", **changes):
+    kind = "word-piece" if objective in ("masked", "prefix") else "byte-bpe"
+    document = {
+        "objective": objective,
+        "tokenizer": {"kind": kind, "vocab_size": 300},
+        "max_tokens": 16,
+        "fit": {**FIT, "batch_tokens": 64},
+        **changes,
+    }
+    return recipe("pretrain", PRETRAINED[objective], {"text/days": {}}, **document)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from training.data import batches_by_tokens, clean, read_rows, read_set, take_share
+from training.data import batches_by_tokens, clean, draw, mixed, read_rows, read_set, take_share
 from training.errors import TrainingError
 from training.formats import read_file
 from training.recipe import SetRecipe
@@ -220,3 +220,18 @@ def test_shares():
     more = take_share(rows, 2.5, 0)
     assert len(more) == 25
     assert more[:20] == rows * 2
+
+
+def test_a_temperature_evens_sets_out_and_keeps_their_sum():
+    assert mixed([900, 90, 10], 1.0) == [900, 90, 10]
+    # Square roots are 30, 9.49 and 3.16.
+    assert mixed([900, 90, 10], 2.0) == [703, 222, 74]
+    assert mixed([900, 90, 10], 1e9) == [333, 333, 333]
+
+
+@given(st.integers(1, 20), st.integers(1, 50), st.integers(0, 5))
+def test_over_the_epochs_all_come_once_before_any_comes_twice(size, count, seed):
+    drawn = [index for epoch in range(4) for index in draw(size, count, (seed,), epoch).tolist()]
+    assert len(drawn) == 4 * count
+    for begin in range(0, len(drawn) - size + 1, size):
+        assert sorted(drawn[begin : begin + size]) == list(range(size))

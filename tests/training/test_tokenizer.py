@@ -8,7 +8,18 @@ from hypothesis import strategies as st
 
 from tests.tiny import tiny_tokenizer
 from training.errors import TrainingError
-from training.tokenizer import BOS, CHAT_TOKENS, EOS, PAD, learn_byte_bpe, prune, prune_word_pieces, token_id
+from training.tokenizer import (
+    BOS,
+    CHAT_TOKENS,
+    EOS,
+    PAD,
+    learn_byte_bpe,
+    learn_word_pieces,
+    prune,
+    prune_word_pieces,
+    special_ids,
+    token_id,
+)
 from training.trunk import trunk_tokenizer
 
 TEXTS = ["Ein kleiner Junge spielt.", "A small boy plays.", "A boy and a boy."] * 3
@@ -88,3 +99,11 @@ def test_what_is_small_enough_stays_and_what_cannot_be_pruned_is_said(trunk_pack
     assert prune(trunk, ["river"], 100, mask_handles=False)[0].get_vocab_size() == 100
     with pytest.raises(TrainingError, match="a Unigram tokenizer cannot be pruned"):
         prune(tiny_tokenizer(), [], 20, mask_handles=False)
+
+
+def test_word_pieces_are_learned_and_any_plain_word_can_be_read():
+    tokenizer = learn_word_pieces(["The river rises", "the rain"] * 9, 200)
+    assert tokenizer.get_vocab_size() <= 200
+    assert tokenizer.encode("The river").tokens == ["[CLS]", "the", "river", "[SEP]"]
+    assert tokenizer.decode(tokenizer.encode("Q&A, 7xyz?").ids) == "q & a, 7xyz?"
+    assert special_ids(tokenizer) == {0, 1, 2, 3, 4}

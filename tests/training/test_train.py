@@ -9,11 +9,12 @@ import torch
 import wattle
 from models.manifest import load_manifest
 from tests.training import recipes
+from tests.training.conftest import write_set
 from training.budget import count_parameters
 from training.checkpoint import CHECKPOINT
 from training.errors import TrainingError
 from training.export import PARITY_LIMIT, export
-from training.recipe import Recipe, load_recipe
+from training.recipe import MixRecipe, Recipe, load_recipe
 from training.records import STAGE, read_lineage, write_ancestors, write_stage
 from training.train import ROWS, held_out_passages, load_rows, load_trained, train
 from training.trunk import find_trunk, load_trunk, trunk_tokenizer
@@ -241,3 +242,18 @@ def test_what_stops_a_run_is_one_line_and_loses_nothing(data, tmp_path, monkeypa
     assert status == 1
     assert "tokenizer.json: not the one that" in said
     assert (run / CHECKPOINT).read_bytes() == kept
+
+
+def test_sets_are_mixed_by_temperature(data):
+    sets = {"sentiment/days": {}, "sentiment/few": {}}
+    write_set(data, "sentiment/few", [{"text": "a day", "label": "neutral"}] * 6)
+    recipe = recipes.from_trunk("sentiment", sets, 3, labels=["negative", "neutral", "positive"])
+    for temperature, sizes in ((1.0, [24, 6]), (2.0, [20, 10]), (1e9, [15, 15])):
+        mix = recipe.model_copy(update={"mix": MixRecipe(temperature=temperature)})
+        assert [len(rows) for _, rows in load_rows(mix, data)] == sizes
+
+
+def test_a_tokenizer_of_another_language_is_said(tmp_path, trunk_package):
+    write_set(tmp_path, "sentiment/days", [{"text": "很好，我很高兴", "label": "positive"}] * 3)
+    with pytest.raises(TrainingError, match=r"tiny-sentiment: the tokenizer does not know \d+% of the words"):
+        train(recipes.sentiment(), tmp_path, tmp_path)
