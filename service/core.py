@@ -159,7 +159,7 @@ class Service:
         Cancelling it takes the request's items out of the engine; the work done until then is billed all the same.
         """
         model, texts = self._choose(task, request)
-        self._tell_texts(request_id, task=task.name, request=request.model_dump())
+        self._tell_texts(request_id, task=lambda: task.name, request=request.model_dump)
         self._require_budget(request)
         # A reading close to the start of the request's steps makes its figure sharp.
         self.account.wake()
@@ -186,7 +186,7 @@ class Service:
                 decode = partial(task.decode, encoded.plan, model, receipt.outputs)
                 is_short = is_short and receipt.output_tokens <= _SHORT_TOKENS
                 receipt.results = await self._beside(receipt, Phase.POST, decode, is_short=is_short)
-        self._tell_texts(request_id, results=[result.model_dump() for result in receipt.results])
+        self._tell_texts(request_id, results=lambda: [result.model_dump() for result in receipt.results])
         return receipt
 
     async def estimate(self, task: Task[Any, Any], request: TaskRequest, request_id: str) -> Estimate:
@@ -216,10 +216,11 @@ class Service:
         limits_s = (self.request_timeout_s, asked_s, caller().timeout_s)
         return _deadline(min(limit_s for limit_s in limits_s if limit_s is not None))
 
-    def _tell_texts(self, request_id: str, **told: Any) -> None:
-        """Log what is asked or answered, where that is wanted."""
+    def _tell_texts(self, request_id: str, **told: Callable[[], Any]) -> None:
+        """Log what is asked or answered, where that is wanted; only then it is written out."""
         if self.log_texts:
-            _texts_log.info("%s", orjson.dumps({"request_id": request_id, **told}).decode())
+            line = {name: write() for name, write in told.items()}
+            _texts_log.info("%s", orjson.dumps({"request_id": request_id, **line}).decode())
 
     def _require_day(self) -> None:
         """Raise ``DailyBudgetSpent`` where the day has no joules left, or the caller's key has none."""
@@ -255,7 +256,7 @@ class Service:
         self, base: str, question: str, passages: int, request_id: str, timeout_s: float | None = None
     ) -> tuple[Charge, list[Passage]]:
         """The passages of a knowledge base that bear most on ``question``, and what finding them cost."""
-        self._tell_texts(request_id, task="search", request={"base": base, "question": question})
+        self._tell_texts(request_id, task=lambda: "search", request=lambda: {"base": base, "question": question})
         self._require_day()
         self.account.wake()
         with self._admitted(1), self._billed(Charge(request_id, "search", self.knowledge.name)) as charge:
