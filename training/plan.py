@@ -16,7 +16,7 @@ from training.flops import TextSize, forward_flops, training_flops
 from training.pace import Speed, Texts, measure, read_texts
 from training.recipe import BudgetRecipe, Precision, Recipe
 from training.records import gco2e, read_lineage
-from training.report import scaled
+from training.report import figure, scaled
 from training.scaling import Scaling, fit_scaling
 from training.train import load_rows
 
@@ -259,12 +259,14 @@ def _measured(plan: Plan) -> str:
         energy = f"{speed.joules_per_token:.3g} J/token, {speed.watts:.3g} W ({speed.quality})"
     rate = f"{speed.tokens_per_s:,.0f} tokens/s, {scaled(plan.flops_per_token * speed.tokens_per_s)}FLOP/s"
     others = "" if speed.foreign_cores is None else f" while others kept {speed.foreign_cores:.2g} cores busy"
-    return f"{rate}, {energy}, in {speed.seconds:.0f} s of {speed.precision} on {speed.threads} threads{others}"
+    return f"{rate}, {energy}, in {speed.seconds:.0f} s of {speed.precision} with --threads {speed.threads}{others}"
 
 
 def _energy(joules: float | None) -> str:
     return (
-        "unavailable" if joules is None else f"{joules:,.0f} J, {gco2e(joules):.2g} gCO2e at the world's average grid"
+        "unavailable"
+        if joules is None
+        else f"{joules:,.0f} J, {figure(gco2e(joules))} gCO2e at the world's average grid"
     )
 
 

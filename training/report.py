@@ -21,7 +21,7 @@ LIMITS = (
     "data with the same vocabulary. Estimated joules are reckoned from CPU time: they rank one machine's runs and are "
     "no reading of a meter. A dash is unknown, not zero."
 )
-PREFIXES = ((1e9, "G"), (1e6, "M"), (1e3, "k"))
+PREFIXES = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
 @dataclass(frozen=True)
