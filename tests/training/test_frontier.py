@@ -138,7 +138,9 @@ def test_the_picture_names_every_point_and_joins_the_best():
             manifest(
                 "new",
                 tasks=(),
-                config=tiny_config("bert-classify").model_copy(update={"head": "embed", "n_labels": 0}),
+                config=tiny_config("bert-classify").model_copy(
+                    update={"head": "embed", "n_labels": 0, "vector_layers": ()}
+                ),
             ),
             "no task",
         ),
