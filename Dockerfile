@@ -28,6 +28,10 @@ EXPOSE 8000
 HEALTHCHECK --interval=10s --timeout=3s --start-period=60s \
     CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/readyz', timeout=2)"]
 
+# Others can reach a container, so it wants API keys, in a folder that is mounted: -v ./keys:/keys:ro
+# -e WATTLE_API_KEYS_FILE=/keys/keys.toml. For a trial that only this machine can reach, -p 127.0.0.1:8000:8000
+# -e WATTLE_INSECURE=true. With neither it says so and stops.
+#
 # The list form has no shell in between, so SIGTERM reaches the service, which then finishes what runs:
 # give it the time that its setting allows for that, `docker stop --time 40`.
 CMD ["wattle", "serve", "--host", "0.0.0.0", "--port", "8000"]

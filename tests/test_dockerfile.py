@@ -54,6 +54,14 @@ def test_it_runs_as_an_ordinary_user_on_a_port_that_it_exposes() -> None:
     assert command[command.index("--port") + 1] == "8000"
 
 
+def test_it_serves_nobody_without_keys_unless_it_is_told_to() -> None:
+    command = json.loads(arguments_of("CMD")[-1])
+    # The service refuses this address without keys.
+    assert command[command.index("--host") + 1] == "0.0.0.0"
+    assert "--insecure" not in command
+    assert not [arguments for arguments in arguments_of("ENV") if "WATTLE_INSECURE" in arguments]
+
+
 def test_its_health_check_asks_whether_the_service_is_ready() -> None:
     (check,) = arguments_of("HEALTHCHECK")
     command = json.loads(check.partition("CMD")[2])

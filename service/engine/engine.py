@@ -3,7 +3,7 @@
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
 from typing import Any, Literal, Protocol
@@ -176,8 +176,7 @@ class Engine:
         with self._changed:
             self._manifests.pop(key, None)
             unfinished, self._waiting[key] = self._waiting.get(key, []), []
-            for job in unfinished:
-                self._leave(job)
+            self._leave(unfinished)
         gone = [self._send(executor, partial(executor.drop, key)) for executor in self._executors]
         for future in gone:
             unfinished += future.result()
@@ -299,9 +298,8 @@ class Engine:
         window = self._turns.first(waiting, _SHARED_WINDOW) if shared else waiting[:_WINDOW]
         taken = set(executor.workers[model].take(window, share))
         self._waiting[model] = [job for job in waiting if job not in taken]
-        for job in taken:
-            self._leave(job)
-            self._turns.charge(job.key, job.tokens)
+        for key, tokens in self._leave(taken):
+            self._turns.charge(key, tokens)
         executor.running[model] += len(taken)
         return bool(taken)
 
@@ -342,11 +340,16 @@ class Engine:
         gone = [job for job in self._waiting[model] if job.cancelled]
         if gone:
             self._waiting[model] = [job for job in self._waiting[model] if not job.cancelled]
-            for job in gone:
-                self._leave(job)
+            self._leave(gone)
 
-    def _leave(self, job: Job) -> None:
-        self._backlog.leave(1, job.tokens, job.key)
+    def _leave(self, jobs: Collection[Job]) -> list[tuple[str, int]]:
+        """Count jobs out of the queue; returns the keys that have any among them, and their tokens."""
+        left = []
+        for key in {job.key for job in jobs}:
+            own = [job.tokens for job in jobs if job.key == key]
+            self._backlog.leave(len(own), sum(own), key)
+            left.append((key, sum(own)))
+        return left
 
 
 def _check(item: Item, manifest: Manifest, max_rows: int) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -60,13 +61,20 @@ def account(client: TestClient) -> FakeAccount:
 def live(settings: Settings) -> Iterator[tuple[FastAPI, str]]:
     """Another such service on a real socket, and its address."""
     app = create_app(settings, build)
+    with on_a_socket(app) as address:
+        yield app, address
+
+
+@contextmanager
+def on_a_socket(app: FastAPI) -> Iterator[str]:
+    """Serve ``app``; its address."""
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, access_log=False))
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
         wait_until(lambda: server.started)
         port = server.servers[0].sockets[0].getsockname()[1]
-        yield app, f"http://127.0.0.1:{port}"
+        yield f"http://127.0.0.1:{port}"
     finally:
         server.should_exit = True
         thread.join()

@@ -6,16 +6,23 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
 
+import openai
 import pytest
 from fastapi import FastAPI
+from huggingface_hub import InferenceClient
+from huggingface_hub.errors import HfHubHTTPError
+from libretranslatepy import LibreTranslateAPI
 from starlette.routing import Route
 from starlette.testclient import TestClient
+from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from service.app import create_app
 from service.gate import PAGES
 from service.keys import add_key
 from service.settings import Settings
+from tests.service.conftest import on_a_socket
 from tests.service.fakes import FakeAccount, FakeEngine, build
 
 OPEN = {"/", "/livez", "/readyz", "/languages", "/frontend/settings", "/readyz/x"}
@@ -33,6 +40,14 @@ def secrets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def guarded(settings: Settings, secrets: dict[str, str]) -> FastAPI:
     return create_app(settings.model_copy(update={"api_keys_file": Path(secrets["file"])}), build)
+
+
+@pytest.fixture(scope="module")
+def guarded_address(settings: Settings, secrets: dict[str, str]) -> Iterator[str]:
+    """Another such service on a real socket."""
+    app = create_app(settings.model_copy(update={"api_keys_file": Path(secrets["file"])}), build)
+    with on_a_socket(app) as address:
+        yield address
 
 
 @pytest.fixture
@@ -90,6 +105,17 @@ def test_a_route_that_nobody_thought_of_is_guarded(settings: Settings, secrets: 
         assert client.get("/brand/new", headers=bearer(secrets["bob"])).json() == {"made": "yesterday"}
         document = client.get("/openapi.json", headers=bearer(secrets["bob"])).json()
         assert {"401", "429", "431"} <= document["paths"]["/brand/new"]["get"]["responses"].keys()
+
+
+def test_a_web_socket_is_closed(settings: Settings) -> None:
+    app = create_app(settings, build)
+
+    @app.websocket("/socket")
+    async def socket(each: WebSocket) -> None:
+        await each.accept()
+
+    with TestClient(app) as client, pytest.raises(WebSocketDisconnect), client.websocket_connect("/socket"):
+        raise AssertionError("let in")
 
 
 @pytest.mark.parametrize("path", ["//livez", "/livez/", "/LIVEZ", "/livez/../metrics", "/dashboardx", "/docs/"])
@@ -154,6 +180,36 @@ def test_a_body_is_not_read_for_who_may_not_enter(settings: Settings, secrets: d
         large = {"input": "good " * 100}
         assert client.post("/v1/sentiment", json=large).status_code == 401
         assert client.post("/v1/sentiment", json=large, headers=bearer(secrets["bob"])).status_code == 413
+
+
+class TestClients:
+    """Clients that others wrote, over a real socket."""
+
+    def test_openais(self, guarded_address: str, secrets: dict[str, str]) -> None:
+        messages: Any = [{"role": "user", "content": "hello"}]
+        with openai.OpenAI(base_url=f"{guarded_address}/v1", api_key=secrets["alice"], max_retries=0) as client:
+            answer = client.chat.completions.create(model="tiny-generate", messages=messages)
+            assert answer.choices[0].message.content
+            pieces = client.chat.completions.create(model="tiny-generate", messages=messages, stream=True)
+            assert "".join(chunk.choices[0].delta.content or "" for chunk in pieces)
+            with pytest.raises(openai.PermissionDeniedError):
+                client.post("/models/load", body={"model": "x"}, cast_to=object)
+        with openai.OpenAI(base_url=f"{guarded_address}/v1", api_key="wattle-wrong", max_retries=0) as client:
+            with pytest.raises(openai.AuthenticationError) as refused:
+                client.models.list()
+            assert refused.value.code == "invalid_api_key"
+
+    def test_hugging_faces(self, guarded_address: str, secrets: dict[str, str]) -> None:
+        url = f"{guarded_address}/hf/tiny-sentiment"
+        assert InferenceClient(url, token=secrets["alice"]).text_classification("good")[0].label == "positive"
+        with pytest.raises(HfHubHTTPError, match="401"):
+            InferenceClient(url, token="wrong").text_classification("good")
+
+    def test_libretranslates(self, guarded_address: str, secrets: dict[str, str]) -> None:
+        assert LibreTranslateAPI(guarded_address, secrets["alice"]).translate("good", "en", "de") == "good"
+        assert LibreTranslateAPI(guarded_address).languages()
+        with pytest.raises(HTTPError, match="401"):
+            LibreTranslateAPI(guarded_address).translate("good", "en", "de")
 
 
 class TestBills:
