@@ -4,14 +4,15 @@ Neither is in the tuple of tasks: what there is to ask is made by callers. Each 
 that making one is billed, limited and refused as a task is.
 """
 
+import sys
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any, ClassVar
 
 import numpy as np
-from pydantic import BaseModel, Field, PlainValidator, WithJsonSchema
+from pydantic import BaseModel, Field, PlainSerializer, PlainValidator, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 from models.heads import Floats, features_of, fit
@@ -72,6 +73,7 @@ _TEXT = {"type": "string", "minLength": 1}
 Examples = Annotated[
     list[LabelledText],
     PlainValidator(read_examples),
+    PlainSerializer(lambda examples: [asdict(example) for example in examples]),
     WithJsonSchema(
         {
             "type": "array",
@@ -147,6 +149,10 @@ class Make(Task[MakeRequest, MakeRequest]):
     def size(self, request: MakeRequest) -> int:
         """One: the engine's queue counts every example."""
         return 1
+
+    def letters(self, request: MakeRequest) -> int:
+        """Too many for the event loop, however short they are: a file is written too."""
+        return sys.maxsize
 
     def choose(self, request: MakeRequest, models: Models) -> Model:
         if request.model is None:
