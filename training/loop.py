@@ -20,7 +20,7 @@ from training.data import Sized, deal
 from training.distributed import Execution, HostMeters, Layout, place, total, unsynchronised
 from training.errors import TrainingError
 from training.optimisers import learning_rate_factor, make_optimisers
-from training.recipe import FitRecipe
+from training.recipe import FitRecipe, Precision
 from training.records import Progress, Recorder
 from training.tasks import Batch, Loss
 
@@ -58,6 +58,7 @@ def fit_model(
     """
     execution, same = execution or Execution(), same or {}
     layout = execution.layout
+    fit = fit.model_copy(update={"precision": precision_on(layout.device, fit.precision)})
     if fit.quantise_last and (execution.fsdp or execution.recompute or execution.compile):
         raise TrainingError("fit.quantise_last looks for whole weights: it goes with no fsdp, recompute or compile")
     steps = max(1, round(fit.epochs * len(work.epoch_batches(0))))
@@ -175,6 +176,16 @@ def _ahead(steps: Iterator[_Step]) -> Iterator[_Step]:
         while (step := pending.result()) is not None:
             pending = pool.submit(next, steps, None)
             yield step
+
+
+def precision_on(device: torch.device, wanted: Precision) -> Precision:
+    """``wanted``, or for ``auto`` bfloat16 where ``device`` multiplies it, float32 where it would only imitate it."""
+    if wanted != "auto":
+        return wanted
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    able = torch.cpu.get_capabilities()
+    return "bfloat16" if any(able.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")) else "float32"
 
 
 def _backward(

@@ -176,7 +176,7 @@ class HeldOut(_Part):
     """Share of those, the first ones, that confidence is fitted on; scores from a knowledge base leave them out."""
 
 
-Precision = Literal["bfloat16", "float16", "float32"]
+Precision = Literal["auto", "bfloat16", "float16", "float32"]
 
 
 class FitRecipe(_Part):
@@ -204,8 +204,8 @@ class FitRecipe(_Part):
     """Share of a target's probability that is spread over all others."""
     clip_norm: float = 1.0
     """Length to which longer gradients are cut."""
-    precision: Precision = "bfloat16"
-    """Of the products; weights and their updates are float32."""
+    precision: Precision = "auto"
+    """Of the products; weights and their updates are float32. ``auto`` is bfloat16 where the device multiplies it."""
     seed: int = 0
     """All that is drawn comes from it."""
     checkpoint_every_s: float = 300.0

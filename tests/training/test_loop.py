@@ -13,7 +13,7 @@ from torch import nn
 from training.checkpoint import CHECKPOINT, load_checkpoint
 from training.distributed import Execution, join
 from training.errors import TrainingError
-from training.loop import Work, fit_model
+from training.loop import Work, fit_model, precision_on
 from training.optimisers import learning_rate_factor, make_optimisers
 from training.recipe import FitRecipe
 from training.records import Progress, read_log
@@ -83,6 +83,15 @@ def run(folder, fit=FIT, accident_at=None, accident=None, same=None, dropout=0.5
     )
     folder.mkdir(exist_ok=True)
     return net, fit_model(net, fit, work, folder, Execution(**execution), same)
+
+
+@pytest.mark.parametrize(
+    ("able", "found"), [({"avx512_bf16": True}, "bfloat16"), ({"avx2": True, "avx512_bf16": False}, "float32")]
+)
+def test_precision_is_what_the_processor_multiplies(monkeypatch, able, found):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
+    assert precision_on(torch.device("cpu"), "auto") == found
+    assert precision_on(torch.device("cpu"), "float16") == "float16"
 
 
 @pytest.mark.parametrize("interrupt_at", [1, 3, 5, 8])
