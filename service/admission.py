@@ -8,8 +8,6 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service.caller import caller
 from service.door import Door
-from service.engine.types import Overloaded
-from service.errors import TooManyAtOnce, render
 
 
 class Admission:
@@ -21,12 +19,9 @@ class Admission:
         self._door = Door(limit, key_share=key_share)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request, or answer that there are too many."""
+        """Serve one request. Raises ``Overloaded`` and ``TooManyAtOnce``, which the edge answers."""
         if scope["type"] != "http" or scope["method"] != "POST":
             await self._app(scope, receive, send)
             return
-        try:
-            with self._door.admit(1, key=caller().key):
-                await self._app(scope, receive, send)
-        except (Overloaded, TooManyAtOnce) as refusal:
-            await render(refusal)(scope, receive, send)
+        with self._door.admit(1, key=caller().key):
+            await self._app(scope, receive, send)

@@ -24,11 +24,13 @@ from service.classifiers.store import Classifiers
 from service.door import Door
 from service.engine.types import EngineClosed, Item, Output, Overloaded, Ticket, WriteItem, WriteOutput
 from service.errors import (
+    ClassifierNotFound,
     DailyBudgetSpent,
     DeadlineExceeded,
     EnergyBudgetExceeded,
     InvalidValue,
     KnowledgeBaseNotFound,
+    ModelNotFound,
     NotReady,
 )
 from service.knowledge.bases import Knowledge
@@ -48,6 +50,8 @@ _SHORT_LETTERS = 1000
 """Up to which texts are tokenised on the event loop: that takes less than handing them to a thread and back."""
 _SHORT_TOKENS = 256
 """Up to which what was written is decoded there."""
+_REFUSALS = (InvalidValue, ModelNotFound, ClassifierNotFound, KnowledgeBaseNotFound, Overloaded, EngineClosed)
+"""What ends a request that asks for what there is not, also no longer, or for more than there is room for."""
 T = TypeVar("T")
 
 
@@ -339,7 +343,7 @@ class Service:
         try:
             yield charge
             status = "ok"
-        except (InvalidValue, KnowledgeBaseNotFound, Overloaded, EngineClosed):
+        except _REFUSALS:
             status = "refused"
             raise
         except DeadlineExceeded:

@@ -14,6 +14,7 @@ from urllib.parse import parse_qsl
 from starlette.datastructures import Headers
 
 from service.caller import Caller, Rates
+from service.engine.types import Overloaded
 from service.errors import (
     AdminOnly,
     BodyTooLarge,
@@ -21,6 +22,7 @@ from service.errors import (
     InvalidValue,
     MalformedBody,
     RateExceeded,
+    TooManyAtOnce,
     Unauthenticated,
     document,
 )
@@ -106,11 +108,13 @@ def document_gate(openapi: dict[str, Any]) -> dict[str, Any]:
     for path, methods in openapi["paths"].items():
         for method, operation in methods.items():
             document(operation, MalformedBody, BodyTooLarge, InvalidValue, HeadersTooLarge)
+            if method == "post":
+                document(operation, Overloaded)
             if is_public(path):
                 continue
             # A key is needed where there are any.
             operation["security"] = [{}, {"bearer": []}, {"x-api-key": []}]
-            document(operation, Unauthenticated, RateExceeded)
+            document(operation, Unauthenticated, RateExceeded, *([TooManyAtOnce] if method == "post" else []))
             if is_admins(method.upper(), path):
                 document(operation, AdminOnly)
     return openapi

@@ -155,6 +155,11 @@ class Repository:
         model = self.models.named(name)
         if model.name in self._pinned:
             raise ModelInUse(model.name)
+        loading = self._loading.get(model.folder)
+        if loading is not None:
+            # Once it is there, it would be served again.
+            await asyncio.wait([loading])
+            model = self.models.named(name)
         self.models = self.models.without(model.name)
         held = self._held.get(model.key)
         if held is not None:

@@ -87,24 +87,12 @@ class Classifiers:
 
     def put(self, classifier: Classifier) -> None:
         """Keep a classifier, in the place of one of the same name."""
-        path = self._path(classifier.name)
-        with self._lock, _explained(classifier.name):
-            self._folder.mkdir(parents=True, exist_ok=True)
-            # Of this process alone: another one that serves the same folder writes its own.
-            partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-            with partial.open("wb") as file:
-                file.write(_dump(classifier))
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-            _sync(self._folder)
-            self._read[classifier.name] = _state(path), classifier
+        self._keep(classifier)
 
     def renew(self, old: Classifier, new: Classifier) -> None:
         """Put ``new`` in the place of ``old``, unless that has been replaced or deleted meanwhile."""
-        with self._lock, suppress(ClassifierNotFound):
-            if self.find(old.name) is old:
-                self.put(new)
+        with suppress(ClassifierNotFound):
+            self._keep(new, instead_of=old)
 
     def delete(self, name: str) -> None:
         """Forget a classifier. Raises ``ClassifierNotFound``."""
@@ -112,6 +100,27 @@ class Classifiers:
         with self._lock, _explained(name):
             path.unlink()
             self._read.pop(name, None)
+
+    def _keep(self, classifier: Classifier, instead_of: Classifier | None = None) -> None:
+        path = self._path(classifier.name)
+        # Of this thread alone: others, and other processes that serve the same folder, write their own.
+        partial = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.partial")
+        with _explained(classifier.name):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            try:
+                with partial.open("wb") as file:
+                    file.write(_dump(classifier))
+                    file.flush()
+                    os.fsync(file.fileno())
+                # Not before: whoever looks for a classifier on the event loop must not wait for the disk.
+                with self._lock:
+                    if instead_of is not None and self.find(classifier.name) is not instead_of:
+                        return
+                    partial.replace(path)
+                    self._read[classifier.name] = _state(path), classifier
+            finally:
+                partial.unlink(missing_ok=True)
+            _sync(self._folder)
 
     def _path(self, name: str) -> Path:
         if not re.fullmatch(NAME_PATTERN, name):

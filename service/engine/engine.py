@@ -341,6 +341,8 @@ class Engine:
         if gone:
             self._waiting[model] = [job for job in self._waiting[model] if not job.cancelled]
             self._leave(gone)
+            if self._is_idle():
+                self._changed.notify_all()
 
     def _leave(self, jobs: Collection[Job]) -> list[tuple[str, int]]:
         """Count jobs out of the queue; returns the keys that have any among them, and their tokens."""

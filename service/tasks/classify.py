@@ -198,6 +198,10 @@ class Classify(Task[ClassifyRequest, ClassifyPlan]):
     def check(self, manifest: Manifest) -> None:
         """Nothing to add to what every manifest is checked for."""
 
+    def letters(self, request: ClassifyRequest) -> int:
+        """Too many for the event loop, however short they are: the classifier may have to be made anew."""
+        return sys.maxsize
+
     def choose(self, request: ClassifyRequest, models: Models) -> Model:
         """The classifier's own model. Raises ``ClassifierNotFound`` and ``ClassifierModelGone``."""
         classifier = self._classifiers.find(request.classifier)

@@ -14,6 +14,9 @@ from starlette.testclient import TestClient
 
 from service import __version__
 from service.engine.types import EncodeItem
+from service.errors import ModelNotFound
+from service.models import Model
+from service.repository import Repository
 from service.tasks import TASKS
 from tests.service.fakes import FakeAccount, FakeEngine
 
@@ -90,6 +93,17 @@ def test_a_refused_request_is_in_the_ledger_too(client: TestClient, account: Fak
     client.post("/v1/sentiment", json={"input": "good " * 500})
     (record,) = account.records.values()
     assert (record.request.status, record.request.input_tokens) == ("refused", 0)
+
+
+def test_a_model_that_goes_while_a_request_comes_in_has_refused_it(
+    client: TestClient, account: FakeAccount, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def use(self: Repository, model: Model) -> None:
+        raise ModelNotFound(model.name, [])
+
+    monkeypatch.setattr(Repository, "use", use)
+    assert client.post("/v1/sentiment", json={"input": "good"}).status_code == 404
+    assert [record.request.status for record in account.records.values()] == ["refused"]
 
 
 class Page(HTMLParser):

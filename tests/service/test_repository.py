@@ -224,6 +224,30 @@ def test_an_unloaded_model_is_unknown_until_it_is_loaded_again(tmp_path: Path) -
     run(test)
 
 
+def test_a_model_unloaded_while_it_is_loading_does_not_come_back(tmp_path: Path) -> None:
+    models, engine = repository(tmp_path, "ab", room_for=1)
+    engine.go.clear()
+
+    async def use_b() -> None:
+        async with models.use(models.models.named("b")):
+            pass
+
+    async def test() -> None:
+        using = asyncio.create_task(use_b())
+        await asyncio.sleep(0.05)
+        unloading = asyncio.create_task(models.unload("b"))
+        await asyncio.sleep(0.05)
+        assert models.state(models.models.named("b")) == "loading"
+        engine.go.set()
+        assert (await unloading).name == "b"
+        assert list(models.models.served) == ["a"]
+        assert not engine.vocabularies
+        # It was served, or told that the model has gone.
+        assert isinstance(*await asyncio.gather(using, return_exceptions=True), ModelNotFound | None)
+
+    run(test)
+
+
 def test_a_model_that_can_never_fit_evicts_nobody(tmp_path: Path) -> None:
     models, _ = repository(tmp_path, "ab", room_for=1, pinned=("a",))
 

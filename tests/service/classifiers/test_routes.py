@@ -1,5 +1,6 @@
 """Classifiers over HTTP: made, asked, listed, deleted; billed as any task; made anew where their model has changed."""
 
+import asyncio
 import dataclasses
 import json
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ import pytest
 from fastapi import FastAPI
 from starlette.testclient import TestClient
 
+from models.heads import fit
 from service.engine.types import Overloaded
 from service.models import Model
 from service.tasks.classify import MAX_EXAMPLES, MAX_LABELS, Classify, Make
@@ -115,8 +117,14 @@ def changed(model: Model, **manifest: Any) -> Model:
 
 
 def test_one_whose_model_has_changed_is_made_anew_on_the_same_bill(
-    client: TestClient, engine: FakeEngine, account: FakeAccount, made: Any
+    client: TestClient, engine: FakeEngine, account: FakeAccount, made: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def off_the_loop(*given: Any) -> Any:
+        with pytest.raises(RuntimeError, match="no running event loop"):
+            asyncio.get_running_loop()
+        return fit(*given)
+
+    monkeypatch.setattr("service.tasks.classify.fit", off_the_loop)
     classifiers = client.app.state.service.classifiers
     of_another = dataclasses.replace(classifiers.find("topics"), fingerprint="tiny-sentiment:0", revision="0")
     classifiers.put(of_another)

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -71,7 +72,27 @@ def test_one_that_was_replaced_or_deleted_meanwhile_is_not_renewed(tmp_path: Pat
     old = ours.find("tickets")
     ours.delete("tickets")
     ours.renew(old, classifier(sharpness=5.0))
-    assert ours.find_all() == []
+    assert not list(tmp_path.iterdir())
+
+
+def test_looking_for_one_does_not_wait_for_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = Classifiers(tmp_path)
+    ours.put(classifier())
+    syncs, found, synced = threading.Event(), threading.Event(), os.fsync
+
+    def fsync(descriptor: int) -> None:
+        syncs.set()
+        assert found.wait(10)
+        synced(descriptor)
+
+    monkeypatch.setattr("os.fsync", fsync)
+    with ThreadPoolExecutor(1) as threads:
+        putting = threads.submit(ours.put, classifier(sharpness=3.0))
+        assert syncs.wait(10)
+        assert ours.find("tickets").head.sharpness == 2.0
+        found.set()
+        putting.result()
+    assert ours.find("tickets").head.sharpness == 3.0
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"format_version": 1}', b'{"format_version": 2}'])

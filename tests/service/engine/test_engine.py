@@ -617,6 +617,24 @@ def test_draining_finishes_what_runs_and_refuses_the_rest(models: dict[str, Load
         assert len(texts(tickets)) == 40
 
 
+def test_draining_does_not_wait_for_those_who_have_gone(models: dict[str, Loaded]) -> None:
+    steps = Steps()
+    with engine(models, ["classify"], steps) as running:
+        steps.go.clear()
+        running.submit("classify", [EncodeItem("first", ids(0, 5))])
+        assert steps.held.wait(WAIT_S)
+        [gone] = running.submit("classify", [EncodeItem("gone", ids(1, 5))])
+        draining = threading.Thread(target=running.drain, args=(10 * WAIT_S,))
+        draining.start()
+        with pytest.raises(EngineClosed):
+            while True:
+                running.submit("classify", [])
+        gone.future.cancel()
+        steps.go.set()
+        draining.join(WAIT_S)
+        assert not draining.is_alive()
+
+
 def test_what_draining_cannot_finish_in_time_fails_at_the_close(models: dict[str, Loaded]) -> None:
     steps = Steps()
     running = Engine({"decoder": models["decoder"]}, steps, EngineSettings(max_rows=1))
