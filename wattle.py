@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -95,12 +95,13 @@ def calibrate(flags: dict[str, str]) -> int:
     """Measure what a step of each model costs here, which makes shares of a batch's energy fairer."""
     from energy.calibration import CalibrationError
     from service.calibrate import calibrate as run
+    from service.engine.devices import DeviceUnavailable
     from service.settings import read_settings
 
     try:
         for line in run(read_settings(**flags)):
             print(line, flush=True)
-    except (CalibrationError, OSError) as error:
+    except (CalibrationError, DeviceUnavailable, OSError) as error:
         return _fail(str(error), 1)
     except ValueError as error:
         return _fail(str(error), 2)
@@ -117,7 +118,7 @@ def meters(flags: dict[str, str]) -> int:
     pid: Any = flags.pop("pid", None)
     try:
         settings = read_settings(**flags)
-        wanted = replace(meter_settings(settings), gpus=None)
+        wanted = meter_settings(settings, None)
         if pid is not None and not streams:
             raise ValueError("--pid goes with --stream")
         if streams:
@@ -239,7 +240,8 @@ def _asking(folder: Path) -> Iterator[Callable[[str, Any], dict[str, Any]]]:
     """Serve the model in ``folder``; what is given sends a request to a path: documents are put, the rest is posted.
 
     Scores and costs are the users': the whole application answers, only the socket is left out. Waiting has no limit
-    here, and the bills are no user's, so their ledger is forgotten, and so are the knowledge bases.
+    here, nobody needs a key, and the bills are no user's, so their ledger is forgotten, and so are the knowledge
+    bases.
     """
     from starlette.testclient import TestClient
 
@@ -249,8 +251,8 @@ def _asking(folder: Path) -> Iterator[Callable[[str, Any], dict[str, Any]]]:
 
     with TemporaryDirectory() as scratch:
         limits = {"request_timeout_s": "3600", "max_body_bytes": "1000000000"}
-        app = create_app(read_settings(models=str(folder), state=scratch, **limits))
-        with TestClient(app) as client:
+        settings = read_settings(models=str(folder), state=scratch, **limits)
+        with TestClient(create_app(settings.model_copy(update={"api_keys_file": None}))) as client:
 
             def ask(path: str, body: Any) -> dict[str, Any]:
                 method = "PUT" if path.endswith("/documents") else "POST"

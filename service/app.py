@@ -225,11 +225,11 @@ def calibration_places(model: Model, state: Path) -> tuple[Path, Path]:
     return model.folder / CALIBRATION_NAME, state / "calibration" / f"{model.name}.json"
 
 
-def meter_settings(settings: Settings) -> MeterSettings:
-    """What ``settings`` say of meters."""
+def meter_settings(settings: Settings, gpu_numbers: tuple[int, ...] | None) -> MeterSettings:
+    """What ``settings`` say of meters, for the GPUs of these numbers; None is all of them."""
     return MeterSettings(
         meter=settings.meter,
-        gpus=tuple(device.index for device in gpus(engine_settings(settings))),
+        gpus=gpu_numbers,
         powercap_root=settings.powercap_root,
         watts_per_core=settings.watts_per_core,
     )
@@ -245,7 +245,8 @@ def open_account(
 
     ``on_settled`` is called with every final bill.
     """
-    choice = choose_meter(meter_settings(settings))
+    devices = gpus(engine_settings(settings))
+    choice = choose_meter(meter_settings(settings, tuple(device.index for device in devices)))
     for finding in choice.findings:
         _log.info("meter %s %s: %s", finding.source, "used" if finding.used else "not used", finding.detail)
     carbon = Carbon(
@@ -256,7 +257,7 @@ def open_account(
         choice.meter,
         carbon,
         ledger,
-        executors=settings.executors + len(gpus(engine_settings(settings))),
+        executors=settings.executors + len(devices),
         coefficients=coefficients,
         owner=Owner(settings.state),
         on_settled=on_settled,

@@ -213,7 +213,12 @@ class Service:
         who = caller()
         counting = who.counting(texts if requests is None else requests)
         with self.door.admit(texts, who.tokens, who.key), counting as count:
-            yield count
+            try:
+                yield count
+            except (Overloaded, EngineClosed):
+                # Whoever is told to come again has had no tokens yet.
+                count.correct(0)
+                raise
 
     def _deadline(self, asked_s: float | None = None) -> AbstractAsyncContextManager[None]:
         """The time that a request may take: the least of what its body and its header ask for, and of ours."""

@@ -12,6 +12,7 @@ from starlette.testclient import TestClient
 
 from service.app import create_app
 from service.core import Service
+from service.engine.types import Overloaded
 from service.keys import add_key, read_keys
 from service.settings import Settings
 from tests.service.fakes import build
@@ -295,6 +296,16 @@ class TestMinute:
         assert left.status_code == 504
         engine.holds = False
         assert_refused(client.post("/v1/generate", json={"input": "hi" * 30}), "rate_limit_exceeded")
+
+    def test_what_finds_no_room_is_given_back(self, client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+        def submit(*given: Any) -> None:
+            raise Overloaded(0.1)
+
+        body = {"input": "hi", "max_tokens": 50}
+        with monkeypatch.context() as patch:
+            patch.setattr(client.app.state.service.engine, "submit", submit)  # type: ignore[attr-defined]
+            assert_refused(client.post("/v1/generate", json=body), "overloaded")
+        assert client.post("/v1/generate", json=body).status_code == 200
 
     def test_what_is_not_written_is_given_back(self, client: TestClient) -> None:
         body = {"input": "hi", "max_tokens": 64, "chat": False}

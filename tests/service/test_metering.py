@@ -24,6 +24,7 @@ from service.calibrate import calibrate
 from service.engine.engine import Engine
 from service.engine.settings import EngineSettings
 from service.engine.types import EncodeItem, EngineClosed, Item, Sampling, WriteItem
+from service.keys import add_key
 from service.metering_cost import measure
 from service.models import Models, load_model
 from service.settings import Settings
@@ -156,6 +157,27 @@ def test_a_model_is_calibrated_and_the_service_knows(loaded: dict[str, Loaded], 
     beside.write_text("{}")
     assert read_coefficients(models.served.values(), tmp_path) == {}
     beside.unlink()
+
+
+def test_without_the_gpu_that_is_asked_for_nothing_is_calibrated_but_meters_are_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("service.engine.devices._works", lambda device: False)
+    for name, value in {"DEVICE": "cuda", "GPUS": "7", "STATE": str(tmp_path), "METER": "estimate"}.items():
+        monkeypatch.setenv(f"WATTLE_{name}", value)
+    write_tiny(tmp_path / "halves", "decoder", scheme="float16")
+    assert wattle.main(["calibrate", "--models", str(tmp_path / "halves")]) == 1
+    assert "CUDA does not work on GPU 7" in capsys.readouterr().err
+    assert wattle.main(["meters", "--watts-per-core", "5"]) == 0
+
+
+def test_a_service_that_only_measures_needs_no_key(
+    loaded: dict[str, Loaded], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_key(tmp_path / "keys.toml", "somebody", {})
+    monkeypatch.setenv("WATTLE_API_KEYS_FILE", str(tmp_path / "keys.toml"))
+    with wattle._asking(loaded["writes"].folder) as ask:
+        assert ask("generate", {"input": "1", "max_tokens": 2})["results"]
 
 
 def test_the_cost_of_metering_is_measured(loaded: dict[str, Loaded], tmp_path: Path) -> None:
