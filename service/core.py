@@ -168,7 +168,8 @@ class Service:
         # A reading close to the start of the request's steps makes its figure sharp.
         self.account.wake()
         receipt = Receipt(request_id, task.name, model.name, model=model)
-        with self._admitted(texts) as count, self._billed(receipt):
+        at_once = self._most_at_once()
+        with self._admitted(min(texts, at_once), texts) as count, self._billed(receipt):
             async with self._deadline(request.timeout_s), self.repository.use(model) as model:
                 receipt.model = model
                 grounded = await self._ground(task, request, request_id)
@@ -180,10 +181,13 @@ class Service:
                 count.correct(receipt.input_tokens + _most_written(encoded.items))
                 encoded = replace(encoded, items=self._foresee(task, request, model, encoded.items, request_id))
                 items = encoded.items if listener is None else await _overheard(task, encoded, model, listener)
-                with self._submitted(model, items) as tickets:
-                    if listener is not None:
-                        listener.accepted(receipt)
-                    receipt.outputs = await _outputs(tickets)
+                if task.in_groups:
+                    receipt.outputs = await self._in_groups(model, items, at_once)
+                else:
+                    with self._submitted(model, items) as tickets:
+                        if listener is not None:
+                            listener.accepted(receipt)
+                        receipt.outputs = await _outputs(tickets)
                 receipt.computed_s = time.monotonic()
                 count.correct(receipt.input_tokens + receipt.output_tokens)
                 self.books.predictor.wrote(request_id, to_learn(receipt.outputs))
@@ -216,7 +220,7 @@ class Service:
             try:
                 yield count
             except (Overloaded, EngineClosed):
-                # Whoever is told to come again has had no tokens yet.
+                # Whoever is told to come again has had no answer yet.
                 count.correct(0)
                 raise
 
@@ -307,13 +311,15 @@ class Service:
     def _choose(self, task: Task[Any, Any], request: TaskRequest) -> tuple[Model, int]:
         if not self.models.served:
             raise NotReady("no model is loaded")
-        texts = task.size(request)
-        key = caller().key
-        # More than a key may have at once would be refused for ever.
-        most = min(self.max_client_batch_size, (key and key.concurrency) or self.max_client_batch_size)
+        texts, most = task.size(request), task.most_texts or self._most_at_once()
         if texts > most:
             raise InvalidValue(task.texts, f"holds {texts} texts; at most {most} are allowed")
         return task.choose(request, self.models), texts
+
+    def _most_at_once(self) -> int:
+        """How many texts of one request may be inside: more than its key may have would be refused for ever."""
+        key = caller().key
+        return min(self.max_client_batch_size, (key and key.concurrency) or self.max_client_batch_size)
 
     async def _beside(self, receipt: Receipt, phase: Phase, work: Callable[[], T], *, is_short: bool) -> T:
         """Do ``work``, unless it is short on a thread of the pool, and record its CPU time as a step beside the
@@ -329,6 +335,16 @@ class Service:
                 self.account.record(Step(BESIDE, receipt.model.name, started_ns, time.monotonic_ns(), cpu_ns, done))
 
         return timed() if is_short else await asyncio.to_thread(timed)
+
+    async def _in_groups(self, model: Model, items: Sequence[Item], at_once: int) -> list[Output]:
+        """Have ``items`` computed, ``at_once`` at a time: others' come in between. All are timed from the first on."""
+        outputs: list[Output] = []
+        started_ns = time.monotonic_ns()
+        for first in range(0, len(items), at_once):
+            before_ns = time.monotonic_ns() - started_ns if first else 0
+            with self._submitted(model, items[first : first + at_once]) as tickets:
+                outputs += [_delayed(output, before_ns) for output in await _outputs(tickets)]
+        return outputs
 
     @contextmanager
     def _submitted(self, model: Model, items: Sequence[Item]) -> Iterator[list[Ticket]]:
@@ -390,6 +406,11 @@ def _most_written(items: Sequence[Item]) -> int:
 
 async def _outputs(tickets: Sequence[Ticket]) -> list[Output]:
     return await asyncio.gather(*(asyncio.wrap_future(ticket.future) for ticket in tickets))
+
+
+def _delayed(output: Output, before_ns: int) -> Output:
+    """An output of what was submitted only after so long."""
+    return replace(output, timing=replace(output.timing, queue_ns=output.timing.queue_ns + before_ns))
 
 
 @asynccontextmanager

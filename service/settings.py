@@ -69,7 +69,9 @@ class Settings(BaseSettings):
         description="Memory in megabytes for the outputs of texts that come again exactly alike; such a text is "
         "billed what it cost to find it. 0 computes every text.",
     )
-    max_client_batch_size: int = Field(32, ge=1, description="Texts in one request.")
+    max_client_batch_size: int = Field(
+        32, ge=1, description="Texts in one request, and examples of a classifier that are computed at once."
+    )
     max_queue_tokens: int = Field(
         262_144,
         ge=1,

@@ -134,6 +134,10 @@ class Task(ABC, Generic[RequestT, PlanT]):
     """The parameter that holds the texts, one result each."""
     says: ClassVar[str] = "text"
     """The field of a result that a conversation would hear."""
+    most_texts: ClassVar[int | None] = None
+    """How many texts a request may hold, where that is not the service's to say."""
+    in_groups: ClassVar[bool] = False
+    """Whether the items of a request are computed in groups, each no larger than a list of texts may be."""
 
     @abstractmethod
     def check(self, manifest: Manifest) -> None:
@@ -148,7 +152,7 @@ class Task(ABC, Generic[RequestT, PlanT]):
         """The engine's outputs, in the order of the items, to one result per text."""
 
     def size(self, request: RequestT) -> int:
-        """How many texts the request counts as at the door."""
+        """How many texts the request holds, and counts as."""
         return len(getattr(request, self.texts))
 
     def letters(self, request: RequestT) -> int:

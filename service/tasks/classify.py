@@ -4,6 +4,7 @@ Neither is in the tuple of tasks: what there is to ask is made by callers. Each 
 that making one is billed, limited and refused as a task is.
 """
 
+import re
 import sys
 import time
 from collections import Counter
@@ -12,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any, ClassVar
 
 import numpy as np
-from pydantic import BaseModel, Field, PlainSerializer, PlainValidator, WithJsonSchema
+from pydantic import BaseModel, Field, PlainSerializer, PlainValidator, WithJsonSchema, field_validator
 from pydantic_core import PydanticCustomError
 
 from models.heads import Floats, features_of, fit
@@ -28,6 +29,7 @@ MAX_LABELS = 64
 MAX_LABEL_CHARACTERS = 64
 EXAMPLES_PER_LABEL = 2
 """At least: one that is left out must not be the only one."""
+_NAME_RULE = "a to z, 0 to 9, dot, dash and underscore, a letter or digit first, 64 characters at most"
 _EXAMPLES: list[dict[str, str]] = [
     {"text": "My card was charged twice.", "label": "billing"},
     {"text": "Where do I find the invoice for March?", "label": "billing"},
@@ -45,7 +47,7 @@ def read_examples(value: Any) -> list[LabelledText]:
     examples = [_read_example(place, each) for place, each in enumerate(value)]
     counts = Counter(example.label for example in examples)
     if not 2 <= len(counts) <= MAX_LABELS:
-        raise PydanticCustomError("examples", f"holds {len(counts)} labels; 2 to {MAX_LABELS} are allowed")
+        raise PydanticCustomError("examples", f"must have 2 to {MAX_LABELS} different labels, not {len(counts)}")
     for label, count in counts.items():
         if count < EXAMPLES_PER_LABEL:
             problem = {"label": repr(label), "least": EXAMPLES_PER_LABEL}
@@ -94,14 +96,20 @@ class MakeRequest(TaskRequest):
     """A classifier to make."""
 
     name: str = Field(
-        pattern=NAME_PATTERN,
-        description="a to z, 0 to 9, dot, dash and underscore, a letter or digit first, 64 characters at most; a "
-        "classifier of this name is replaced.",
+        json_schema_extra={"pattern": NAME_PATTERN},
+        description=f"{_NAME_RULE}; a classifier of this name is replaced.",
     )
     examples: Examples = Field(
         description=f"Up to {MAX_EXAMPLES} texts of up to {MAX_LABELS} labels, at least {EXAMPLES_PER_LABEL} of each; "
         "8 of each are a good beginning."
     )
+
+    @field_validator("name")
+    @classmethod
+    def _is_name(cls, name: str) -> str:
+        if not re.fullmatch(NAME_PATTERN, name):
+            raise PydanticCustomError("name", "must be made of {rule}", {"rule": _NAME_RULE})
+        return name
 
 
 class Made(BaseModel):
@@ -111,7 +119,7 @@ class Made(BaseModel):
     labels: dict[str, int] = Field(description="How many examples each label has.")
     accuracy: float = Field(
         description="Share of the examples that get the right label from a classifier made without them: about what "
-        "to expect of texts like them."
+        "to expect of texts like them, unless some of the examples are the same text."
     )
 
 
@@ -138,6 +146,8 @@ class Make(Task[MakeRequest, MakeRequest]):
     result = Made
     texts = "examples"
     says = "classifier"
+    most_texts = MAX_EXAMPLES
+    in_groups = True
     example: ClassVar[Mapping[str, Any]] = {"name": "tickets", "examples": _EXAMPLES}
 
     def __init__(self, classifiers: Classifiers) -> None:
@@ -145,10 +155,6 @@ class Make(Task[MakeRequest, MakeRequest]):
 
     def check(self, manifest: Manifest) -> None:
         """Nothing to add to what every manifest is checked for."""
-
-    def size(self, request: MakeRequest) -> int:
-        """One: the engine's queue counts every example."""
-        return 1
 
     def letters(self, request: MakeRequest) -> int:
         """Too many for the event loop, however short they are: a file is written too."""
@@ -190,6 +196,7 @@ class Classify(Task[ClassifyRequest, ClassifyPlan]):
     request = ClassifyRequest
     result = ClassifyResult
     says = "label"
+    in_groups = True
     example: ClassVar[Mapping[str, Any]] = {"classifier": "tickets", "input": ["I was billed for two months."]}
 
     def __init__(self, classifiers: Classifiers) -> None:

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from starlette.testclient import TestClient
 
 from service.app import create_app
 from service.core import Service
-from service.engine.types import Overloaded
+from service.engine.types import Item, Overloaded, Ticket
 from service.keys import add_key, read_keys
 from service.settings import Settings
 from tests.service.fakes import build
@@ -20,6 +20,7 @@ from tests.service.fakes import build
 MESSAGES = [{"role": "user", "content": "good"}]
 TRANSLATION = {"q": "good", "source": "en", "target": "de"}
 DOCUMENTS = [{"id": "danube", "text": "A river."}]
+CLASSIFIER = {"name": "topics", "examples": [{"text": "good", "label": label} for label in "aabb"]}
 WORK: dict[str, tuple[str, str, Any]] = {
     "translate": ("POST", "/v1/translate", {"input": "good"}),
     "translate, stream": ("POST", "/v1/translate", {"input": ["good", "bad"], "stream": True}),
@@ -28,6 +29,9 @@ WORK: dict[str, tuple[str, str, Any]] = {
     "answer": ("POST", "/v1/answer", {"question": "where?", "context": "paris"}),
     "sentiment": ("POST", "/v1/sentiment", {"input": "good"}),
     "sentiment, list": ("POST", "/v1/sentiment", {"input": ["good", "bad", "fine"]}),
+    "classify": ("POST", "/v1/classify", {"classifier": "topics", "input": "good"}),
+    "classify, list": ("POST", "/v1/classify", {"classifier": "topics", "input": ["good", "bad"]}),
+    "classifier": ("POST", "/v1/classifiers", CLASSIFIER),
     "summarize": ("POST", "/v1/summarize", {"input": "it rains."}),
     "summarize, extractive": ("POST", "/v1/summarize", {"input": "it rains.", "mode": "extractive"}),
     "estimate": ("POST", "/v1/energy/estimate", {"task": "sentiment", "input": "good"}),
@@ -50,7 +54,7 @@ WORK: dict[str, tuple[str, str, Any]] = {
     "search": ("POST", "/v1/knowledge/rivers/search", {"query": "river"}),
     "answer from a base": ("POST", "/v1/answer", {"question": "what river?", "knowledge_base": "rivers"}),
 }
-NO_MODEL = ("/v1/embeddings", "/v1/classify", "/v1/classifiers")
+NO_MODEL = ("/v1/embeddings",)
 """Work that no tiny model here does; it comes by the same door, `Service.run`."""
 LIMITS: dict[str, dict[str, Any]] = {
     "requests": {"requests_per_minute": 3},
@@ -101,11 +105,12 @@ def open_shop(settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> I
             lines.append(part.read_text())
             part.unlink()
     file.write_text("".join(lines))
-    changes = {"api_keys_file": file, "knowledge": folder / "knowledge", "max_concurrent_requests": 64}
+    changes = {name: folder / name for name in ("knowledge", "classifiers")}
+    changes |= {"api_keys_file": file, "max_concurrent_requests": 64}
     app = create_app(settings.model_copy(update=changes), build)
     with TestClient(app) as client:
         shop = Shop(client, file, secrets)
-        assert shop.ask("documents", "none").status_code == 200
+        assert [shop.ask(way, "none").status_code for way in ("documents", "classifier")] == [200, 200]
         yield shop
 
 
@@ -168,19 +173,21 @@ def test_what_does_no_work_is_a_request_too(shop: Shop) -> None:
         ("/v1/completions", {"prompt": ["hello", "good"]}, 2),
         ("/hf/tiny-sentiment", {"inputs": ["good", "bad"]}, 2),
         ("/translate", {**TRANSLATION, "q": ["good", "bad", "fine"]}, 3),
+        ("/v1/classifiers", CLASSIFIER, 4),
         ("/v1/knowledge/rivers/documents", [{"id": str(number), "text": "A river."} for number in range(3)], 3),
     ],
 )
 def test_several_at_once_count_as_several(
     settings: Settings, tmp_path: Path, path: str, body: Any, counts: int
 ) -> None:
-    secret = add_key(tmp_path / "keys.toml", "mine", {"requests_per_minute": 3})
-    changed = {"api_keys_file": tmp_path / "keys.toml", "knowledge": tmp_path / "knowledge"}
+    secret = add_key(tmp_path / "keys.toml", "mine", {"requests_per_minute": 4})
+    changed = {name: tmp_path / name for name in ("knowledge", "classifiers")}
+    changed["api_keys_file"] = tmp_path / "keys.toml"
     with TestClient(create_app(settings.model_copy(update=changed), build), headers={"x-api-key": secret}) as client:
         method = "PUT" if path.endswith("documents") else "POST"
         assert client.request(method, path, json=body).status_code == 200
-        statuses = [client.post("/v1/sentiment", json={"input": "good"}).status_code for _ in range(2)]
-        assert statuses == [200] * (3 - counts) + [429] * (2 - (3 - counts))
+        statuses = [client.post("/v1/sentiment", json={"input": "good"}).status_code for _ in range(3)]
+        assert statuses == [200] * (4 - counts) + [429] * (counts - 1)
 
 
 @every_way
@@ -249,6 +256,26 @@ def test_a_list_longer_than_a_key_may_have_at_once_is_refused_for_good(shop: Sho
         response = shop.client.post(path, json=body, headers=shop.key("sentiment", "concurrency"))
         assert (response.status_code, response.json()["error"]["code"]) == (422, "invalid_value")
         assert "at most 20 are allowed" in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(("limit", "groups"), [("none", [32, 32, 32, 4]), ("concurrency", [20] * 5)])
+def test_a_long_classifier_is_made_group_by_group_in_the_places_of_one_list(
+    shop: Shop, limit: str, groups: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, door = shop.service.engine, shop.service.door
+    seen, submit = [], engine.submit
+
+    def watched(model: str, items: Sequence[Item], key: str = "") -> list[Ticket]:
+        seen.append((len(items), door.inside))
+        return submit(model, items, key)
+
+    monkeypatch.setattr(engine, "submit", watched)
+    body = {"name": "long", "examples": [{"text": "good", "label": label} for label in "ab" * 50]}
+    response = shop.client.post("/v1/classifiers", json=body, headers=shop.key("classifier", limit))
+    assert response.status_code == 200, response.text
+    assert response.json()["results"][0]["labels"] == {"a": 50, "b": 50}
+    assert seen == [(group, groups[0]) for group in groups]
+    assert shop.client.delete("/v1/classifiers/long", headers=shop.key("classifier", limit)).status_code == 200
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,8 @@
 import asyncio
 import dataclasses
 import json
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -12,7 +13,7 @@ from fastapi import FastAPI
 from starlette.testclient import TestClient
 
 from models.heads import fit
-from service.engine.types import Overloaded
+from service.engine.types import Item, Overloaded, Ticket
 from service.models import Model
 from service.tasks.classify import MAX_EXAMPLES, MAX_LABELS, Classify, Make
 from tests.service.fakes import FakeAccount, FakeEngine
@@ -142,6 +143,27 @@ def test_one_whose_model_has_changed_is_made_anew_on_the_same_bill(
     assert len(engine.items) == 1
 
 
+def test_the_examples_of_one_that_is_made_anew_are_computed_in_groups_and_timed_as_a_whole(
+    client: TestClient, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes, submit = [], engine.submit
+
+    def slow(model: str, items: Sequence[Item], key: str = "") -> list[Ticket]:
+        sizes.append(len(items))
+        time.sleep(0.01)
+        return submit(model, items, key)
+
+    classifiers = client.app.state.service.classifiers
+    client.post("/v1/classifiers", json={"name": "topics", "examples": EXAMPLES * 10})
+    classifiers.put(dataclasses.replace(classifiers.find("topics"), fingerprint="tiny-sentiment:0"))
+    monkeypatch.setattr(engine, "submit", slow)
+    timings = classify(client).json()["timings"]
+    assert sizes == [32, 9]
+    # What an item of the second group had to wait for is time of the request.
+    assert (timings["queue_ms"], timings["compute_ms"] > 15) == (2, True)
+    assert client.delete("/v1/classifiers/topics").status_code == 200
+
+
 def test_one_whose_model_is_gone_says_how_to_make_it_anew(client: TestClient, made: Any) -> None:
     served = client.app.state.service.models.served
     for without in (None, changed(served["tiny-sentiment"], config=served["tiny-answer"].manifest.config)):
@@ -177,13 +199,13 @@ def test_a_model_may_be_named(client: TestClient, made: Any) -> None:
 
 TEXT = EXAMPLES[0]
 WRONG: list[tuple[dict[str, Any], str, str]] = [
-    ({"name": "Topics"}, "name", ""),
-    ({"name": "../topics"}, "name", ""),
-    ({"name": "a" * 65}, "name", ""),
+    ({"name": "Topics"}, "name", "made of a to z"),
+    ({"name": "../topics"}, "name", "made of a to z"),
+    ({"name": "a" * 65}, "name", "64 characters at most"),
     ({"name": 3}, "name", ""),
     ({"examples": "good"}, "examples", "list"),
-    ({"examples": []}, "examples", "0 labels"),
-    ({"examples": EXAMPLES[:2]}, "examples", "1 labels"),
+    ({"examples": []}, "examples", "not 0"),
+    ({"examples": EXAMPLES[:2]}, "examples", "not 1"),
     ({"examples": EXAMPLES[:3]}, "examples", "'place' needs at least 2"),
     ({"examples": [*EXAMPLES, "good"]}, "examples", "number 5"),
     ({"examples": [*EXAMPLES, {"text": "good"}]}, "examples", "number 5"),
@@ -194,7 +216,7 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({"examples": [*EXAMPLES, {**TEXT, "label": "half \ud800"}]}, "examples", "label of example number 5"),
     ({"examples": [*EXAMPLES, {**TEXT, "label": "a" * 65}]}, "examples", "more than 64 characters"),
     ({"examples": [TEXT] * (MAX_EXAMPLES + 1)}, "examples", f"at most {MAX_EXAMPLES}"),
-    ({"examples": [{**TEXT, "label": str(n // 2)} for n in range(2 * MAX_LABELS + 2)]}, "examples", "65 labels"),
+    ({"examples": [{**TEXT, "label": str(n // 2)} for n in range(2 * MAX_LABELS + 2)]}, "examples", "not 65"),
     ({"examples": [*EXAMPLES, {**TEXT, "text": "good " * 200}]}, "examples[4].text", "200 tokens"),
     ({"colour": "red"}, "colour", "no such parameter"),
 ]
