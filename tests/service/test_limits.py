@@ -129,11 +129,12 @@ def assert_refused(response: Any, code: str) -> None:
 
 
 def test_every_way_to_have_work_done_is_here(client: TestClient) -> None:
-    """What the OpenAPI document says may be overloaded: a new endpoint belongs into the list above."""
+    """What the OpenAPI document says may be overloaded, but for an administrator's: a new endpoint belongs above."""
     working = set()
     for path, methods in client.get("/openapi.json").json()["paths"].items():
         for method, operation in methods.items():
-            if "`overloaded`" in operation["responses"].get("429", {}).get("description", ""):
+            may_be_overloaded = "`overloaded`" in operation["responses"].get("429", {}).get("description", "")
+            if may_be_overloaded and not path.startswith("/v1/models/"):
                 working.add((method.upper(), path))
     asked = {(method, path) for method, path, _ in WORK.values()} | {("POST", path) for path in NO_MODEL}
     for method, path in working:
