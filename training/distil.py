@@ -16,7 +16,7 @@ from models.transformer import Layer, Transformer
 from training.errors import TrainingError
 from training.parents import ParentModel
 from training.recipe import DistilRecipe
-from training.tasks import Batch, TaskTraining, span_positions
+from training.tasks import Batch, Loss, span_positions
 
 _LOGITS = ("label_logits", "span_logits", "word_logits")
 """Of these heads logits are learned; marks on sentences are not."""
@@ -41,7 +41,9 @@ def relation_loss(student: Tensor, teacher: Tensor, real: Tensor, heads: int) ->
     ``softmax(A A^T / sqrt(d / heads))``. Returns the mean divergence over relations and heads, summed over real
     tokens.
     """
-    wanted, found = (_relations(each, real, heads) for each in (teacher, student))
+    # Mixed precision would round the scores, and on a CPU their logarithms, by more than the two differ in the end.
+    with torch.autocast(real.device.type, enabled=False):
+        wanted, found = (_relations(each, real, heads) for each in (teacher, student))
     rows = real[None, :, None, :, None]
     return _divergence(wanted.masked_fill(~rows, -torch.inf), found) / (3 * heads)
 
@@ -72,10 +74,12 @@ def reading_as(teacher: ParentModel, tokenizer: Tokenizer) -> Transformer:
             f"{missing[0]!r}: a student that learns its logits or relations takes its tokenizer ([init], "
             "tokenizer.kind = 'parent') or that of the same trunk; one that learns from what it writes need not"
         )
-    state = dict(teacher.model.state_dict())
     kept = torch.tensor([theirs[token] for token in sorted(ours, key=ours.__getitem__)])
-    state["embed.token.weight"] = state["embed.token.weight"][kept]
     model = Transformer(teacher.model.config.model_copy(update={"vocab_size": len(ours)}))
+    state = teacher.model.state_dict()
+    # Of a teacher of several tasks, the first one's weights.
+    state = {name: state[name] for name in model.state_dict()}
+    state["embed.token.weight"] = state["embed.token.weight"][kept]
     model.load_state_dict(state)
     return model.eval().requires_grad_(False)
 
@@ -114,7 +118,7 @@ class Watched:
 class Distilled:
     """A task's loss beside a teacher's: ``1 - weight`` of the one, ``weight`` of each kind of the other."""
 
-    def __init__(self, task: TaskTraining, teacher: Transformer, distil: DistilRecipe) -> None:
+    def __init__(self, task: Loss, teacher: Transformer, distil: DistilRecipe) -> None:
         self.task, self.teacher, self.distil = task, teacher, distil
 
     def count(self, batch: Batch) -> Sequence[float]:
@@ -158,14 +162,27 @@ def _stack(model: Transformer) -> nn.ModuleList:
 
 
 def with_teacher(
-    task: TaskTraining, student: Transformer, tokenizer: Tokenizer, teacher: ParentModel, distil: DistilRecipe
+    task: Loss,
+    student: Transformer,
+    tokenizer: Tokenizer,
+    teacher: ParentModel,
+    distil: DistilRecipe,
+    labels: tuple[str, ...],
 ) -> Distilled:
-    """The task as a student of ``teacher`` learns it. Raises ``TrainingError`` where the two do not fit together."""
+    """The task as a student of ``teacher`` learns it, its ``labels`` in the order of its logits.
+
+    Raises ``TrainingError`` where the two do not fit together.
+    """
     ours, theirs = student.config, teacher.model.config
     for name in ("architecture", "head", "n_labels"):
         wanted, found = getattr(theirs, name), getattr(ours, name)
         if wanted != found:
             raise TrainingError(f"model.{name}: the teacher {teacher.name} has {wanted}, the recipe {found}")
+    if teacher.labels != labels and theirs.head == "classify":
+        raise TrainingError(
+            f"labels: the teacher {teacher.name} has {', '.join(teacher.labels)}; "
+            "name the same in the same order, for logits are compared one by one"
+        )
     heads = distil.relation_heads
     for width in (ours.d_model, theirs.d_model) if "relations" in distil.kinds else ():
         if width % heads:

@@ -51,8 +51,9 @@ class FakeQuantised(TorchFunctionMode):
         super().__init__()
         weights = dict(model.named_parameters())
         self.how = how
-        self.plain = {id(weights[name]) for name in _PLAIN if name in weights}
         self.tables = {id(weights[name]) for name in _TABLES if name in weights}
+        # Its own only: a teacher that computes beside it stays exact.
+        self.matrices = {id(weight) for name, weight in weights.items() if not name.endswith(_PLAIN)}
 
     def __torch_function__(
         self,
@@ -62,7 +63,7 @@ class FakeQuantised(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """Stand in for products with a matrix, and for looking into a table."""
-        if func is F.linear and id(args[1]) not in self.plain:
+        if func is F.linear and id(args[1]) in self.matrices:
             x, weight, *bias = args
             # In half precision the products would round the codes once more.
             with torch.autocast(x.device.type, enabled=False):

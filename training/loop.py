@@ -70,7 +70,8 @@ def fit_model(
         _, progress = load_checkpoint(run, model, optimisers, scaler, same)
         if layout.is_first:
             print(f"{run.name}: resumes at step {progress.step} of {steps}")
-    progress.device = layout.name
+    if progress.step < steps:
+        progress.device = layout.name
     meters = HostMeters(layout)
     if layout.is_first and meters.source == "none":
         print(f"{run.name}: no joules: {meters.name}")

@@ -12,19 +12,23 @@ def learning_rate_factor(step: int, steps: int, fit: FitRecipe) -> float:
 
 
 def make_optimisers(model: nn.Module, fit: FitRecipe) -> list[optim.Optimizer]:
-    """AdamW for all weights, or Muon (Jordan et al. 2024) for the layers' matrices and AdamW for the rest.
+    """AdamW for all weights, or Muon (Jordan et al. 2024) for the layers' matrices and AdamW for the rest, heads too.
 
     Vectors and embeddings do not decay.
     """
-    matrices: list[nn.Parameter] = []
+    layers: list[nn.Parameter] = []
+    heads: list[nn.Parameter] = []
     rest: list[nn.Parameter] = []
     for name, weight in model.named_parameters():
-        (matrices if weight.ndim == 2 and not name.startswith("embed.") else rest).append(weight)
+        if weight.ndim != 2 or name.startswith("embed."):
+            rest.append(weight)
+        else:
+            (layers if name.startswith(("encoder.", "decoder.")) else heads).append(weight)
+    undecayed = {"params": rest, "weight_decay": 0.0}
     if fit.optimiser == "muon":
         # With this scaling a Muon update is as large as an AdamW one, and takes its learning rate.
-        muon = optim.Muon(
-            matrices, lr=fit.learning_rate, weight_decay=fit.weight_decay, adjust_lr_fn="match_rms_adamw"
-        )
-        return [muon, optim.AdamW(rest, lr=fit.learning_rate, weight_decay=0.0, betas=(0.9, 0.95), fused=True)]
-    groups = [{"params": matrices, "weight_decay": fit.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+        muon = optim.Muon(layers, lr=fit.learning_rate, weight_decay=fit.weight_decay, adjust_lr_fn="match_rms_adamw")
+        groups = [undecayed, {"params": heads, "weight_decay": fit.weight_decay}] if heads else [undecayed]
+        return [muon, optim.AdamW(groups, lr=fit.learning_rate, betas=(0.9, 0.95), fused=True)]
+    groups = [{"params": layers + heads, "weight_decay": fit.weight_decay}, undecayed]
     return [optim.AdamW(groups, lr=fit.learning_rate, betas=(0.9, 0.98), fused=True)]

@@ -31,7 +31,6 @@ class Together(Transformer):
             ours, theirs = getattr(self.config, name), getattr(config, name)
             if ours != theirs:
                 raise TrainingError(f"model.{name}: tasks on one trunk have the same; {ours} and {theirs} are not")
-        other = Transformer(config, dropout)
         stacks, its_stacks = _stacks(self.config), _stacks(config)
         if [depth for _, depth in stacks] != [depth for _, depth in its_stacks]:
             raise TrainingError(f"model: tasks on one trunk have the same layers; {stacks} and {its_stacks} are not")

@@ -83,6 +83,10 @@ def train(recipe: Recipe, data: Path, runs: Path, execution: Execution | None = 
     layout = execution.layout
     if recipe.together and (layout.world > 1 or execution.fsdp):
         raise TrainingError(f"{recipe.name}: several tasks learn together in one process only")
+    if recipe.distil is not None and "relations" in recipe.distil.kinds and execution.compile:
+        raise TrainingError(
+            "distil.kinds: relations are read inside of layers, where compile hides them; do without it"
+        )
     run = runs / recipe.name
     run.mkdir(parents=True, exist_ok=True)
     fresh = not (run / CHECKPOINT).exists()
@@ -96,7 +100,7 @@ def train(recipe: Recipe, data: Path, runs: Path, execution: Execution | None = 
         if layout.is_first:
             _remember(recipe, run, parent, teacher)
     if recipe.distil is not None and teacher is not None:
-        learned = with_teacher(TASKS[recipe.task](recipe, tokenizer), model, tokenizer, teacher, recipe.distil)
+        learned = with_teacher(learned, model, tokenizer, teacher, recipe.distil, recipe.labels)
     if layout.is_first:
         print(f"{recipe.name}: {model.n_parameters / 1e6:.1f} M parameters, {samples.per_epoch:,} samples an epoch, "
               f"on {layout.name}, {torch.get_num_threads()} threads")  # fmt: skip

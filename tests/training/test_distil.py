@@ -14,6 +14,7 @@ from models.transformer import Transformer
 from tests.tiny import tiny_config, tiny_transformer, write_tiny
 from tests.training import recipes
 from training.distil import Watched, reading_as, relation_loss, soft_cross_entropy, with_teacher
+from training.distributed import Execution
 from training.errors import TrainingError
 from training.export import export
 from training.parents import ParentModel, load_parent
@@ -70,6 +71,14 @@ def test_relations_are_their_formula_whatever_the_widths():
     assert relation_loss(teacher, teacher, real, heads).item() == pytest.approx(0, abs=1e-6)
 
 
+def test_relations_are_exact_in_mixed_precision():
+    student, teacher = torch.randn(2, 3, 1, 5, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    real = torch.ones(1, 5, dtype=torch.bool)
+    exact = relation_loss(student, teacher, real, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(relation_loss(student, teacher, real, 2), exact)
+
+
 KINDS = ["sentiment", "answer", "translate", "summarize", "generate"]
 
 
@@ -82,7 +91,7 @@ def taught(kind, data, trunk_package, tmp_path, **distil):
     samples = [sample for _, rows in load_rows(recipe, data) for row in rows for sample in task.samples(row)]
     settings = DistilRecipe(teacher=recipe.name, kinds=("logits", "relations"), relation_heads=4, **distil)
     student = Transformer(trained.model.config)
-    wrapped = with_teacher(task, student, trained.tokenizer, teacher, settings)
+    wrapped = with_teacher(task, student, trained.tokenizer, teacher, settings, recipe.labels)
     return trained.model, student, wrapped, collate(samples[:4], 0), teacher
 
 
@@ -142,7 +151,14 @@ def test_what_does_not_fit_is_said(tmp_path, changes, distil, said):
     teacher = load_parent(str(tmp_path / "judge"), tmp_path)
     student = Transformer(teacher.model.config.model_copy(update=changes))
     with pytest.raises(TrainingError, match=said):
-        with_teacher(None, student, teacher.tokenizer, teacher, DistilRecipe(teacher="x", **distil))
+        with_teacher(None, student, teacher.tokenizer, teacher, DistilRecipe(teacher="x", **distil), teacher.labels)
+
+
+def test_labels_in_another_order_are_other_logits(tmp_path):
+    write_tiny(tmp_path / "judge", "classify")
+    teacher = load_parent(str(tmp_path / "judge"), tmp_path)
+    with pytest.raises(TrainingError, match=r"labels: the teacher tiny-classify has .*; name the same"):
+        with_teacher(None, teacher.model, teacher.tokenizer, teacher, DistilRecipe(teacher="x"), teacher.labels[::-1])
 
 
 def test_a_tokenizer_that_does_not_match_is_said(tmp_path):
@@ -162,6 +178,22 @@ def test_nothing_stays_on_a_model_that_was_watched(tmp_path):
     assert watched.logits is logits
     assert watched.qkv.shape == (3, 1, 2, 32)
     assert not layer._forward_hooks
+
+
+def test_a_teacher_of_no_weight_changes_nothing_that_is_learned(data, trunk_package, tmp_path):
+    alone = recipes.sentiment(name="alone")
+    beside = recipes.sentiment(name="beside", distil={"teacher": "alone", "weight": 0.0})
+    wanted, found = (train(each, data, tmp_path) for each in (alone, beside))
+    assert wanted.progress.loss > 0
+    assert found.progress.loss == pytest.approx(wanted.progress.loss)
+    for one, other in zip(wanted.model.parameters(), found.model.parameters(), strict=True):
+        assert torch.allclose(one, other, atol=1e-6)
+
+
+def test_relations_of_compiled_layers_are_refused(tmp_path):
+    recipe = recipes.sentiment(distil={"teacher": "alone", "kinds": ["relations"]})
+    with pytest.raises(TrainingError, match="where compile hides them"):
+        train(recipe, tmp_path, tmp_path, Execution(compile=True))
 
 
 @pytest.mark.parametrize("whole", ["run", "folder"])

@@ -14,6 +14,7 @@ from tests.training import recipes
 from training.export import onnx_logits, torch_logits
 from training.fake_quantise import FakeQuantised, fake_blocks, fake_rows
 from training.recipe import Storage
+from training.together import Together
 from training.train import train
 
 WEIGHTS = arrays.arrays(np.float32, (3, 32), elements=st.floats(-4, 4, width=32, allow_subnormal=False))
@@ -57,6 +58,24 @@ def test_a_model_computes_as_its_quantised_graph(tmp_path, kind, how):
         found = torch_logits(model, batch)
     assert np.abs(found - graph).max() < 0.3 * np.abs(exact - graph).max()
     assert np.array_equal(torch_logits(model, batch), exact)
+
+
+def test_another_model_stays_exact():
+    model, teacher = (tiny_transformer(tiny_config("classify")) for _ in range(2))
+    x = torch.linspace(-1, 1, 64).view(2, 32)
+    exact = teacher.encoder[0].ffn.up(x)
+    with FakeQuantised(model, WAYS[0]):
+        assert torch.equal(teacher.encoder[0].ffn.up(x), exact)
+        assert not torch.equal(model.encoder[0].ffn.up(x), exact)
+
+
+def test_heads_of_every_task_stay_exact():
+    together = Together(tiny_config("bert-classify"), [tiny_config("bert-span")])
+    x = torch.linspace(-1, 1, 64).view(2, 32)
+    for member in together.members:
+        exact = member.head.out(x)
+        with FakeQuantised(together, WAYS[0]):
+            assert torch.equal(member.head.out(x), exact)
 
 
 def test_mixed_precision_leaves_codes_as_they_are():

@@ -174,8 +174,11 @@ def test_a_checkpoint_of_another_shape_is_refused(tmp_path):
 
 def test_a_finished_run_is_not_trained_again(tmp_path):
     run(tmp_path / "run")
+    state = torch.load(tmp_path / "run" / CHECKPOINT, weights_only=True)
+    state["progress"]["device"] = "a GPU elsewhere"
+    torch.save(state, tmp_path / "run" / CHECKPOINT)
     _, progress = run(tmp_path / "run", accident_at=0, accident=interrupt)
-    assert progress.step == 9
+    assert (progress.step, progress.device) == (9, "a GPU elsewhere")
 
 
 def test_gradients_that_are_no_numbers_stop_too(tmp_path):
@@ -282,6 +285,17 @@ def test_vectors_and_embeddings_do_not_decay():
     assert [weight.shape for weight in decaying["params"]] == [(4, 4)]
     assert rest["weight_decay"] == 0
     assert {weight.shape for weight in rest["params"]} == {(3, 4), (4,)}
+
+
+def test_muon_is_for_the_matrices_of_layers_alone():
+    model = nn.ModuleDict({"embed": nn.Embedding(3, 4), "encoder": nn.Linear(4, 4), "head": nn.Linear(4, 2)})
+    fit = FIT.model_copy(update={"optimiser": "muon"})
+    muon, adamw = make_optimisers(model, fit)
+    assert muon.param_groups[0]["params"] == [model["encoder"].weight]
+    rest, heads = adamw.param_groups
+    assert (rest["weight_decay"], heads["weight_decay"]) == (0, FIT.weight_decay)
+    assert heads["params"] == [model["head"].weight]
+    assert len(rest["params"]) == 3
 
 
 def test_progress_starts_unknown():
