@@ -20,6 +20,14 @@ _OF: dict[Objective, str] = {
     "prefix": "prefix-lm",
 }
 """The architecture that each objective trains."""
+_FOR: dict[Task, tuple[str, str]] = {
+    "sentiment": ("encoder", "classify"),
+    "answer": ("encoder", "span"),
+    "translate": ("encoder-decoder", "lm"),
+    "summarize": ("prefix-lm", "lm"),
+    "generate": ("decoder", "lm"),
+}
+"""The architecture and the head that each task trains."""
 HUB = "hub:"
 """Begins the path of a data set of the Hugging Face Hub."""
 
@@ -65,7 +73,7 @@ class DistilRecipe(_Part):
     kinds: tuple[Literal["logits", "relations"], ...] = Field(("logits",), min_length=1)
     """Its logits (Hinton et al. 2015), the relations among its tokens (MiniLMv2, Wang et al. 2021), or both."""
     weight: float = Field(0.5, ge=0, le=1)
-    """Share of the loss that is the teacher's; the rest is the task's own."""
+    """Of each kind of the teacher's loss; the task's own weighs what is left to 1."""
     temperature: float = Field(2.0, gt=0)
     """What logits are divided by before they are compared."""
     layer: int | None = Field(default=None, ge=0)
@@ -182,35 +190,35 @@ Precision = Literal["auto", "bfloat16", "float16", "float32"]
 class FitRecipe(_Part):
     """The numbers of the training loop."""
 
-    epochs: float
+    epochs: float = Field(gt=0)
     """How often the data is gone through; 0.5 is half of it."""
-    batch_tokens: int
+    batch_tokens: int = Field(gt=0)
     """Padded tokens of one step, source and target together, over all devices and parts that compute it."""
-    learning_rate: float
+    learning_rate: float = Field(ge=0)
     """At its highest."""
     optimiser: Literal["adamw", "muon"] = "adamw"
     """AdamW, or Muon for the layers' matrices and AdamW for the rest."""
-    weight_decay: float = 0.01
+    weight_decay: float = Field(0.01, ge=0)
     """Of matrices; vectors and embeddings do not decay."""
-    warmup: float = 0.05
+    warmup: float = Field(0.05, ge=0, le=1)
     """Share of the steps over which the learning rate rises."""
-    decay: float = 0.95
+    decay: float = Field(0.95, ge=0, le=1)
     """Share of the steps over which it falls to zero, linearly; between the two it stands still."""
     quantise_last: float = Field(0.0, ge=0, le=1)
     """Share of the steps, the last ones, that compute as the quantised graphs of ``[export]`` will."""
-    dropout: float = 0.0
+    dropout: float = Field(0.0, ge=0, lt=1)
     """Share of activations that are dropped after each branch."""
-    label_smoothing: float = 0.0
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
     """Share of a target's probability that is spread over all others."""
-    clip_norm: float = 1.0
+    clip_norm: float = Field(1.0, gt=0)
     """Length to which longer gradients are cut."""
     precision: Precision = "auto"
     """Of the products; weights and their updates are float32. ``auto`` is bfloat16 where the device multiplies it."""
     seed: int = 0
     """All that is drawn comes from it."""
-    checkpoint_every_s: float = 300.0
+    checkpoint_every_s: float = Field(300.0, ge=0)
     """Seconds between checkpoints."""
-    log_every_s: float = 10.0
+    log_every_s: float = Field(10.0, ge=0)
     """Seconds between lines of the log."""
 
 
@@ -327,18 +335,27 @@ class Recipe(_Part):
     def _one_purpose(self) -> Self:
         if (self.task == "pretrain") != (self.objective is not None):
             raise ValueError("objective: goes with task = 'pretrain', and only with it")
-        if self.objective is not None and (self.model.architecture, self.model.head) != (_OF[self.objective], "lm"):
-            raise ValueError(
-                f"model: {self.objective} pretraining wants architecture {_OF[self.objective]} and head lm"
-            )
         if self.together and (self.task == "pretrain" or self.budget != BudgetRecipe()):
             raise ValueError("together: tasks on one trunk have its size, and none of them is pretraining")
         if self.distil is not None and (self.together or self.task == "pretrain"):
             raise ValueError("distil: goes with a single task")
         if self.task != "pretrain" and not self.export.max_input_tokens:
             raise ValueError("export.max_input_tokens: Field required")
-        if self.task != "pretrain" and self.model.architecture == "encoder" and self.model.head == "lm":
-            raise ValueError("model: an encoder with an lm head is only pretrained")
+        return self
+
+    @model_validator(mode="after")
+    def _model_for_the_task(self) -> Self:
+        model = self.model
+        learns = self.task if self.objective is None else f"{self.objective} pretraining"
+        wanted = _FOR[self.served_task] if self.objective is None else (_OF[self.objective], "lm")
+        if (model.architecture, model.head) != wanted:
+            raise ValueError(f"model: {learns} wants architecture {wanted[0]} and head {wanted[1]}")
+        if model.extract_head != (self.task == "summarize"):
+            raise ValueError("model.extract_head: true for task = 'summarize', and only there")
+        if self.task == "sentiment" and model.n_labels != len(self.labels):
+            raise ValueError(f"model.n_labels: {model.n_labels}, but there are {len(self.labels)} labels")
+        if self.max_tokens > model.max_positions:
+            raise ValueError(f"max_tokens: {self.max_tokens} are more than model.max_positions {model.max_positions}")
         return self
 
     @model_validator(mode="after")
@@ -350,8 +367,10 @@ class Recipe(_Part):
 
     @model_validator(mode="after")
     def _codes_to_feel(self) -> Self:
-        if self.fit.quantise_last and self.export.scheme == "none":
-            raise ValueError("fit.quantise_last: export.scheme is 'none', so there are no codes to train for")
+        if self.fit.quantise_last and self.export.scheme in ("none", "float16"):
+            raise ValueError(
+                f"fit.quantise_last: export.scheme is {self.export.scheme!r}, so there are no codes to train for"
+            )
         return self
 
     @property
@@ -362,6 +381,8 @@ class Recipe(_Part):
     def _one_start(self) -> Self:
         if self.trunk is not None and self.init is not None:
             raise ValueError("init: a model that starts from a trunk starts from nothing else")
+        if (self.tokenizer.kind == "trunk") != (self.trunk is not None):
+            raise ValueError("tokenizer.kind: 'trunk' goes with [trunk], whose weights know no other words")
         if (self.tokenizer.kind == "parent") != (self.init is not None):
             raise ValueError("tokenizer.kind: 'parent' goes with [init], whose weights know no other words")
         if self.init is not None and isinstance(self.init.layers, tuple) and self.init.layers and self._stacks == 2:

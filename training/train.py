@@ -139,7 +139,7 @@ def _prepare(
 
 def _begin(model: Transformer, recipe: Recipe, run: Path, parent: ParentModel | None) -> None:
     """Give ``model`` the weights that the recipe starts from."""
-    if recipe.trunk is not None and (run / KEPT).exists():
+    if recipe.trunk is not None:
         load_trunk(model, find_trunk(recipe.trunk), np.load(run / KEPT))
     if recipe.init is not None and parent is not None:
         begin_with(model, parent, recipe.init, recipe.labels, np.load(run / KEPT))
@@ -320,9 +320,7 @@ def learn_tokenizer(
     recipe: Recipe, texts: Iterable[str], parent: ParentModel | None = None
 ) -> tuple[Tokenizer, NDArray[np.int64] | None]:
     """A new tokenizer of ``recipe``, and where it is cut from the trunk's or the parent's, their ids of its words."""
-    if recipe.tokenizer.kind == "trunk":
-        if recipe.trunk is None:
-            raise TrainingError(f"{recipe.name}: tokenizer.kind = 'trunk' needs a [trunk]")
+    if recipe.trunk is not None:
         return prune_word_pieces(
             trunk_tokenizer(find_trunk(recipe.trunk)),
             tqdm(texts, desc="counting word pieces", unit="text", mininterval=1.0),

@@ -2,7 +2,7 @@
 
 from training.recipe import Recipe
 
-MODERN = {"style": "modern", "d_model": 32, "n_heads": 2, "d_ff": 64, "max_positions": 64, "head": "lm"}
+MODERN = {"style": "modern", "d_model": 32, "n_heads": 2, "d_ff": 64, "max_positions": 128, "head": "lm"}
 FIT = {"epochs": 2, "batch_tokens": 256, "learning_rate": 3e-3, "precision": "float32"}
 WRITE = {"max_tokens": 12, "beams": 1}
 

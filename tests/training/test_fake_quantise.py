@@ -101,5 +101,6 @@ def test_only_the_last_steps_of_a_run_are_quantised(data, tmp_path, monkeypatch)
     trained = train(recipe, data, tmp_path)
     assert len(entered) == round(0.25 * trained.progress.step) > 0
     assert all(how == recipe.export for how in entered)
-    with pytest.raises(ValueError, match="there are no codes to train for"):
-        recipes.translate(fit=fit, export={**recipe.export.model_dump(), "scheme": "none"})
+    for scheme in ("none", "float16"):
+        with pytest.raises(ValueError, match=f"export.scheme is '{scheme}', so there are no codes to train for"):
+            recipes.translate(fit=fit, export={**recipe.export.model_dump(), "scheme": scheme})

@@ -152,6 +152,31 @@ def test_a_recipe_trains_what_the_reference_computes():
         Recipe.model_validate(document)
 
 
+@pytest.mark.parametrize(
+    ("make", "part", "changes", "said"),
+    [
+        (
+            recipes.sentiment,
+            "model",
+            {"head": "span", "n_labels": 0},
+            "sentiment wants architecture encoder and head cl",
+        ),
+        (recipes.sentiment, "model", {"n_labels": 2}, "n_labels: 2, but there are 3 labels"),
+        (recipes.summarize, "model", {"extract_head": False}, "extract_head: true for task = 'summarize'"),
+        (recipes.answer, "model", {"max_positions": 47}, "max_tokens: 48 are more than model.max_positions 47"),
+        (recipes.sentiment, "tokenizer", {"kind": "word-piece"}, r"'trunk' goes with \[trunk\]"),
+        (recipes.translate, "tokenizer", {"kind": "trunk"}, r"'trunk' goes with \[trunk\]"),
+        (recipes.translate, "fit", {"epochs": 0}, "greater than 0"),
+        (recipes.translate, "fit", {"dropout": 1}, "less than 1"),
+    ],
+)
+def test_a_recipe_that_contradicts_itself_is_refused(make, part, changes, said):
+    document = make().model_dump()
+    document[part] |= changes
+    with pytest.raises(ValueError, match=said):
+        Recipe.model_validate(document)
+
+
 def test_shipped_recipes_are_valid():
     names = [
         "sentiment-en",
