@@ -23,7 +23,7 @@ def make_optimisers(model: nn.Module, fit: FitRecipe) -> list[optim.Optimizer]:
         if weight.ndim != 2 or name.startswith("embed."):
             rest.append(weight)
         else:
-            (layers if name.startswith(("encoder.", "decoder.")) else heads).append(weight)
+            (heads if "head" in name.split(".") else layers).append(weight)
     undecayed = {"params": rest, "weight_decay": 0.0}
     if fit.optimiser == "muon":
         # With this scaling a Muon update is as large as an AdamW one, and takes its learning rate.
