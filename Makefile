@@ -8,9 +8,10 @@ VENV := .venv
 # Each stamp says which extras the environment holds; only a newer pyproject.toml makes it stale.
 SERVING := $(VENV)/.installed-serving
 TESTING := $(VENV)/.installed-testing
+ORACLES := $(VENV)-oracles/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check format bench clean
+.PHONY: help serve test oracles check format bench clean
 
 help: ## list the commands
 	@sed -n 's/^\([a-z]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -20,6 +21,9 @@ serve: $(SERVING) ## install what serving needs and serve the starters (HOST, PO
 
 test: $(TESTING) ## install what the tests need and run them
 	$(VENV)/bin/pytest
+
+oracles: $(ORACLES) ## hold the joules against Zeus and CodeCarbon, in an environment of their own
+	$(VENV)-oracles/bin/python -m pytest tests/energy/test_oracles.py
 
 check: $(TESTING) ## lint, formatting and types
 	$(VENV)/bin/ruff check
@@ -52,3 +56,8 @@ $(SERVING): pyproject.toml | $(VENV)/bin/activate
 $(TESTING): pyproject.toml | $(VENV)/bin/activate
 	$(VENV)/bin/python -m pip install --disable-pip-version-check -e '.[cpu,train,loadtest,report,otel,dev]'
 	@touch $(SERVING) $@
+
+$(ORACLES): pyproject.toml
+	$(PYTHON) -m venv $(VENV)-oracles
+	$(VENV)-oracles/bin/python -m pip install --disable-pip-version-check --quiet -e '.[cpu,dev,oracles]'
+	@touch $@

@@ -64,6 +64,9 @@ LIMITS: dict[str, dict[str, Any]] = {
     "none": {},
 }
 every_way = pytest.mark.parametrize("way", WORK)
+read_by_a_model = pytest.mark.parametrize("way", [way for way in WORK if way != "detect"])
+billed = pytest.mark.parametrize("way", [way for way in WORK if way not in ("detect", "estimate")])
+"""What the engine or the disk works for, and so what may have to wait."""
 
 
 @dataclass
@@ -191,19 +194,15 @@ def test_several_at_once_count_as_several(
         assert statuses == [200] * (4 - counts) + [429] * (counts - 1)
 
 
-@every_way
+@read_by_a_model
 def test_the_rate_of_tokens(shop: Shop, way: str) -> None:
-    if way == "detect":
-        pytest.skip("no model reads it: its text is counted as a request")
     assert shop.ask(way, "tokens").status_code == 200
     assert_refused(shop.ask(way, "tokens"), "rate_limit_exceeded")
     assert shop.ask(way, "none").status_code == 200
 
 
-@every_way
+@billed
 def test_the_joules_of_a_key(shop: Shop, way: str) -> None:
-    if way in ("detect", "estimate"):
-        pytest.skip("it is not billed")
     # The fake's clock moves a second with every bill: from the morning on, that stays within the day.
     shop.service.account.time_s = time.time() // 86_400 * 86_400  # type: ignore[misc]
     assert shop.ask(way, "joules").status_code == 200
@@ -232,10 +231,8 @@ def test_the_places_of_all_of_a_key_and_of_its_share(shop: Shop, way: str) -> No
     assert shop.ask(way, "none").status_code == 200
 
 
-@every_way
+@billed
 def test_the_time_that_a_header_allows(shop: Shop, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if way in ("detect", "estimate"):
-        pytest.skip("nothing in it waits")
     shop.service.engine.holds = True  # type: ignore[attr-defined]
 
     async def slow(*_: Any) -> Any:
