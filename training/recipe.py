@@ -373,6 +373,13 @@ class Recipe(_Part):
             )
         return self
 
+    @model_validator(mode="after")
+    def _smooth_labels(self) -> Self:
+        smooth = self.task in ("sentiment", "translate", "summarize") or self.objective == "denoise"
+        if self.fit.label_smoothing and not smooth:
+            raise ValueError(f"fit.label_smoothing: the loss of {self.task} has none; leave it out")
+        return self
+
     @property
     def _stacks(self) -> int:
         return self.model.has_encoder + self.model.has_decoder

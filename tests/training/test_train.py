@@ -164,6 +164,7 @@ def test_a_recipe_trains_what_the_reference_computes():
         (recipes.sentiment, "model", {"n_labels": 2}, "n_labels: 2, but there are 3 labels"),
         (recipes.summarize, "model", {"extract_head": False}, "extract_head: true for task = 'summarize'"),
         (recipes.answer, "model", {"max_positions": 47}, "max_tokens: 48 are more than model.max_positions 47"),
+        (recipes.generate, "fit", {**recipes.FIT, "label_smoothing": 0.1}, "the loss of generate has none"),
         (recipes.sentiment, "tokenizer", {"kind": "word-piece"}, r"'trunk' goes with \[trunk\]"),
         (recipes.translate, "tokenizer", {"kind": "trunk"}, r"'trunk' goes with \[trunk\]"),
         (recipes.translate, "fit", {"epochs": 0}, "greater than 0"),
