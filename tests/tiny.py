@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from models.config import TransformerConfig
 from models.graph import Scheme, write_graphs
@@ -85,26 +85,42 @@ def weights_of(model: Transformer) -> Mapping[str, NDArray[np.float32]]:
 
 
 def tiny_tokenizer(max_vocabulary: int = 128) -> Tokenizer:
-    """A Unigram tokenizer trained on ``SENTENCES``; the special tokens are ids 0 to 5."""
-    tokenizer = Tokenizer(models.Unigram())
+    """A Unigram tokenizer of the words of ``SENTENCES`` and their letters; the special tokens are ids 0 to 5.
+
+    Made, not trained: the library's trainers break ties by chance, and give other words every time.
+    """
+    words = [f"\u2581{word}" for sentence in SENTENCES for word in sentence.split()]
+    pieces = _pieces(words, max_vocabulary)
+    # A word is likelier than the same in letters, of which each counts.
+    scored = [(piece, 0.0 if piece in SPECIAL_TOKENS else -4.0 - 0.1 * (len(piece) < 2)) for piece in pieces]
+    tokenizer = Tokenizer(models.Unigram(scored, SPECIAL_TOKENS.index("<unk>")))
     tokenizer.normalizer = normalizers.NFKC()
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
-    trainer = trainers.UnigramTrainer(
-        vocab_size=max_vocabulary, special_tokens=SPECIAL_TOKENS, unk_token="<unk>", show_progress=False
-    )
-    tokenizer.train_from_iterator(SENTENCES, trainer)
+    tokenizer.add_special_tokens(SPECIAL_TOKENS)
     return tokenizer
+
+
+def _pieces(words: list[str], most: int) -> list[str]:
+    """The special tokens, every letter of the words, and as many whole words as there is room for."""
+    letters = sorted({letter for word in words for letter in word})
+    whole = sorted({word for word in words if len(word) > 1})
+    return [*SPECIAL_TOKENS, *letters, *whole][:most]
 
 
 def bert_tokenizer(max_vocabulary: int = 128) -> Tokenizer:
     """A WordPiece tokenizer that wraps its input as BERT does: ``[CLS] a [SEP]`` and ``[CLS] a [SEP] b [SEP]``."""
-    tokenizer = Tokenizer(models.WordPiece(unk_token="<unk>"))
-    tokenizer.normalizer = normalizers.BertNormalizer()
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    normalizer, splitter = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    words = [
+        word for sentence in SENTENCES for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(sentence))
+    ]
+    letters = sorted({f"##{letter}" for word in words for letter in word[1:]})
+    pieces = _pieces(words, max_vocabulary - len(letters))
+    vocabulary = {piece: index for index, piece in enumerate([*pieces, *letters])}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="<unk>"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, splitter
     tokenizer.decoder = decoders.WordPiece()
-    trainer = trainers.WordPieceTrainer(vocab_size=max_vocabulary, special_tokens=SPECIAL_TOKENS, show_progress=False)
-    tokenizer.train_from_iterator(SENTENCES, trainer)
+    tokenizer.add_special_tokens(SPECIAL_TOKENS)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<cls> $A <sep>",
         pair="<cls> $A <sep> $B:1 <sep>:1",
