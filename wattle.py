@@ -240,8 +240,8 @@ def _asking(folder: Path) -> Iterator[Callable[[str, Any], dict[str, Any]]]:
     """Serve the model in ``folder``; what is given sends a request to a path: documents are put, the rest is posted.
 
     Scores and costs are the users': the whole application answers, only the socket is left out. Waiting has no limit
-    here, nobody needs a key, and the bills are no user's, so their ledger is forgotten, and so are the knowledge
-    bases.
+    here, nor has what waits, nobody needs a key, and the bills are no user's, so their ledger is forgotten, and so are
+    the knowledge bases.
     """
     from starlette.testclient import TestClient
 
@@ -250,7 +250,8 @@ def _asking(folder: Path) -> Iterator[Callable[[str, Any], dict[str, Any]]]:
     from training.errors import TrainingError
 
     with TemporaryDirectory() as scratch:
-        limits = {"request_timeout_s": "3600", "max_body_bytes": "1000000000"}
+        limits = dict.fromkeys(("max_concurrent_requests", "max_queue_tokens", "max_body_bytes"), "1000000000")
+        limits["request_timeout_s"] = "3600"
         settings = read_settings(models=str(folder), state=scratch, **limits)
         with TestClient(create_app(settings.model_copy(update={"api_keys_file": None}))) as client:
 

@@ -55,6 +55,8 @@ class _Client:
     task: str
     model: str
     setting: dict[str, Any]
+    language: str = "und"
+    """Of what it writes."""
     queries: int = 0
     joules: float | None = 0.0
     quality: str = "unavailable"
@@ -90,7 +92,7 @@ def evaluate(
     """
     every, rows = _rows(recipe, each, data)
     said = ", ".join(f"{name} {value}" for name, value in each.setting.items())
-    client = _Client(ask, recipe.served_task, manifest.name, dict(each.setting))
+    client = _Client(ask, recipe.served_task, manifest.name, dict(each.setting), manifest.languages[-1])
     if each.knowledge_base:
         fitted_on = _held_out(recipe, data, confidence_passages)
         rows = list(islice((row for row in rows if row["context"] not in fitted_on), limit))
@@ -178,8 +180,8 @@ def _answer(client: _Client, rows: list[Row], folder: Path) -> dict[str, float]:
 
 
 def _translate(client: _Client, rows: list[Row], folder: Path) -> dict[str, float]:
-    results = client.results(input=[row["source"] for row in rows])
-    return {"sacreBLEU": scorers.bleu([result["text"] for result in results], [row["target"] for row in rows])}
+    texts = [result["text"] for result in client.results(input=[row["source"] for row in rows])]
+    return {"sacreBLEU": scorers.bleu(texts, [row["target"] for row in rows], client.language)}
 
 
 def _summarize(client: _Client, rows: list[Row], folder: Path) -> dict[str, float]:

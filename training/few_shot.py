@@ -28,6 +28,7 @@ from models.heads import Floats, features_of, fit
 from models.transformer import Transformer
 from training.data import clean, read_set
 from training.errors import TrainingError
+from training.loop import precision_on
 from training.recipe import SetRecipe, TrunkRecipe
 from training.tasks import Sample as TaskSample
 from training.tasks import collate
@@ -226,7 +227,9 @@ def draw_episode(problem: Problem, n_labels: int, examples: int, queries: int, r
 def vectors(model: Transformer, texts: Sequence[Ids]) -> Tensor:
     """The texts' vectors ``(n, l * d)``, in one batch."""
     batch = collate([TaskSample(list(ids)) for ids in texts], PAD_ID)
-    with torch.autocast("cpu", torch.bfloat16):
+    # bfloat16 where the processor multiplies it: one that only imitates it is many times slower with it.
+    precise = precision_on(torch.device("cpu"), "auto") == "float32"
+    with torch.autocast("cpu", torch.bfloat16, enabled=not precise):
         found = model.vectors(batch["ids"], batch["lengths"])
     return found.float()
 

@@ -60,9 +60,11 @@ def squad(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> dict[
     }
 
 
-def bleu(predictions: Sequence[str], references: Sequence[str]) -> float:
-    """Corpus BLEU by sacreBLEU with its defaults (13a tokens, cased, exponential smoothing)."""
-    return float(sacrebleu.corpus_bleu(list(predictions), [list(references)]).score)
+def bleu(predictions: Sequence[str], references: Sequence[str], language: str = "und") -> float:
+    """Corpus BLEU by sacreBLEU with its defaults (13a tokens, cased, exponential smoothing); texts in ``language`` zh,
+    which puts no spaces between words, are compared character by character (its tokenizer zh)."""
+    tokens = "zh" if language.split("-")[0] == "zh" else "13a"
+    return float(sacrebleu.corpus_bleu(list(predictions), [list(references)], tokenize=tokens).score)
 
 
 def rouge(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:

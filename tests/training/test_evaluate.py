@@ -51,6 +51,31 @@ def test_translations_are_scored_and_billed(data, translator):
     assert (task, body["model"], body["beams"], body["truncate"]) == ("translate", "tiny-translate", 2, True)
 
 
+def test_the_language_written_decides_how_translations_are_compared(tmp_path, translator):
+    recipe, manifest, folder = translator
+    answers = {"one one": {"text": "\u6211\u559c\u6b22\u5403\u82f9\u679c\u3002"}}
+    each = EvaluateRecipe(path="translation/chinese")
+    write_set(
+        tmp_path,
+        each.path,
+        [{"source": "one one", "target": "\u6211\u4e5f\u559c\u6b22\u5403\u82f9\u679c\u3002"}],
+        "validation",
+    )
+    values = [
+        evaluate(
+            Server(answers),
+            manifest.model_copy(update={"languages": ("en", code)}),
+            folder,
+            recipe,
+            each,
+            tmp_path,
+            None,
+        )
+        for code in ("de", "zh")
+    ]
+    assert [found.scores[0].value > 50 for found in values] == [False, True]
+
+
 def test_one_answer_without_a_figure_leaves_the_sum_unknown(data, translator):
     recipe, manifest, folder = translator
     server = Server({"one one": {"text": "eins eins"}}, joules=None)

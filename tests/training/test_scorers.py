@@ -41,5 +41,16 @@ def test_bleu_and_rouge_are_the_known_packages():
     assert scorers.rouge(["a b"], [["a b c d"]])["ROUGE-1"] == pytest.approx(200 / 3)
 
 
+def test_chinese_is_compared_character_by_character():
+    said, meant = (
+        ["\u6211\u559c\u6b22\u5403\u82f9\u679c\u548c\u68a8\u3002"],
+        ["\u6211\u559c\u6b22\u5403\u82f9\u679c\u548c\u6843\u3002"],
+    )
+    assert scorers.bleu(said, meant) == 0  # one word, and another one
+    # 8 of 9 characters, 6 of 8 pairs, 5 of 7 triples, 4 of 6 runs of four.
+    wanted = 100 * (8 / 9 * 6 / 8 * 5 / 7 * 4 / 6) ** 0.25
+    assert scorers.bleu(said, meant, "zh") == scorers.bleu(said, meant, "zh-Hant") == pytest.approx(wanted)
+
+
 def test_bits_per_byte_counts_bytes_not_letters():
     assert scorers.bits_per_byte(4 * 0.6931471805599453, "\u00e4\u00f6") == pytest.approx(1.0)

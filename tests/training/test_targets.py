@@ -159,6 +159,8 @@ def test_a_model_writes_what_its_student_then_learns(tmp_path, data, kind):
     settings = Settings(data=data, runs=tmp_path / "runs", limit=5)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("training.commands.load_recipe", lambda name: recipe)
+        # What a server lets wait is no matter of a teacher's.
+        patch.setenv("WATTLE_MAX_CONCURRENT_REQUESTS", "1")
         run_distil_data("student", wattle._asking, settings)
     said = json.loads((tmp_path / "written/train.json").read_text())
     assert said["teacher"] == ("tiny-encoder-decoder" if kind == "folder" else "tiny-translate")

@@ -187,6 +187,7 @@ def test_shipped_recipes_are_valid():
         "generate-en",
         "translate-en-de-small",
         "sentiment-en-small",
+        "translate-en-zh",
     ]
     assert [load_recipe(name).name for name in names] == names
     with pytest.raises(TrainingError, match=r"no recipe 'nothing'; shipped are answer-en, "):
