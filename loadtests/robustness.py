@@ -22,7 +22,9 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
+
+import uvloop
 
 ROOT = Path(__file__).parent.parent
 HOST = "127.0.0.1"
@@ -34,6 +36,8 @@ TEXTS: dict[str, dict[str, Any]] = {
     "translate": {"input": "Two men are talking at a table.", "beams": 1},
     "generate": {"input": "Once upon a time", "max_tokens": 64},
 }
+_METRICS = f"GET /metrics HTTP/1.1\r\nhost: {HOST}\r\n\r\n".encode()
+_LENGTH = re.compile(rb"content-length: *(\d+)", re.IGNORECASE)
 IDLE_CONNECTIONS = 2_000
 LEAVERS = 1_000
 SLOW_READERS = 100
@@ -79,43 +83,70 @@ def served(*flags: str) -> Iterator[Served]:
         print(f"log: {sum('Traceback' in line for line in lines)} tracebacks in {len(lines)} lines")
 
 
-class Connection:
-    """One connection that is kept; requests follow one another on it."""
+def post(task: str, body: object) -> bytes:
+    """A request to a task's route, as it goes over the wire."""
+    content = json.dumps(body).encode()
+    head = f"POST /v1/{task} HTTP/1.1\r\nhost: {HOST}\r\ncontent-type: application/json\r\n"
+    return f"{head}content-length: {len(content)}\r\n\r\n".encode() + content
 
-    def __init__(self, port: int) -> None:
-        self._port = port
-        self._reader: asyncio.StreamReader | None = None
-        self._writer: asyncio.StreamWriter | None = None
+
+class Connection(asyncio.Protocol):
+    """One connection that is kept; requests follow one another on it. Shares the cores with the service, so it does as
+    little as it can: of an answer it reads the head and the length."""
+
+    def __init__(self, port: int, *, reads: bool = True) -> None:
+        """One that does not read leaves to the sockets what it is answered."""
+        self._port, self._reads = port, reads
+        self._transport: asyncio.Transport | None = None
+        self._answer: asyncio.Future[tuple[int, bytes]] | None = None
+        self._received = b""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """See ``asyncio.Protocol``."""
+        # uvloop's transports are asyncio's by their methods alone.
+        self._transport, self._received = cast(asyncio.Transport, transport), b""
+        if not self._reads:
+            self._transport.pause_reading()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """See ``asyncio.Protocol``."""
+        self._transport = None
+        if self._answer is not None and not self._answer.done():
+            self._answer.set_exception(exc or ConnectionResetError("the service closed the connection"))
+
+    def data_received(self, data: bytes) -> None:
+        """See ``asyncio.Protocol``."""
+        self._received += data
+        head, end, content = self._received.partition(b"\r\n\r\n")
+        length = _LENGTH.search(head) if end else None
+        if end and len(content) >= (int(length[1]) if length else 0):
+            self._received = b""
+            if self._answer is not None and not self._answer.done():
+                self._answer.set_result((int(head.split(None, 2)[1]), content))
 
     async def open(self) -> None:
         """Connect."""
-        self._reader, self._writer = await asyncio.open_connection(HOST, self._port)
+        await asyncio.get_running_loop().create_connection(lambda: self, HOST, self._port)
 
-    async def send(self, method: str, path: str, body: object = None) -> None:
+    async def send(self, request: bytes) -> None:
         """Send a request, whatever comes of it."""
-        if self._writer is None:
+        if self._transport is None:
             await self.open()
-        assert self._writer is not None
-        content = b"" if body is None else json.dumps(body).encode()
-        head = f"{method} {path} HTTP/1.1\r\nhost: {HOST}\r\ncontent-type: application/json\r\n"
-        self._writer.write(f"{head}content-length: {len(content)}\r\n\r\n".encode() + content)
-        await self._writer.drain()
+        assert self._transport is not None
+        self._transport.write(request)
 
-    async def ask(self, method: str, path: str, body: object = None) -> tuple[int, bytes]:
-        """Status and body of the answer. Raises ``OSError`` or ``EOFError`` where none comes."""
+    async def ask(self, request: bytes) -> tuple[int, bytes]:
+        """Status and body of the answer. Raises ``OSError`` where none comes."""
         async with asyncio.timeout(ANSWER_S):
-            await self.send(method, path, body)
-            assert self._reader is not None
-            head = (await self._reader.readuntil(b"\r\n\r\n")).lower()
-            length = re.search(rb"content-length: (\d+)", head)
-            content = await self._reader.readexactly(int(length[1]) if length else 0)
-            return int(head.split(None, 2)[1]), content
+            self._answer = asyncio.get_running_loop().create_future()
+            await self.send(request)
+            return await self._answer
 
     def close(self) -> None:
         """Leave, whatever is under way."""
-        if self._writer is not None:
-            self._writer.transport.abort()
-        self._reader = self._writer = None
+        if self._transport is not None:
+            self._transport.abort()
+        self._transport = None
 
 
 @dataclass(slots=True)
@@ -127,12 +158,12 @@ class Tally:
     lost: int = 0
     """Without an answer."""
 
-    async def ask(self, connection: Connection, path: str, body: object) -> int | None:
+    async def ask(self, connection: Connection, request: bytes) -> int | None:
         """Ask, and count what comes of it; returns the status."""
         began_s = time.perf_counter()
         try:
-            status, _ = await connection.ask("POST", path, body)
-        except (OSError, EOFError, TimeoutError):
+            status, _ = await connection.ask(request)
+        except OSError:
             self.lost += 1
             connection.close()
             return None
@@ -153,23 +184,23 @@ def quantile(values: Sequence[float], percent: int) -> float:
     return statistics.quantiles(values, n=100)[percent - 1] if len(values) > 1 else values[0]
 
 
-async def closed_loop(port: int, path: str, body: object, clients: int, seconds: float) -> tuple[Tally, float]:
+async def closed_loop(port: int, request: bytes, clients: int, seconds: float) -> tuple[Tally, float]:
     """So many clients, each of which asks again as soon as it is answered; what came of it, and how long it took."""
     tally, began_s = Tally(), time.perf_counter()
 
     async def ask_on() -> None:
         connection = Connection(port)
         while time.perf_counter() - began_s < seconds:
-            await tally.ask(connection, path, body)
+            await tally.ask(connection, request)
         connection.close()
 
     await asyncio.gather(*(ask_on() for _ in range(clients)))
     return tally, time.perf_counter() - began_s
 
 
-async def open_loop(port: int, path: str, body: object, per_s: float, seconds: float) -> tuple[Tally, float]:
+async def open_loop(port: int, request: bytes, per_s: float, seconds: float) -> tuple[Tally, float]:
     """So many requests a second at random moments (a Poisson process), whatever becomes of those before."""
-    tally, began_s, next_s = Tally(), time.perf_counter(), 0.0
+    tally, began_s, next_s, began_cpu_s = Tally(), time.perf_counter(), 0.0, time.process_time()
     free: list[Connection] = []
     asking: set[asyncio.Task[None]] = set()
     late_s: list[float] = []
@@ -177,7 +208,7 @@ async def open_loop(port: int, path: str, body: object, per_s: float, seconds: f
 
     async def ask_once() -> None:
         connection = free.pop() if free else Connection(port)
-        await tally.ask(connection, path, body)
+        await tally.ask(connection, request)
         free.append(connection)
 
     while next_s < seconds:
@@ -188,8 +219,9 @@ async def open_loop(port: int, path: str, body: object, per_s: float, seconds: f
         task.add_done_callback(asking.discard)
         next_s += chance.expovariate(per_s)
     elapsed_s = time.perf_counter() - began_s
-    late_ms = [1000 * quantile(late_s, share) for share in (50, 99)]
-    print(f"requests left late by ms p50 {late_ms[0]:.1f}, p99 {late_ms[1]:.1f}: so much is this program's own")
+    late_ms, cores = [1000 * quantile(late_s, share) for share in (50, 99)], time.process_time() - began_cpu_s
+    own = f"requests left late by ms p50 {late_ms[0]:.1f}, p99 {late_ms[1]:.1f}, {cores / elapsed_s:.2f} cores"
+    print(f"{own}: so much is this program's own")
     await asyncio.gather(*asking)
     for connection in free:
         connection.close()
@@ -199,7 +231,7 @@ async def open_loop(port: int, path: str, body: object, per_s: float, seconds: f
 async def metric(port: int, name: str) -> float:
     """The sum of a metric's values."""
     connection = Connection(port)
-    _, text = await connection.ask("GET", "/metrics")
+    _, text = await connection.ask(_METRICS)
     connection.close()
     lines = (line for line in text.decode().splitlines() if re.match(rf"{name}[ {{]", line))
     return sum(float(line.rsplit(None, 1)[1]) for line in lines)
@@ -215,22 +247,22 @@ async def until_idle(service: Served) -> float:
 
 async def overload(service: Served, options: argparse.Namespace) -> None:
     """Three times as many requests as can be answered: those accepted keep their latency, the rest is told at once."""
-    path, body = f"/v1/{options.task}", TEXTS[options.task]
-    await closed_loop(service.port, path, body, CONSTANT_CLIENTS, 3)
-    tally, elapsed_s = await closed_loop(service.port, path, body, CONSTANT_CLIENTS, options.seconds)
+    request = post(options.task, TEXTS[options.task])
+    await closed_loop(service.port, request, CONSTANT_CLIENTS, 3)
+    tally, elapsed_s = await closed_loop(service.port, request, CONSTANT_CLIENTS, options.seconds)
     print(f"closed loop of {CONSTANT_CLIENTS}: {tally.line(elapsed_s)}")
     capacity = len(tally.seconds[200]) / elapsed_s
-    tally, elapsed_s = await open_loop(service.port, path, body, capacity, options.seconds)
+    tally, elapsed_s = await open_loop(service.port, request, capacity, options.seconds)
     print(f"at capacity, {capacity:.1f}/s: {tally.line(elapsed_s)}")
     await until_idle(service)
-    tally, elapsed_s = await open_loop(service.port, path, body, 3 * capacity, options.seconds)
+    tally, elapsed_s = await open_loop(service.port, request, 3 * capacity, options.seconds)
     print(f"at three times capacity: {tally.line(elapsed_s)}")
 
 
 @asynccontextmanager
-async def connections(port: int, count: int) -> AsyncIterator[list[Connection]]:
+async def connections(port: int, count: int, *, read: bool = True) -> AsyncIterator[list[Connection]]:
     """So many open connections."""
-    opened = [Connection(port) for _ in range(count)]
+    opened = [Connection(port, reads=read) for _ in range(count)]
     try:
         for start in range(0, count, 100):
             await asyncio.gather(*(each.open() for each in opened[start : start + 100]))
@@ -242,15 +274,15 @@ async def connections(port: int, count: int) -> AsyncIterator[list[Connection]]:
 
 async def idle(service: Served, options: argparse.Namespace) -> None:
     """Two thousand connections that say nothing, and others that are answered meanwhile; then all ask at once."""
-    body, before_mb = TEXTS["sentiment"], service.resident_mb()
-    alone, elapsed_s = await closed_loop(service.port, "/v1/sentiment", body, 4, options.seconds)
+    request, before_mb = post("sentiment", TEXTS["sentiment"]), service.resident_mb()
+    alone, elapsed_s = await closed_loop(service.port, request, 4, options.seconds)
     print(f"without them: {alone.line(elapsed_s)}")
     async with connections(service.port, IDLE_CONNECTIONS) as opened:
         print(f"{IDLE_CONNECTIONS} connections: {before_mb:.0f} MB before, {service.resident_mb():.0f} MB with them")
-        beside, elapsed_s = await closed_loop(service.port, "/v1/sentiment", body, 4, options.seconds)
+        beside, elapsed_s = await closed_loop(service.port, request, 4, options.seconds)
         print(f"beside them: {beside.line(elapsed_s)}")
         everybody, began_s = Tally(), time.perf_counter()
-        await asyncio.gather(*(everybody.ask(each, "/v1/sentiment", body) for each in opened))
+        await asyncio.gather(*(everybody.ask(each, request) for each in opened))
         print(f"all at once: {everybody.line(time.perf_counter() - began_s)}")
 
 
@@ -263,7 +295,7 @@ async def leavers(service: Served, options: argparse.Namespace) -> None:
         connection = Connection(service.port)
         task = ("generate", "translate")[number % 2]
         try:
-            await connection.send("POST", f"/v1/{task}", {**TEXTS[task], "stream": number % 4 < 2})
+            await connection.send(post(task, {**TEXTS[task], "stream": number % 4 < 2}))
             await asyncio.sleep(chance.uniform(0, 0.5))
             ends["left"] += 1
         except OSError:
@@ -284,17 +316,18 @@ async def leavers(service: Served, options: argparse.Namespace) -> None:
 
 async def slow_readers(service: Served, options: argparse.Namespace) -> None:
     """Clients that ask for streams and never read, beside one that does."""
-    alone, elapsed_s = await closed_loop(service.port, "/v1/sentiment", TEXTS["sentiment"], 2, options.seconds)
+    request = post("sentiment", TEXTS["sentiment"])
+    alone, elapsed_s = await closed_loop(service.port, request, 2, options.seconds)
     print(f"without them: {alone.line(elapsed_s)}; {service.resident_mb():.0f} MB")
-    async with connections(service.port, SLOW_READERS) as opened:
-        body = {"input": [TEXTS["generate"]["input"]] * 4, "max_tokens": 200, "stream": True}
+    body = {"input": [TEXTS["generate"]["input"]] * 4, "max_tokens": 200, "stream": True}
+    async with connections(service.port, SLOW_READERS, read=False) as opened:
         for each in opened:
-            await each.send("POST", "/v1/generate", body)
+            await each.send(post("generate", body))
         emptied_s = await until_idle(service)
         print(
             f"{SLOW_READERS} streams nobody reads: rows free after {emptied_s:.1f} s, {service.resident_mb():.0f} MB"
         )
-        beside, elapsed_s = await closed_loop(service.port, "/v1/sentiment", TEXTS["sentiment"], 2, options.seconds)
+        beside, elapsed_s = await closed_loop(service.port, request, 2, options.seconds)
         print(f"beside them: {beside.line(elapsed_s)}")
 
 
@@ -307,11 +340,11 @@ async def soak(service: Served, options: argparse.Namespace) -> None:
         while time.perf_counter() - began_s < options.seconds:
             task, body = chance.choice(list(TEXTS.items()))
             if chance.random() < 0.1:
-                await connection.send("POST", f"/v1/{task}", body)
+                await connection.send(post(task, body))
                 await asyncio.sleep(chance.uniform(0, 0.2))
                 connection.close()
             else:
-                await tally.ask(connection, f"/v1/{task}", body)
+                await tally.ask(connection, post(task, body))
         connection.close()
 
     async def watch() -> None:
@@ -328,7 +361,7 @@ async def soak(service: Served, options: argparse.Namespace) -> None:
 
 async def stop(service: Served, options: argparse.Namespace) -> None:
     """SIGTERM under load: what had been accepted is answered, and what comes then finds nobody."""
-    tally, ends = Tally(), Counter[str]()
+    tally, ends, request = Tally(), Counter[str](), post("translate", TEXTS["translate"])
     stopping = asyncio.Event()
 
     async def ask_on() -> None:
@@ -340,7 +373,7 @@ async def stop(service: Served, options: argparse.Namespace) -> None:
                 ends["not let in"] += 1
                 return
             late = stopping.is_set()
-            status = await tally.ask(connection, "/v1/translate", TEXTS["translate"])
+            status = await tally.ask(connection, request)
             ends[f"asked {'after' if late else 'before'} the signal: {status or 'lost'}"] += 1
             connection.close()
 
@@ -375,7 +408,7 @@ def main() -> None:
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     with served(*flags) as service:
-        asyncio.run(PROOFS[options.proof](service, options))
+        uvloop.run(PROOFS[options.proof](service, options))
 
 
 if __name__ == "__main__":

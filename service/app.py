@@ -26,7 +26,6 @@ from energy.sampler import Sampler
 from energy.types import Quality, SettledRecord, Step
 from models.manifest import CALIBRATION_NAME, ArtefactError, Manifest
 from service import __version__
-from service.admission import Admission
 from service.books import Books
 from service.classifiers.store import Classifiers
 from service.core import Service
@@ -48,6 +47,7 @@ from service.routes.energy import energy_routes
 from service.routes.estimate import estimate_routes
 from service.routes.huggingface import huggingface_routes
 from service.routes.knowledge import knowledge_routes
+from service.routes.lean import Shortcut
 from service.routes.libretranslate import libretranslate_routes
 from service.routes.openai import openai_routes
 from service.routes.operations import operations_routes
@@ -74,6 +74,8 @@ def create_app(settings: Settings, build: Build | None = None) -> FastAPI:
     gate = Gate(keyring, settings.public_pages)
     bounds = Bounds(settings.max_body_bytes, settings.max_header_bytes, settings.max_json_depth)
 
+    door = Door(settings.max_concurrent_requests, key_share=settings.max_key_share)
+
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         with (build or build_service)(settings) as service:
@@ -87,6 +89,10 @@ def create_app(settings: Settings, build: Build | None = None) -> FastAPI:
         if tracing is not None:
             tracing.close()
 
+    dialects = (openai_routes(), huggingface_routes(), libretranslate_routes())
+    energy = (estimate_routes(), energy_routes(), dashboard_routes())
+    routers = (task_routes(), classifier_routes(), knowledge_routes(), *dialects, *energy, operations_routes())
+    routes = [route for router in routers for route in router.routes]
     kinds = (*(kind for kind in TABLE if kind is not Exception), WattleError, RequestValidationError, HTTPException)
     app = FastAPI(
         title="Wattle",
@@ -98,16 +104,15 @@ def create_app(settings: Settings, build: Build | None = None) -> FastAPI:
         redirect_slashes=False,
         middleware=[
             *_cors(settings),
-            Middleware(Edge, bounds=bounds, gate=gate),
-            Middleware(Admission, limit=settings.max_concurrent_requests, key_share=settings.max_key_share),
+            Middleware(Edge, bounds=bounds, gate=gate, door=door),
+            # A span is called by the route that routers have found.
+            *([Middleware(Shortcut, routes=routes)] if tracing is None else []),
         ],
         exception_handlers={kind: _answer for kind in kinds},
         telemetry=None if tracing is None else tracing.fastapi_config,
     )
-    dialects = (openai_routes(), huggingface_routes(), libretranslate_routes())
-    energy = (estimate_routes(), energy_routes(), dashboard_routes())
-    for routes in (task_routes(), classifier_routes(), knowledge_routes(), *dialects, *energy, operations_routes()):
-        app.include_router(routes)
+    for router in routers:
+        app.include_router(router)
     app.state.gate = gate
     describe = app.openapi
     app.openapi = lambda: app.openapi_schema or document_gate(describe())  # type: ignore[method-assign]

@@ -29,11 +29,8 @@ class Door:
 
     @contextmanager
     def admit(self, texts: int, tokens: int = 0, key: Key | None = None) -> Iterator[None]:
-        """Hold places for ``texts`` texts of ``tokens`` tokens in all.
-
-        Raises ``Overloaded`` where so many aren't free, and ``TooManyAtOnce`` where the key has none left.
-        """
-        self._require(texts, tokens, key)
+        """Hold places for ``texts`` texts of ``tokens`` tokens in all. Raises what ``require`` raises."""
+        self.require(texts, tokens, key)
         name = "" if key is None else key.name
         entered = time.monotonic()
         self._count(name, texts, tokens)
@@ -43,7 +40,8 @@ class Door:
             self._count(name, -texts, -tokens)
             self._stay_s += _LATEST * (time.monotonic() - entered - self._stay_s)
 
-    def _require(self, texts: int, tokens: int, key: Key | None) -> None:
+    def require(self, texts: int, tokens: int = 0, key: Key | None = None) -> None:
+        """Raise ``Overloaded`` where so many places aren't free, and ``TooManyAtOnce`` where the key has none left."""
         if self.inside + texts > self.limit:
             raise Overloaded(self._wait_s(self.inside + texts - self.limit, self.inside))
         if self.inside and self._token_limit is not None:

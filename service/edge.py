@@ -1,15 +1,23 @@
-"""The outermost layer: every request gets an id, a caller and bounds, every failure an answer. Knows no routes."""
+"""The outermost layer: every request gets an id, a caller and bounds, every failure an answer. Knows no routes.
+
+What is too much is refused before anything is read of it, for a refusal must cost next to nothing. The door behind
+the parsing counts texts; a request has at least one, so more requests than texts may be inside are known to be too
+many as soon as they come.
+"""
 
 import logging
 import re
 import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import numpy as np
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.caller import Caller, calling
+from service.door import Door
 from service.errors import BodyTooLarge, HeadersTooLarge, MalformedBody, is_foreseen, render
 from service.gate import Gate
 
@@ -18,11 +26,11 @@ _SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+\\?+(?:"|\Z)', re.DOTALL)
 _NO_BRACKET = bytes(set(range(256)) - set(b"[]{}"))
 # Whatever is answered is no page unless it says so itself, and is what its content-type says.
-_SECURITY = {
-    "content-security-policy": "default-src 'none'; frame-ancestors 'none'",
-    "referrer-policy": "no-referrer",
-    "x-content-type-options": "nosniff",
-}
+_SECURITY = (
+    (b"content-security-policy", b"default-src 'none'; frame-ancestors 'none'"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"x-content-type-options", b"nosniff"),
+)
 _log = logging.getLogger(__name__)
 
 
@@ -41,11 +49,11 @@ class Edge:
     """ASGI middleware.
 
     A request has two ids: ``state["request_id"]`` is ours, unique in the ledger; ``x-request-id`` echoes the
-    caller's own where it sent a sane one, else it is ours.
+    caller's own where it sent a sane one, else it is ours. ``door`` counts the requests that post something.
     """
 
-    def __init__(self, app: ASGIApp, bounds: Bounds, gate: Gate) -> None:
-        self._app, self._bounds, self._gate = app, bounds, gate
+    def __init__(self, app: ASGIApp, bounds: Bounds, gate: Gate, door: Door) -> None:
+        self._app, self._bounds, self._gate, self._door = app, bounds, gate, door
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -61,6 +69,7 @@ class Edge:
         headers = Headers(scope=scope)
         callers = headers.get("x-request-id", "")
         shown = callers if _SANE_ID.fullmatch(callers) else request_id
+        posts = scope["method"] == "POST"
         started = False
         who = Caller()
 
@@ -68,10 +77,7 @@ class Edge:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
-                told = MutableHeaders(scope=message)
-                told["x-request-id"] = shown
-                for name, value in _SECURITY.items():
-                    told.setdefault(name, value)
+                message["headers"] = list(_dressed(message.get("headers", ()), shown))
             await send(message)
 
         try:
@@ -80,12 +86,15 @@ class Edge:
             waits = self._gate.waits_for_body(scope["path"], headers)
             if not waits:
                 who = self._gate.admit(scope["method"], scope["path"], headers)
+            if posts:
+                self._door.require(1, key=who.key)
             body = await self._read(headers, receive)
             if body is None:
                 return
             if waits:
                 who = self._gate.admit(scope["method"], scope["path"], headers, body)
-            with calling(replace(who, body_bytes=len(body))):
+            place = self._door.admit(1, key=who.key) if posts else nullcontext()
+            with place, calling(replace(who, body_bytes=len(body))):
                 await self._app(scope, _replay(body, receive), send_dressed)
         except Exception as error:
             if not is_foreseen(error):
@@ -134,6 +143,17 @@ def nesting(body: bytes | bytearray, enough: int) -> int:
     brackets = np.frombuffer(_STRING.sub(b"", body).translate(None, _NO_BRACKET), dtype=np.uint8)
     opens = (brackets == ord("[")) | (brackets == ord("{"))
     return int(np.where(opens, 1, -1).cumsum().max(initial=0))
+
+
+def _dressed(headers: Iterable[tuple[bytes, bytes]], request_id: str) -> Iterator[tuple[bytes, bytes]]:
+    """An answer's headers with those that every answer has."""
+    told = set()
+    for header in headers:
+        told.add(header[0])
+        if header[0] != b"x-request-id":
+            yield header
+    yield b"x-request-id", request_id.encode("latin-1")
+    yield from (header for header in _SECURITY if header[0] not in told)
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

@@ -17,6 +17,9 @@ from energy.ledger import LedgerUnreadable
 from service.engine.types import EngineClosed, Overloaded
 from service.responses import JsonResponse
 
+EMPTY_BODY = "the body is empty; it must be a JSON object"
+UNREADABLE_BODY = "the body cannot be read as JSON"
+
 
 class WattleError(Exception):
     """An answer other than the one asked for; the message is written for the caller."""
@@ -393,7 +396,7 @@ def _from_http(error: HTTPException) -> Exception:
         case 405:
             return MethodNotAllowed("the path exists, but not with this method; /docs lists what there is")
         case 400:
-            return MalformedBody("the body cannot be read as JSON")
+            return MalformedBody(UNREADABLE_BODY)
         case _:
             return error
 
@@ -403,14 +406,19 @@ def _from_validation(error: RequestValidationError) -> WattleError:
     first = error.errors()[0]
     kind, path = first["type"], first["loc"][1:]
     if kind == "json_invalid":
-        return MalformedBody(f"the body is not JSON: {first['ctx']['error']} at character {first['loc'][-1]}")
+        return no_json(first["ctx"]["error"], first["loc"][-1])
     if not path:
         if kind == "missing":
-            return MalformedBody("the body is empty; it must be a JSON object")
+            return MalformedBody(EMPTY_BODY)
         if isinstance(error.body, bytes):
             return MalformedBody("the body must be JSON, sent with the header content-type: application/json")
         return InvalidValue(None, "the body must be a JSON object")
     return invalid_value(kind, str(path[0]), first["msg"])
+
+
+def no_json(message: str, place: int) -> MalformedBody:
+    """What a parser has to say of a body that is no JSON, as one of ours."""
+    return MalformedBody(f"the body is not JSON: {message} at character {place}")
 
 
 def invalid_value(kind: str, param: str, message: str) -> InvalidValue:

@@ -5,6 +5,7 @@ import logging.config
 import socket
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 
 import uvicorn
 from fastapi import FastAPI
@@ -18,6 +19,11 @@ from service.settings import Settings
 _TURN_S = 0.001
 """How long a thread may keep the interpreter while others want it. By default it is 5 ms, and whatever comes for the
 event loop waits so long, again and again, where executors prepare their steps."""
+
+
+_CONNECTIONS_A_ROUND = 16
+"""uvloop takes one connection from a socket in each of its rounds. Under load these grow long, and connections would
+wait for theirs for seconds, where all that most of them would get is a refusal: so it has the socket several times."""
 
 
 class CannotListen(Exception):
@@ -56,7 +62,9 @@ def serve(settings: Settings) -> int:
             timeout_graceful_shutdown=max(1, round(settings.drain_timeout_s)),
         )
         server = _Server(config, lambda: print(banner(app, listener), flush=True))
-        server.run(sockets=[listener])
+        with ExitStack() as stack:
+            others = [stack.enter_context(listener.dup()) for _ in range(_CONNECTIONS_A_ROUND - 1)]
+            server.run(sockets=[listener, *others])
     return 0 if server.started else 1
 
 

@@ -13,6 +13,7 @@ from service.errors import ClassifierNotFound, ClassifierUnavailable, documented
 from service.responses import JsonResponse
 from service.routes.common import CLASSIFIER_ERRORS, TASK_ERRORS, service_of
 from service.routes.knowledge import Deleted
+from service.routes.lean import JsonRoute
 from service.routes.sse import respond_whole
 from service.routes.tasks import Native, TaskResponse
 from service.tasks.classify import Classify, ClassifyRequest, ClassifyResult, Made, Make, MakeRequest, made
@@ -51,7 +52,7 @@ class ClassifierList(BaseModel):
 
 def classifier_routes() -> APIRouter:
     """The classifiers, and the task that asks them."""
-    router = APIRouter(prefix="/v1", tags=["classifiers"])
+    router = APIRouter(prefix="/v1", tags=["classifiers"], route_class=JsonRoute)
     name_errors = documented(ClassifierNotFound, ClassifierUnavailable)
 
     @router.post(

@@ -22,6 +22,7 @@ from service.errors import (
 from service.metrics import UJ_PER_J
 from service.responses import JsonResponse
 from service.routes.common import TASK_ERRORS, service_of
+from service.routes.lean import JsonRoute
 from service.tasks import TASKS
 
 _TASKS = {task.name: task for task in TASKS}
@@ -79,7 +80,7 @@ class EstimateResponse(BaseModel):
 
 def estimate_routes() -> APIRouter:
     """The estimate."""
-    router = APIRouter(prefix="/v1/energy", tags=["energy"])
+    router = APIRouter(prefix="/v1/energy", tags=["energy"], route_class=JsonRoute)
     example = {"task": TASKS[0].name, **TASKS[0].example}
 
     @router.post(

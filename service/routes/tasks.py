@@ -10,6 +10,7 @@ from starlette.responses import Response
 from service.core import Receipt
 from service.errors import documented
 from service.routes.common import TASK_ERRORS, Energy, Timings, Usage, energy_of, timings_of, usage_of
+from service.routes.lean import JsonRoute
 from service.routes.sse import event, respond, streamed
 from service.tasks import TASKS
 from service.tasks.base import Task
@@ -37,7 +38,7 @@ _ANSWER = TaskResponse[BaseModel]
 
 def task_routes() -> APIRouter:
     """A route for every task of the tuple."""
-    router = APIRouter(prefix="/v1", tags=["tasks"])
+    router = APIRouter(prefix="/v1", tags=["tasks"], route_class=JsonRoute)
     errors = documented(*TASK_ERRORS)
     for task in TASKS:
         router.add_api_route(

@@ -2,6 +2,7 @@
 
 from fastapi import APIRouter
 
+from service.routes.lean import JsonRoute
 from service.routes.openai.chat import add_chat
 from service.routes.openai.completions import add_completions
 from service.routes.openai.embeddings import add_embeddings
@@ -11,7 +12,7 @@ from service.routes.openai.responses import add_responses
 
 def openai_routes() -> APIRouter:
     """All of them."""
-    router = APIRouter(prefix="/v1", tags=["openai"])
+    router = APIRouter(prefix="/v1", tags=["openai"], route_class=JsonRoute)
     for add in (add_chat, add_completions, add_responses, add_embeddings, add_models):
         add(router)
     return router
