@@ -4,9 +4,9 @@ A step of n requests costs ``F + m * sum(work)``. Request i is charged ``F/n + m
 value of that affine cost, rescaled so that the charges sum to the energy that the meter saw.
 """
 
+from collections import defaultdict
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from operator import mul
 from typing import Any, TypeVar
 
 from energy.types import Phase, Work
@@ -39,22 +39,24 @@ _WHOLE = 1 << 30
 
 def weigh(work: Sequence[Work], coefficients: Coefficients) -> list[int]:
     """One integer weight per entry, in proportion to ``F/n + m * work_i``."""
-    n = len(work)
+    n, decode = len(work), Phase.DECODE
     fixed, context = coefficients.fixed, n * coefficients.context_token
     written, read = n * coefficients.decode_token, n * coefficients.prefill_token
     return [
-        fixed
-        + (written if item.phase is Phase.DECODE else read) * item.tokens
-        + (context * item.context_tokens if item.context_tokens else 0)
-        for item in work
+        fixed + (written if phase is decode else read) * tokens + context * context_tokens
+        for _, phase, tokens, context_tokens in work
     ]
 
 
 def fractions(work: Sequence[Work], coefficients: Coefficients) -> list[int]:
     """The weights in units of 2**-30 of the step; equal ones where nothing has any weight."""
+    if len(work) == 1:
+        return [_WHOLE]
     weights = weigh(work, coefficients)
+    if not any(weights):
+        weights = [1] * len(weights)
     whole = sum(weights)
-    return [weight * _WHOLE // whole for weight in weights] if whole else [1] * len(weights)
+    return [weight * _WHOLE // whole for weight in weights]
 
 
 def split(total: int, weights: Sequence[int], keys: Sequence[Any]) -> list[int]:
@@ -82,16 +84,10 @@ def charge(claims: Iterable[tuple[int, Sequence[Key], Sequence[int]]]) -> dict[K
     all steps, and not in each of them.
     """
     total = 0
-    # Steps that follow each other mostly have the same requests: sums by column cost less than one by one.
-    alike: dict[tuple[Key, ...], tuple[list[int], list[Sequence[int]]]] = {}
+    weights: defaultdict[Key, int] = defaultdict(int)
     for energy_uj, keys, parts in claims:
         if energy_uj:
             total += energy_uj
-            energies, rows = alike.setdefault(tuple(keys), ([], []))
-            energies.append(energy_uj)
-            rows.append(parts)
-    weights: dict[Key, int] = {}
-    for keys, (energies, rows) in alike.items():
-        for key, column in zip(keys, zip(*rows, strict=True), strict=True):
-            weights[key] = weights.get(key, 0) + sum(map(mul, energies, column))
+            for key, part in zip(keys, parts, strict=True):
+                weights[key] += energy_uj * part
     return dict(zip(weights, split(total, list(weights.values()), list(weights)), strict=True))

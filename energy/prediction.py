@@ -5,10 +5,10 @@ and for writing; how many joules a unit costs, and how long a text becomes, are 
 """
 
 import threading
-from collections import deque
+from bisect import bisect_left, insort
+from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from statistics import median
 
 from energy.attribution import DEFAULTS, Coefficients
 from energy.types import Bill, SettledRecord
@@ -22,6 +22,9 @@ _COMPARED = 200
 """Latest predictions that are compared with their bills."""
 _ENOUGH = 10
 """Comparisons from which on an interval is given."""
+_FOLLOWED = 4
+"""Requests of one task on one model that are followed at a time. Where more run, the next to be followed is the first
+that comes after one of them is settled, whatever it is like; the bills of all would say no more than theirs."""
 COVERAGE = 0.8
 """Share of the compared bills that lay in the interval."""
 
@@ -104,6 +107,27 @@ class _Fit:
         return p, q
 
 
+class _Latest:
+    """The latest numbers, by size."""
+
+    def __init__(self, count: int) -> None:
+        self._arrived: deque[float] = deque(maxlen=count)
+        self.ordered: list[float] = []
+
+    def add(self, number: float) -> None:
+        """One more; the oldest goes where there are too many."""
+        if len(self._arrived) == self._arrived.maxlen:
+            del self.ordered[bisect_left(self.ordered, self._arrived[0])]
+        self._arrived.append(number)
+        insort(self.ordered, number)
+
+    @property
+    def median(self) -> float | None:
+        """The middle by size; None where there are none."""
+        count = len(self.ordered)
+        return (self.ordered[(count - 1) // 2] + self.ordered[count // 2]) / 2 if count else None
+
+
 @dataclass(slots=True)
 class _History:
     """What is known of one task on one model."""
@@ -113,11 +137,16 @@ class _History:
     """Active and allocated microjoules and grams, on work of reading and of writing."""
     length: _Fit | None = None
     """Tokens written, on 1 and tokens read; None before any text."""
-    billed_over_predicted: deque[float] = field(default_factory=lambda: deque(maxlen=_COMPARED))
+    billed_over_predicted: _Latest = field(default_factory=lambda: _Latest(_COMPARED))
+    relative_errors: _Latest = field(default_factory=lambda: _Latest(_COMPARED))
 
 
 @dataclass(slots=True)
-class _Running:
+class _Followed:
+    """A request that runs, and whose bill will be compared and learned from."""
+
+    key: tuple[str, str]
+    """Task and model."""
     texts: Sequence[Text]
     forecast: Forecast | None
     written: Sequence[Written] | None = None
@@ -126,7 +155,8 @@ class _Running:
 class Predictor:
     """Predicts the bills of one process; every method may be called from any thread.
 
-    A request that is begun must be settled, whatever became of it.
+    A request that is begun must be settled, whatever became of it. Of many that run at once some are followed: their
+    predictions are compared with their bills, and learned from.
     """
 
     def __init__(self, coefficients: Mapping[str, Coefficients] | None = None) -> None:
@@ -134,7 +164,9 @@ class Predictor:
         self._coefficients = {} if coefficients is None else coefficients
         self._lock = threading.Lock()
         self._histories: dict[tuple[str, str], _History] = {}
-        self._running: dict[str, _Running] = {}
+        self._followed: dict[str, _Followed] = {}
+        self._count: Counter[tuple[str, str]] = Counter()
+        """How many are followed."""
 
     def predict(self, task: str, model: str, texts: Sequence[Text]) -> Forecast | None:
         """What a request would cost; None before anything like it was billed."""
@@ -143,30 +175,40 @@ class Predictor:
             return None if history is None else _forecast(history, texts)
 
     def begin(self, request_id: str, task: str, model: str, texts: Sequence[Text]) -> Forecast | None:
-        """The same for a request that will now run, so that its bill is compared and learned from."""
+        """The same for a request that will now run; None also where it is not followed."""
+        key = task, model
+        if self._count[key] >= _FOLLOWED:
+            return None
         forecast = self.predict(task, model, texts)
         with self._lock:
-            self._running[request_id] = _Running(texts, forecast)
+            self._followed[request_id] = _Followed(key, texts, forecast)
+            self._count[key] += 1
         return forecast
 
     def wrote(self, request_id: str, written: Sequence[Written]) -> None:
         """A request has been computed; ``written`` has an entry for each of its texts."""
         with self._lock:
-            self._running[request_id].written = written
+            if request_id in self._followed:
+                self._followed[request_id].written = written
 
     def settled(self, record: SettledRecord) -> float | None:
         """Learn from a bill; returns the relative error of its prediction, None where there was none."""
         with self._lock:
-            running = self._running.pop(record.request.request_id, None)
+            followed = self._followed.pop(record.request.request_id, None)
+            if followed is None:
+                return None
+            self._count[followed.key] -= 1
             figures = _figures(record.bill)
-            if running is None or running.written is None or figures is None:
+            if followed.written is None or figures is None:
                 return None
-            history = self._learn(record, figures, running.texts, running.written)
-            if running.forecast is None or not running.forecast.allocated_uj:
+            history = self._learn(record, figures, followed.texts, followed.written)
+            if followed.forecast is None or not followed.forecast.allocated_uj:
                 return None
-            ratio = figures[1] / running.forecast.allocated_uj
-            history.billed_over_predicted.append(ratio)
-            return abs(1 / ratio - 1)
+            ratio = figures[1] / followed.forecast.allocated_uj
+            relative_error = abs(1 / ratio - 1)
+            history.billed_over_predicted.add(ratio)
+            history.relative_errors.add(relative_error)
+            return relative_error
 
     def learn_past(self, records: Iterable[SettledRecord]) -> None:
         """Learn from the bills of an earlier process, oldest first, each as if it had been for a single text."""
@@ -195,7 +237,7 @@ class Predictor:
 def _forecast(history: _History, texts: Sequence[Text]) -> Forecast:
     lengths = [_expected_length(history, text) for text in texts]
     active_uj, allocated_uj, gco2e = history.cost.predict(*_work(history.coefficients, texts, lengths))
-    ratios = sorted(history.billed_over_predicted)
+    ratios = history.billed_over_predicted.ordered
     interval_uj = None
     if len(ratios) >= _ENOUGH:
         tail = int(len(ratios) * (1 - COVERAGE) / 2)
@@ -206,7 +248,7 @@ def _forecast(history: _History, texts: Sequence[Text]) -> Forecast:
         allocated_uj=round(allocated_uj),
         gco2e=gco2e,
         interval_uj=interval_uj,
-        relative_error=median(abs(1 / ratio - 1) for ratio in ratios) if ratios else None,
+        relative_error=history.relative_errors.median,
         compared=len(ratios),
     )
 

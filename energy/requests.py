@@ -9,7 +9,7 @@ from energy.attribution import DEFAULTS, Coefficients, charge, fractions, split
 from energy.settlement import BESIDE, Channel, Claim
 from energy.types import Part, Phase, Quality, Step, Work
 
-_BEST_FIRST = list(Quality)
+_RANK = {quality: rank for rank, quality in enumerate(Quality)}
 
 
 class Charged(NamedTuple):
@@ -25,14 +25,13 @@ class Portion(NamedTuple):
     """What a step did in one phase."""
 
     phase: Phase
-    names: tuple[str, ...]
+    names: Sequence[str]
     """The requests in the step, each once."""
-    parts: tuple[int, ...]
+    parts: Sequence[int]
     """Their shares; see ``fractions``."""
 
 
-@dataclass(frozen=True, slots=True)
-class Noted:
+class Noted(NamedTuple):
     """A step on the books: what is left is to learn its energy."""
 
     step: Step
@@ -63,8 +62,7 @@ class Cost:
 
     def weaken(self, quality: Quality) -> None:
         """Lower the quality to ``quality`` where that is worse."""
-        if quality is not self.quality:
-            self.quality = quality if self.quality is None else weakest((self.quality, quality))
+        self.quality = quality if self.quality is None else weakest((self.quality, quality))
 
 
 class Requests:
@@ -77,10 +75,8 @@ class Requests:
         self._channels = {channel.device: channel for channel in channels}
         self._burnt: dict[str, tuple[Channel, ...]] = {}
         """By device of a step, those that it burns energy on."""
-        self._alone: defaultdict[str, list[tuple[Noted, int]]] = defaultdict(list)
-        """By request, the steps of it alone that wait for a reading, with its share."""
-        self._together: defaultdict[tuple[str, ...], list[tuple[Noted, tuple[int, ...]]]] = defaultdict(list)
-        """The same of several requests: steps that follow each other mostly have the same ones."""
+        self._waiting: list[Noted] = []
+        """The steps that wait for a reading."""
         self._numbers: dict[Charged, int] = {}
         self._charged: list[Charged] = []
         """What each number is for: as a key, a number costs a tenth of what it stands for."""
@@ -96,30 +92,20 @@ class Requests:
         shares = fractions(step.work, self._coefficients.get(step.model, DEFAULTS))
         time_ns = 0 if step.device == BESIDE else step.ended_ns - step.started_ns
         noted = Noted(step, own, channels, _portions(step.work, shares), sum(shares) or 1, time_ns)
-        self._wait(noted)
+        self._waiting.append(noted)
         return noted
 
     def await_only(self, steps: Iterable[Noted]) -> None:
         """From now on, these are the steps that wait for a reading."""
-        self._alone.clear()
-        self._together.clear()
-        for noted in steps:
-            self._wait(noted)
+        self._waiting = list(steps)
 
     def waits(self, name: str) -> bool:
         """Whether a request has a share of a step that waits for a reading."""
-        return name in self._alone or any(name in names for names in self._together)
+        return any(name in portion.names for noted in self._waiting for portion in noted.portions)
 
     def covered_ns(self, own: str) -> int:
         """Until when every meter has been read that counts what a device does; it has one."""
         return min(channel.read_ns for channel in self._channels_of(own))
-
-    def _wait(self, noted: Noted) -> None:
-        for portion in noted.portions:
-            if len(portion.names) == 1:
-                self._alone[portion.names[0]].append((noted, portion.parts[0]))
-            else:
-                self._together[portion.names].append((noted, portion.parts))
 
     def charge(self, device: str, claims: Sequence[tuple[Noted, Claim]]) -> None:
         """Share what steps took from one device among their requests.
@@ -135,17 +121,16 @@ class Requests:
                 idle.append((part.idle_uj, portion.names, portion.parts))
         for charged, (active, idle) in groups.items():
             number = self._number(charged)
-            for name, energy_uj in charge(active).items():
+            active_uj, idle_uj = charge(active), charge(idle)
+            for name in active_uj | idle_uj:
+                own_uj = active_uj.get(name, 0)
+                both_uj = own_uj + idle_uj.get(name, 0)
                 cost = self.costs[name]
-                cost.active_uj += energy_uj
-                cost.allocated_uj += energy_uj
-                cost.charges[number] = cost.charges.get(number, 0) + energy_uj
-                cost.weaken(charged.quality)
-            for name, energy_uj in charge(idle).items():
-                cost = self.costs[name]
-                cost.allocated_uj += energy_uj
-                cost.charges[number] = cost.charges.get(number, 0) + energy_uj
-                cost.weaken(charged.quality)
+                cost.active_uj += own_uj
+                cost.allocated_uj += both_uj
+                cost.charges[number] = cost.charges.get(number, 0) + both_uj
+                if cost.quality is not charged.quality:
+                    cost.weaken(charged.quality)
 
     def occupy(self, steps: Sequence[Noted]) -> None:
         """Share the machine's time that ``steps`` took."""
@@ -162,16 +147,12 @@ class Requests:
         """What a request will probably pay for the steps that wait for a reading; None where there is nothing to
         judge by."""
         loads: dict[str, tuple[float, float]] = {}
-        # Looked up so that asking makes no entry.
-        shares = list(self._alone.get(name, ()))
-        for names, steps in self._together.items():
-            if name in names:
-                place = names.index(name)
-                shares += [(noted, parts[place]) for noted, parts in steps]
-        for noted, part in shares:
-            share = part / noted.whole
-            cpu_ns, time_ns = loads.get(noted.own, (0.0, 0.0))
-            loads[noted.own] = cpu_ns + noted.step.cpu_ns * share, time_ns + noted.time_ns * share
+        for noted in self._waiting:
+            for portion in noted.portions:
+                if name in portion.names:
+                    share = portion.parts[portion.names.index(name)] / noted.whole
+                    cpu_ns, time_ns = loads.get(noted.own, (0.0, 0.0))
+                    loads[noted.own] = cpu_ns + noted.step.cpu_ns * share, time_ns + noted.time_ns * share
         expected = []
         for own, (cpu_ns, time_ns) in loads.items():
             for channel in self._channels_of(own):
@@ -185,14 +166,11 @@ class Requests:
         """What has been charged for what."""
         return [(self._charged[number], energy_uj) for number, energy_uj in cost.charges.items()]
 
-    def parts(self, cost: Cost) -> tuple[Part, ...]:
-        """What has been charged, by device and phase."""
-        if len(cost.charges) == 1:
-            ((number, energy_uj),) = cost.charges.items()
-            return (Part(self._charged[number].device, self._charged[number].phase, energy_uj),)
+    def parts(self, name: str) -> tuple[Part, ...]:
+        """What has been charged to a request, by device and phase."""
+        cost = self.costs.get(name)
         parts: dict[tuple[str, Phase], int] = {}
-        for number, energy_uj in cost.charges.items():
-            device, _, phase, _ = self._charged[number]
+        for (device, _, phase, _), energy_uj in self.charges(cost) if cost else ():
             parts[device, phase] = parts.get((device, phase), 0) + energy_uj
         return tuple(Part(device, phase, energy_uj) for (device, phase), energy_uj in sorted(parts.items()))
 
@@ -225,14 +203,17 @@ _Share = tuple[int, Sequence[str], Sequence[int]]
 
 def _portions(work: Sequence[Work], shares: Sequence[int]) -> list[Portion]:
     """What falls to each request, by phase."""
-    names = tuple([item.request_id for item in work])
-    if work and len(set(names)) == len(names) and all([item.phase is work[0].phase for item in work]):
-        return [Portion(work[0].phase, names, tuple(shares))]
+    if len(work) == 1:
+        return [Portion(work[0].phase, (work[0].request_id,), shares)]
+    names = [item.request_id for item in work]
+    phases = {item.phase for item in work}
+    if len(phases) == 1 and len(set(names)) == len(names):
+        return [Portion(phases.pop(), names, shares)]
     by_phase: dict[Phase, dict[str, int]] = {}
     for item, share in zip(work, shares, strict=True):
         mine = by_phase.setdefault(item.phase, {})
         mine[item.request_id] = mine.get(item.request_id, 0) + share
-    return [Portion(phase, tuple(mine), tuple(mine.values())) for phase, mine in by_phase.items()]
+    return [Portion(phase, tuple(mine), list(mine.values())) for phase, mine in by_phase.items()]
 
 
 def _by_phase(noted: Noted, claim: Claim) -> Iterable[tuple[Portion, Claim]]:
@@ -250,4 +231,4 @@ def _by_phase(noted: Noted, claim: Claim) -> Iterable[tuple[Portion, Claim]]:
 
 def weakest(qualities: Iterable[Quality]) -> Quality:
     """The weakest names the whole; nothing at all is unavailable."""
-    return max(qualities, key=_BEST_FIRST.index, default=Quality.UNAVAILABLE)
+    return max(qualities, key=_RANK.__getitem__, default=Quality.UNAVAILABLE)

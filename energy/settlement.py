@@ -64,11 +64,11 @@ class _Window:
     load_left_ns: int
     others_ns: int
 
-    def overlapping(self, steps: Sequence[Step]) -> list[tuple[int, int]]:
-        """The places of the steps that lasted in it, and for how long each."""
+    def overlapping(self, steps: Sequence[Step]) -> list[tuple[int, Step, int]]:
+        """The steps that lasted in it, each with its place and for how long."""
         start_ns, end_ns = self.start_ns, self.end_ns
         return [
-            (i, min(end_ns, step.ended_ns) - max(start_ns, step.started_ns))
+            (i, step, min(end_ns, step.ended_ns) - max(start_ns, step.started_ns))
             for i, step in enumerate(steps)
             if step.started_ns < end_ns and step.ended_ns > start_ns and step.started_ns < step.ended_ns
         ]
@@ -85,6 +85,8 @@ class Channel:
         self.device = first.device
         self.source = first.source
         self.quality = first.quality
+        self._inferred = Quality.APPORTIONED if first.quality is Quality.MEASURED else first.quality
+        """Of what no window measures."""
         self.idle_uw = idle_uw
         self.by_cpu_time = not first.device.startswith("gpu:")
         self.shared_with_others = self.by_cpu_time and first.quality is not Quality.ESTIMATED
@@ -144,31 +146,33 @@ class Channel:
                 break
             length_ns = window.end_ns - window.start_ns
             within = window.overlapping(steps)
-            loads = [overlap_ns for _, overlap_ns in within]
-            if self.by_cpu_time:
-                loads = [
-                    steps[i].cpu_ns * overlap_ns // (steps[i].ended_ns - steps[i].started_ns)
-                    for i, overlap_ns in within
-                ]
-            load_ns = max(window.load_left_ns, sum(loads))
-            window.load_left_ns = load_ns - sum(loads)
-            for (i, overlap_ns), step_ns in zip(within, loads, strict=True):
-                longest_ns[i] = max(longest_ns[i], length_ns)
-                if window.owned and steps[i].device != BESIDE:
+            for i, step, overlap_ns in within:
+                if length_ns > longest_ns[i]:
+                    longest_ns[i] = length_ns
+                if window.owned and step.device != BESIDE:
                     idle = min(window.idle_left_uj, window.idle_uj * overlap_ns // (length_ns * self._executors))
                     window.idle_left_uj -= idle
                     idle_uj[i] += idle
-                active = window.active_left_uj * step_ns // load_ns if load_ns else 0
-                window.active_left_uj -= active
-                load_ns -= step_ns
-                active_uj[i] += active
-        weight_ns = sum(step.cpu_ns if self.by_cpu_time else step.ended_ns - step.started_ns for step in steps)
+            if window.active_left_uj:
+                self._share_active(window, within, active_uj)
+        weight_ns = sum([step.cpu_ns if self.by_cpu_time else step.ended_ns - step.started_ns for step in steps])
         if weight_ns:
             self._rate = (sum(active_uj), weight_ns)
-        return [
-            Claim(idle_uj[i], active_uj[i], self._quality(step.ended_ns - step.started_ns, longest_ns[i]))
-            for i, step in enumerate(steps)
-        ]
+        return list(map(Claim, idle_uj, active_uj, self._qualities(steps, longest_ns)))
+
+    def _share_active(self, window: _Window, within: Sequence[tuple[int, Step, int]], active_uj: list[int]) -> None:
+        """Add to each of the steps that lasted ``within`` the window its part of the window's active energy."""
+        if self.by_cpu_time:
+            loads = [step.cpu_ns * overlap_ns // (step.ended_ns - step.started_ns) for _, step, overlap_ns in within]
+        else:
+            loads = [overlap_ns for _, _, overlap_ns in within]
+        load_ns = max(window.load_left_ns, sum(loads))
+        window.load_left_ns = load_ns - sum(loads)
+        for (i, _, _), step_ns in zip(within, loads, strict=True):
+            active = window.active_left_uj * step_ns // load_ns if load_ns else 0
+            window.active_left_uj -= active
+            load_ns -= step_ns
+            active_uj[i] += active
 
     def expect(self, cpu_ns: float, time_ns: float) -> Claim | None:
         """What so much CPU time and time on an executor will cost if they are like the latest that were settled;
@@ -178,7 +182,7 @@ class Channel:
         active_uj, weight_ns = self._rate
         idle_uj = self.idle_uw * time_ns / (NS_PER_S * self._executors) if self._owned else 0
         active = active_uj * (cpu_ns if self.by_cpu_time else time_ns) / weight_ns
-        return Claim(round(idle_uj), round(active), self._quality(0, 1))
+        return Claim(round(idle_uj), round(active), self._inferred)
 
     def expire(self, before_ns: int) -> Iterator[tuple[Reason, int]]:
         """Forget the windows that ended before, and say what no step has taken from them."""
@@ -193,8 +197,11 @@ class Channel:
             yield Reason.OTHER_PROCESSES, others_uj
             yield Reason.OVERHEAD, left_uj - others_uj
 
-    def _quality(self, step_ns: int, window_ns: int) -> Quality:
+    def _qualities(self, steps: Sequence[Step], windows_ns: Sequence[int]) -> list[Quality]:
         """A step is measured where it fills a window at least; the energy of a shorter one is inferred."""
-        if self.quality is Quality.MEASURED and step_ns < window_ns:
-            return Quality.APPORTIONED
-        return self.quality
+        if self.quality is not Quality.MEASURED:
+            return [self.quality] * len(steps)
+        return [
+            Quality.MEASURED if step.ended_ns - step.started_ns >= window_ns else self._inferred
+            for step, window_ns in zip(steps, windows_ns, strict=True)
+        ]

@@ -5,6 +5,7 @@ A *reading* comes from a *meter*; a *step* carries work per request; a *bill* is
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
 
 class Quality(StrEnum):
@@ -33,8 +34,7 @@ class Phase(StrEnum):
     """Token ids, or scores, to the answer."""
 
 
-@dataclass(frozen=True, slots=True)
-class Work:
+class Work(NamedTuple):
     """One request's part in one step, in real tokens (padding is no request's work)."""
 
     request_id: str
@@ -85,7 +85,8 @@ class Bill:
     settled: bool
     """Whether this is the final figure."""
     parts: tuple[Part, ...] = ()
-    """What the allocated energy consists of; of a bill that is not settled, what has been charged by now."""
+    """What the allocated energy consists of, on bills in records; where they are not settled, what was charged by
+    then."""
 
 
 @dataclass(frozen=True, slots=True)

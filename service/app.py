@@ -137,7 +137,7 @@ def _cors(settings: Settings) -> list[Middleware]:
 
 
 @contextmanager
-def build_service(settings: Settings) -> Iterator[Service]:
+def build_service(settings: Settings, account_type: type[Account] = Account) -> Iterator[Service]:
     """Everything that answers requests, ready to; what runs when it is left gets time to finish."""
     models = open_models(settings)
     metrics = Metrics()
@@ -145,7 +145,7 @@ def build_service(settings: Settings) -> Iterator[Service]:
     ledger = Ledger(settings.ledger, settings.ledger_max_days, settings.ledger_max_mb)
     books = Books(metrics, settings.daily_budget_j, coefficients)
     books.restore(ledger)
-    account = open_account(settings, coefficients, ledger, books.settled)
+    account = open_account(settings, coefficients, ledger, books.settled, account_type)
 
     def record(step: Step) -> None:
         account.record(step)
@@ -245,6 +245,7 @@ def open_account(
     coefficients: Mapping[str, Coefficients],
     ledger: Ledger,
     on_settled: Callable[[SettledRecord], None] | None = None,
+    account_type: type[Account] = Account,
 ) -> Account:
     """The energy account that ``settings`` describe; logs which meter it reads, or why there is none.
 
@@ -258,7 +259,7 @@ def open_account(
         settings.grid_zone, settings.pue, settings.embodied_kg, settings.life_years, settings.machine_share
     )
     _log.info("carbon: %s, %g gCO2e/kWh", carbon.assumptions.zone, carbon.assumptions.gco2e_per_kwh)
-    account = Account(
+    account = account_type(
         choice.meter,
         carbon,
         ledger,

@@ -253,9 +253,11 @@ class Service:
         self, task: Task[Any, Any], request: TaskRequest, model: Model, items: tuple[Item, ...], request_id: str
     ) -> tuple[Item, ...]:
         """Predict the bill, and hold ``items`` to the request's budget. Raises ``EnergyBudgetExceeded``."""
-        forecast = self.books.predictor.begin(request_id, task.name, model.name, to_predict(items))
+        texts = to_predict(items)
+        self.books.predictor.begin(request_id, task.name, model.name, texts)
         if request.energy_budget_j is None:
             return items
+        forecast = self.books.predictor.predict(task.name, model.name, texts)
         budget_uj = round(request.energy_budget_j * UJ_PER_J)
         if forecast is not None and forecast.allocated_uj > budget_uj:
             interval_j = forecast.interval_uj and (

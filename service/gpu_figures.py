@@ -29,8 +29,7 @@ from service.app import open_account
 from service.calibrate import run as run_steps
 from service.engine.devices import DeviceUnavailable
 from service.engine.engine import Engine, engine_settings
-from service.engine.types import EncodeOutput, Output, WriteOutput
-from service.metering_cost import some_item
+from service.engine.types import EncodeItem, EncodeOutput, Item, Output, Sampling, WriteItem, WriteOutput
 from service.metrics import UJ_PER_J
 from service.models import Model, load_model
 from service.settings import Settings, read_settings
@@ -38,6 +37,7 @@ from service.settings import Settings, read_settings
 LOAD_S = 300.0
 _WATCHED_S = 10.0
 _FITTED_S = 30.0
+_LENGTH = 20
 _AT_ONCE = 32
 _BOUNDS_MS = (5, 15, 25, 50, 75, 110)
 _MJ_PER_J = 1000
@@ -50,7 +50,7 @@ def agreement(model: Model, on_gpu: Settings, on_cpu: Settings) -> float:
     for settings in (on_gpu, on_cpu):
         engine = Engine({model.name: model}, lambda step: None, engine_settings(settings))
         try:
-            items = [some_item(model, number) for number in range(_AT_ONCE)]
+            items = [_some_item(model, number) for number in range(_AT_ONCE)]
             found.append([ticket.future.result() for ticket in engine.submit(model.name, items)])
         finally:
             engine.close()
@@ -108,7 +108,7 @@ def load(model: Model, settings: Settings, seconds: float) -> tuple[int, Totals]
         try:
             number, end_s = 0, time.monotonic() + seconds
             while time.monotonic() < end_s:
-                items = [some_item(model, number + i) for i in range(_AT_ONCE)]
+                items = [_some_item(model, number + i) for i in range(_AT_ONCE)]
                 number += len(items)
                 for ticket in engine.submit(model.name, items):
                     ticket.future.result()
@@ -156,6 +156,17 @@ def figures(model: Model, gpu: int, seconds: float, library: Any) -> Iterator[st
             f"context; {fit.steps} steps, R2 {fit.r2:.3f}, held-out error {fit.held_out_error:.1%}"
         )
         yield from told(*load(model, on_gpu, seconds))
+
+
+def _some_item(model: Model, number: int) -> Item:
+    """A request for ``model``, of twenty tokens and as many to write; another for each number."""
+    config = model.manifest.config
+    ids = tuple(
+        5 + (number * 31 + i * 7) % (config.vocab_size - 5) for i in range(min(_LENGTH, config.max_positions // 2))
+    )
+    if config.head == "lm":
+        return WriteItem(f"r{number}", ids, Sampling(max_tokens=_LENGTH))
+    return EncodeItem(f"r{number}", ids)
 
 
 def main(arguments: Sequence[str]) -> int:

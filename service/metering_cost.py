@@ -1,165 +1,330 @@
-"""What metering costs: one engine, asked the same with the meters on and off in turn. Knows nothing of HTTP.
+"""What metering costs: one service, asked the same with metering on and off in turn, without sockets.
 
-    python -m service.metering_cost [MODEL [ROUNDS]]
+    python -m service.metering_cost [MODEL [PAIRS]]
 
-MODEL is a folder under the starters, or a path. Off, nobody hears of steps and nothing reads a meter; on, the account
-records every step, a thread reads the meters every 50 ms and settles, and every request is closed. Rounds of both
-kinds follow each other, so that a machine which slows down slows both; figures are medians of the ratios of
-neighbouring rounds. On a machine with other work on it, throughput says little, and CPU time some.
+MODEL is a folder under the starters, or a path. *On* is the service as it is: every step is recorded, a thread reads
+the meters and settles, every request is foretold, billed, logged, written to the ledger and entered in the books.
+*Off* there is no account: steps are dropped, no meter is read, nothing is foretold, billed, logged or written. The
+rest of the way is the same, from the body of a request to that of its answer, and so are the results, which are
+compared.
+
+A pair is a round of each kind with the same requests, so many at once, and a rest in which whatever is left over from
+them gets settled and written. Rounds are short and many, so that a machine which changes its speed changes that of
+both kinds. A figure is the mean over pairs without the outermost tenths, with a 95% interval by bootstrap. CPU time is
+that of the whole process. It is also added up where metering spends it, which is more precise and does not see what
+metering slows down elsewhere.
 """
 
+import asyncio
+import json
+import logging
 import sys
+import threading
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median, quantiles
+from random import Random
+from statistics import fmean, median, quantiles
 from tempfile import TemporaryDirectory
+from typing import Any, TypeVar
+
+from fastapi import FastAPI
 
 from energy.account import Account
-from energy.ledger import Ledger
-from energy.sampler import Sampler
-from energy.types import RequestRecord, Step
-from service.app import open_account
-from service.engine.engine import Engine, engine_settings
-from service.engine.types import EncodeItem, Item, Sampling, WriteItem
+from energy.clock import NS_PER_S
+from energy.host import Moment
+from energy.prediction import Forecast, Predictor, Text
+from energy.types import Bill, Quality, RequestRecord, Step
+from service.app import build_service, create_app
+from service.core import Service
 from service.models import Model, load_model
 from service.settings import STARTERS, Settings, read_settings
 
-ROUNDS = 10
+PAIRS = 45
 ROUND_S = 2.0
+AIM = 0.01
+"""Of CPU time and of throughput."""
+_REST_S = 1.2
+"""Bills are settled within a tenth of a second, and written within one more."""
 _AT_ONCE = 32
-_LENGTH = 20
 _NS_PER_US = 1000
+_US_PER_S = 1_000_000
+_CUT = 0.1
+"""Of the pairs, at either end."""
+_RESAMPLES = 2000
+_WORDS = 12
+_TEXT = """A woman in a red coat walks her dog along the old river while two children play near a small wooden house
+and three young men on bicycles look at the snow on the hills"""
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What metering adds, as a share of what there is without it."""
+
+    value: float
+    """Mean over pairs, without the outermost tenths."""
+    low: float
+    high: float
+    """Its 95% interval."""
+
+    @classmethod
+    def of(cls, shares: Sequence[float]) -> "Share":
+        """The share that these pairs show."""
+        random = Random(0)
+        means = sorted(_trimmed_mean(random.choices(shares, k=len(shares))) for _ in range(_RESAMPLES))
+        tail = round(_RESAMPLES * 0.025)
+        return cls(_trimmed_mean(shares), means[tail], means[-1 - tail])
+
+    def __str__(self) -> str:
+        """With a verdict."""
+        verdict = "yes" if self.high < AIM else "no" if self.low > AIM else "not decided"
+        return f"{self.value:.2%} (95% interval {self.low:.2%} to {self.high:.2%}); under {AIM:.0%}: {verdict}"
 
 
 @dataclass(frozen=True, slots=True)
 class Cost:
     """What one comparison showed."""
 
-    throughput_lost: float
-    """Median over pairs of rounds of 1 - requests on / requests off."""
-    spread: tuple[float, float]
-    """First and third quartile of the same."""
-    cpu_added: float
-    """Median over pairs of rounds of CPU time per request, on / off - 1."""
+    cpu: Share
+    """CPU time per request: on / off - 1."""
+    time: Share
+    """Time per request, of which throughput is the inverse: on / off - 1."""
+    cpu_off_us: float
+    """CPU time per request without metering."""
+    spent_us: Mapping[str, float]
+    """CPU time per request by where metering spends it."""
     record_us: float
     """Median time on the executor's thread per step."""
     record_p99_us: float
-    close_us: float
-    """Median time on the caller's thread per request."""
     steps: int
-    sampler_cores: float
-    """CPU time per time of the sampling thread while nothing was asked."""
+    requests: int
+    """Both with metering."""
+    foreign_cores: float | None
+    """Cores that other processes kept busy meanwhile."""
 
 
-class _Ear:
-    """Hears of steps, and passes them on while metering is on."""
+class _Watch:
+    """How long something took, each time it was done, and its CPU time; on any thread."""
 
-    def __init__(self, account: Account) -> None:
-        self._account = account
-        self.listens = False
-        self.taken_ns: list[int] = []
+    def __init__(self) -> None:
+        self.elapsed_ns: list[int] = []
+        self.cpu_ns: list[int] = []
 
-    def __call__(self, step: Step) -> None:
-        if self.listens:
-            started_ns = time.perf_counter_ns()
-            self._account.record(step)
-            self.taken_ns.append(time.perf_counter_ns() - started_ns)
-
-
-def measure(model: Model, settings: Settings, rounds: int = ROUNDS, round_s: float = ROUND_S) -> Cost:
-    """Compare ``rounds`` pairs of rounds of ``round_s`` seconds."""
-    account = open_account(settings, {}, Ledger(settings.ledger))
-    ear = _Ear(account)
-    engine = Engine({model.name: model}, ear, engine_settings(settings))
-    closed_ns: list[int] = []
-    number = 0
-
-    def ask(metered: bool) -> tuple[float, float]:
-        """Requests per second, and CPU seconds per request, a batch after the other."""
-        nonlocal number
-        started_s, started_cpu_s, asked = time.monotonic(), time.process_time(), 0
-        while time.monotonic() < started_s + round_s:
-            items = [some_item(model, number + i) for i in range(_AT_ONCE)]
-            number += len(items)
-            for ticket in engine.submit(model.name, items):
-                ticket.future.result()
-            asked += len(items)
-            if metered:
-                for item in items:
-                    begun_ns = time.perf_counter_ns()
-                    account.close(RequestRecord(item.request_id, model.manifest.tasks[0], model.name, "ok"))
-                    closed_ns.append(time.perf_counter_ns() - begun_ns)
-        return asked / (time.monotonic() - started_s), (time.process_time() - started_cpu_s) / asked
-
-    lost: list[float] = []
-    added: list[float] = []
-    try:
-        ask(metered=False)
-        for pair in range(rounds):
-            speeds = {}
-            costs_s = {}
-            # Which comes first alternates: a machine that gets slower must not look like a cost.
-            for metered in (pair % 2 == 0, pair % 2 == 1):
-                ear.listens = metered
-                with Sampler(account, settings.sample_interval_ms / 1000) if metered else nullcontext():
-                    speeds[metered], costs_s[metered] = ask(metered)
-            lost.append(1 - speeds[True] / speeds[False])
-            added.append(costs_s[True] / costs_s[False] - 1)
-        idle_cores = _idle(account, settings, round_s)
-    finally:
-        engine.close()
-        account.shutdown()
-    quartiles = quantiles(lost, n=4)
-    return Cost(
-        throughput_lost=median(lost),
-        spread=(quartiles[0], quartiles[2]),
-        cpu_added=median(added),
-        record_us=median(ear.taken_ns) / _NS_PER_US,
-        record_p99_us=quantiles(ear.taken_ns, n=100)[98] / _NS_PER_US,
-        close_us=median(closed_ns) / _NS_PER_US,
-        steps=len(ear.taken_ns),
-        sampler_cores=idle_cores,
-    )
+    def time(self, work: Callable[[], T]) -> T:
+        """Do ``work``."""
+        started_ns, cpu_ns = time.perf_counter_ns(), time.thread_time_ns()
+        done = work()
+        self.cpu_ns.append(time.thread_time_ns() - cpu_ns)
+        self.elapsed_ns.append(time.perf_counter_ns() - started_ns)
+        return done
 
 
-def _idle(account: Account, settings: Settings, seconds: float) -> float:
-    """CPU time per time of this process while it only meters: nearly all of it the sampling thread's."""
-    with Sampler(account, settings.sample_interval_ms / 1000):
-        time.sleep(1.0)  # what the load left behind is settled
+class _Switched(Account):
+    """An account that can be off."""
+
+    def __init__(self, *parts: Any, **more: Any) -> None:
+        self.on = True
+        self.recording, self.closing = _Watch(), _Watch()
+        super().__init__(*parts, **more)
+
+    def record(self, step: Step) -> None:
+        if self.on:
+            self.recording.time(lambda: super(_Switched, self).record(step))
+
+    def wake(self) -> None:
+        if self.on:
+            super().wake()
+
+    def close(self, record: RequestRecord) -> Bill:
+        if not self.on:
+            return Bill(record.request_id, None, None, None, Quality.UNAVAILABLE, settled=False)
+        return self.closing.time(lambda: super(_Switched, self).close(record))
+
+    def sample(self) -> None:
+        if self.on:
+            super().sample()
+
+
+class _SwitchedPredictor(Predictor):
+    """A predictor that can be off."""
+
+    on = True
+    beginning = _Watch()
+
+    def begin(self, request_id: str, task: str, model: str, texts: Sequence[Text]) -> Forecast | None:
+        if not self.on:
+            return None
+        return self.beginning.time(lambda: super(_SwitchedPredictor, self).begin(request_id, task, model, texts))
+
+
+@dataclass(frozen=True, slots=True)
+class _Round:
+    elapsed_s: float
+    """Until the last answer."""
+    cpu_s: float
+    """Until everything is settled and written."""
+    results: Sequence[Any]
+
+
+class _Rig:
+    """A service in this process, and somebody who asks it."""
+
+    def __init__(self, app: FastAPI, model: Model) -> None:
+        self._app, self._model = app, model
+        service: Service = app.state.service
+        assert isinstance(service.account, _Switched)
+        self.account = service.account
+        self.predictor = service.books.predictor = _SwitchedPredictor()
+        self._asked = 0
+        self._clocks = {
+            thread.name: time.pthread_getcpuclockid(thread.ident)
+            for thread in threading.enumerate()
+            if thread.name in ("energy", "ledger") and thread.ident is not None
+        }
+
+    def spent_s(self) -> dict[str, float]:
+        """CPU seconds of metering so far, by where they are spent."""
+        return {
+            "recording": sum(self.account.recording.cpu_ns) / NS_PER_S,
+            "closing": sum(self.account.closing.cpu_ns) / NS_PER_S,
+            "foretelling": sum(self.predictor.beginning.cpu_ns) / NS_PER_S,
+            "settling": time.clock_gettime(self._clocks["energy"]),
+            "ledger": time.clock_gettime(self._clocks["ledger"]),
+        }
+
+    async def pair(self, count: int, metered_first: bool) -> tuple[_Round, _Round]:
+        """The same new requests with metering and without. Raises ``RuntimeError`` where the results differ."""
+        self._asked += count
+        bodies = [body_of(self._model, number) for number in range(self._asked - count, self._asked)]
+        rounds = {on: await self.round(bodies, on) for on in (metered_first, not metered_first)}
+        if rounds[True].results != rounds[False].results:
+            raise RuntimeError("a request was answered otherwise with metering than without")
+        return rounds[True], rounds[False]
+
+    async def round(self, bodies: Sequence[bytes], metered: bool) -> _Round:
+        """Ask for all of ``bodies``, so many at a time, and rest."""
+        self.account.on = self.predictor.on = metered
+        waiting = iter(enumerate(bodies))
+        results: dict[int, Any] = {}
+
+        async def client() -> None:
+            for number, body in waiting:
+                results[number] = await ask(self._app, f"/v1/{self._model.manifest.tasks[0]}", body)
+
         started_s, started_cpu_s = time.monotonic(), time.process_time()
-        time.sleep(seconds)
-        return (time.process_time() - started_cpu_s) / (time.monotonic() - started_s)
+        await asyncio.gather(*(client() for _ in range(_AT_ONCE)))
+        elapsed_s = time.monotonic() - started_s
+        await asyncio.sleep(_REST_S)
+        cpu_s = time.process_time() - started_cpu_s
+        return _Round(elapsed_s, cpu_s, [results[number] for number in range(len(bodies))])
 
 
-def some_item(model: Model, number: int) -> Item:
-    """A request for ``model``, of twenty tokens and as many to write; another for each number."""
-    config = model.manifest.config
-    ids = tuple(
-        5 + (number * 31 + i * 7) % (config.vocab_size - 5) for i in range(min(_LENGTH, config.max_positions // 2))
+async def ask(app: FastAPI, path: str, body: bytes) -> Any:
+    """The results that ``app`` answers to a POST. Raises ``RuntimeError`` for any status but 200."""
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0"},
+        "http_version": "1.1",
+        "method": "POST",
+        "scheme": "http",
+        "path": path,
+        "raw_path": path.encode(),
+        "root_path": "",
+        "query_string": b"",
+        "headers": [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())],
+        "client": ("127.0.0.1", 1),
+        "server": ("127.0.0.1", 80),
+    }
+    bodies = iter([{"type": "http.request", "body": body}])
+    answer: list[dict[str, Any]] = []
+
+    async def receive() -> dict[str, Any]:
+        message = next(bodies, None)
+        # It stays until it is answered.
+        return message or await asyncio.get_running_loop().create_future()
+
+    async def send(message: Any) -> None:
+        answer.append(message)
+
+    await app(scope, receive, send)
+    whole = b"".join(message.get("body", b"") for message in answer)
+    if answer[0]["status"] != 200:
+        raise RuntimeError(f"status {answer[0]['status']}: {whole.decode()}")
+    return json.loads(whole)["results"]
+
+
+def body_of(model: Model, number: int) -> bytes:
+    """A request for ``model`` about a dozen words; another for each number."""
+    random = Random(number)
+    text = " ".join(random.choices(_TEXT.split(), k=_WORDS)) + "."
+    answers = model.manifest.tasks[0] == "answer"
+    body = {"question": "Who walks?", "context": text} if answers else {"input": text, "truncate": True}
+    return json.dumps(body).encode()
+
+
+async def compare(model: Model, settings: Settings, pairs: int, round_s: float) -> Cost:
+    """Compare ``pairs`` pairs of rounds of about ``round_s`` seconds."""
+    app = create_app(settings, lambda settings: build_service(settings, _Switched))
+    async with app.router.lifespan_context(app):
+        rig = _Rig(app, model)
+        # The first round is slow.
+        for _ in range(2):
+            warm, _ = await rig.pair(4 * _AT_ONCE, metered_first=True)
+        count = max(_AT_ONCE, round(4 * _AT_ONCE * round_s / warm.elapsed_s))
+        before, steps, spent_s = Moment.now(), len(rig.account.recording.elapsed_ns), rig.spent_s()
+        # Which comes first alternates: a machine that gets slower must not look like a cost.
+        compared = [await rig.pair(count, metered_first=pair % 2 == 0) for pair in range(pairs)]
+        foreign_cores = Moment.now().foreign_cores(before)
+        spent_s = {where: now_s - spent_s[where] for where, now_s in rig.spent_s().items()}
+        recorded_ns = rig.account.recording.elapsed_ns[steps:]
+    return Cost(
+        cpu=Share.of([on.cpu_s / off.cpu_s - 1 for on, off in compared]),
+        time=Share.of([on.elapsed_s / off.elapsed_s - 1 for on, off in compared]),
+        cpu_off_us=median(off.cpu_s for _, off in compared) / count * _US_PER_S,
+        spent_us={where: seconds / count / pairs * _US_PER_S for where, seconds in spent_s.items()},
+        record_us=median(recorded_ns) / _NS_PER_US,
+        record_p99_us=quantiles(recorded_ns, n=100)[98] / _NS_PER_US,
+        steps=len(recorded_ns),
+        requests=count * pairs,
+        foreign_cores=foreign_cores,
     )
-    if config.head == "lm":
-        return WriteItem(f"r{number}", ids, Sampling(max_tokens=_LENGTH))
-    return EncodeItem(f"r{number}", ids)
+
+
+def _trimmed_mean(values: Sequence[float]) -> float:
+    cut = int(len(values) * _CUT)
+    return fmean(sorted(values)[cut : len(values) - cut])
+
+
+def _log_requests(file: Path) -> None:
+    """Write the lines of requests as ``wattle serve`` does, to a file."""
+    log = logging.getLogger("wattle.requests")
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    log.addHandler(logging.FileHandler(file, encoding="utf-8"))
 
 
 def main(arguments: Sequence[str]) -> int:
     """Print what metering costs."""
     name = arguments[0] if arguments else "translate-en-de"
-    rounds = int(arguments[1]) if len(arguments) > 1 else ROUNDS
+    pairs = int(arguments[1]) if len(arguments) > 1 else PAIRS
     folder = Path(name) if Path(name).is_dir() else STARTERS / name
     with TemporaryDirectory() as state:
-        cost = measure(load_model(folder), read_settings(state=state), rounds)
-    low, high = cost.spread
+        _log_requests(Path(state) / "requests.log")
+        settings = read_settings(models=str(folder), state=state)
+        cost = asyncio.run(compare(load_model(folder), settings, pairs, ROUND_S))
+    spent_us = sum(cost.spent_us.values())
+    where = ", ".join(f"{name} {each_us:.1f}" for name, each_us in cost.spent_us.items())
     print(
-        f"{folder.name}, {_AT_ONCE} requests at once, {rounds} pairs of rounds of {ROUND_S:g} s, {cost.steps} steps\n"
-        f"throughput lost: {cost.throughput_lost:.2%} (quartiles {low:.2%}, {high:.2%})\n"
-        f"CPU time added: {cost.cpu_added:.2%}\n"
-        f"on the executor's thread: {cost.record_us:.2f} us per step, 99th percentile {cost.record_p99_us:.2f}\n"
-        f"on the caller's thread: {cost.close_us:.2f} us per request\n"
-        f"while idle: {cost.sampler_cores:.3%} of a core"
+        f"{folder.name}, {_AT_ONCE} requests at once, {pairs} pairs of rounds of about {ROUND_S:g} s; "
+        f"with metering {cost.requests} requests, {cost.steps} steps\n"
+        f"foreign load: {'unknown' if cost.foreign_cores is None else f'{cost.foreign_cores:.2f} cores'}\n"
+        f"CPU time added: {cost.cpu}\n"
+        f"time added, of which throughput is the inverse: {cost.time}\n"
+        f"CPU time of metering itself: {spent_us:.1f} us of {cost.cpu_off_us:.0f} us per request, "
+        f"{spent_us / cost.cpu_off_us:.2%} ({where})\n"
+        f"on the thread that ran a step: {cost.record_us:.2f} us, 99th percentile {cost.record_p99_us:.2f}"
     )
     return 0
 

@@ -1,6 +1,7 @@
 """The engine's work on real models, billed by a real account while requests come, fail and go away."""
 
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -25,7 +26,7 @@ from service.engine.engine import Engine
 from service.engine.settings import EngineSettings
 from service.engine.types import EncodeItem, EngineClosed, Item, Sampling, WriteItem
 from service.keys import add_key
-from service.metering_cost import measure
+from service.metering_cost import Share, main
 from service.models import Models, load_model
 from service.settings import Settings
 from tests.energy.fakes import Book
@@ -180,14 +181,28 @@ def test_a_service_that_only_measures_needs_no_key(
         assert ask("generate", {"input": "1", "max_tokens": 2})["results"]
 
 
-def test_the_cost_of_metering_is_measured(loaded: dict[str, Loaded], tmp_path: Path) -> None:
-    settings = Settings(state=tmp_path, meter="estimate", executors=1)
-    cost = measure(load_model(loaded["writes"].folder), settings, rounds=2, round_s=0.2)
-    assert cost.steps > 10
-    # The aims are a hundredth and 50 us; a busy machine gets leeway, a change of algorithm does not.
-    assert cost.record_us < 50
-    assert cost.close_us < 1000
-    assert cost.throughput_lost < 0.9
+def test_the_cost_of_metering_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_tiny(tmp_path / "model", "classify")
+    monkeypatch.setattr("service.metering_cost._REST_S", 0.3)
+    monkeypatch.setattr("service.metering_cost.ROUND_S", 0.1)
+    assert main([str(tmp_path / "model"), "3"]) == 0
+    told = capsys.readouterr().out
+    assert re.search(r"CPU time added: .*% \(95% interval .*% to .*%\); under 1%: (yes|no|not decided)", told)
+    spent = re.search(r"us per request, .*% \((.*)\)", told)
+    assert spent is not None
+    spent_us = {name: float(each_us) for name, each_us in (part.rsplit(" ", 1) for part in spent[1].split(", "))}
+    assert set(spent_us) == {"recording", "closing", "foretelling", "settling", "ledger"}
+    assert min(spent_us.values()) > 0
+
+
+def test_a_share_is_decided_where_its_interval_lies_on_one_side() -> None:
+    assert "yes" in str(Share.of([0.004, 0.005, 0.006] * 10))
+    assert "no" in str(Share.of([0.02, 0.03, 0.04] * 10))
+    assert "not decided" in str(Share.of([-0.02, 0.01, 0.03] * 10))
+    # Neither a round that another program disturbed nor a lucky one moves it.
+    assert Share.of([0.005] * 28 + [9.0, -0.9]).value == pytest.approx(0.005)
 
 
 def test_the_meters_are_printed(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
