@@ -203,7 +203,7 @@ class Account:
         """What a running request has cost so far."""
         with self._lock:
             self._note()
-            return self._bill(request_id, settled=False)
+            return self._bill(request_id, self._cost(request_id))
 
     def close(self, record: RequestRecord) -> Bill:
         """The request is over: what it probably cost. It is settled with the next samples.
@@ -217,7 +217,7 @@ class Account:
             self._over[record.request_id] = _Over(
                 record, self._clock.unix_s(), final_from_ns, kept_from_ns=now_ns + _KEPT_AFTER_NS
             )
-            bill = self._bill(record.request_id, settled=False)
+            bill = self._bill(record.request_id, self._cost(record.request_id))
         self.wake()
         return bill
 
@@ -323,12 +323,14 @@ class Account:
         return settled
 
     def _over_record(self, request_id: str, settled: bool = False) -> SettledRecord:
-        over = self._over[request_id]
-        bill = self._bill(request_id, settled, self._requests.parts(request_id))
+        over, cost = self._over[request_id], self._cost(request_id)
+        bill = self._bill(request_id, cost, self._requests.parts(cost), settled)
         return SettledRecord(over.record, bill, over.time_s, self._carbon.assumptions)
 
-    def _bill(self, request_id: str, settled: bool, parts: tuple[Part, ...] = ()) -> Bill:
-        cost = self._requests.costs.get(request_id) or Cost()
+    def _cost(self, request_id: str) -> Cost:
+        return self._requests.costs.get(request_id) or Cost()
+
+    def _bill(self, request_id: str, cost: Cost, parts: tuple[Part, ...] = (), settled: bool = False) -> Bill:
         expected = self._requests.expect(request_id)
         if expected is None:
             return Bill(request_id, None, None, None, Quality.UNAVAILABLE, settled)

@@ -71,7 +71,8 @@ class Ledger:
             while len(self._waiting) > MAX_WAITING:
                 del self._waiting[next(iter(self._waiting))]
                 self._dropped += 1
-        self._wake.set()
+        if not self._wake.is_set():
+            self._wake.set()
 
     def find(self, request_id: str) -> SettledRecord | None:
         """The latest record of a request, written or not; None where there is none. Raises ``LedgerUnreadable``."""

@@ -5,6 +5,7 @@ from bisect import bisect_left
 from collections import Counter, deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from operator import add
 
 from energy.account import MeterTotal, Totals
 from energy.clock import Clock
@@ -43,6 +44,14 @@ class TaskSums:
     counts: list[int] = field(default_factory=lambda: [0] * (len(BOUNDS_UJ) + 1))
     """Requests by class of allocated energy, see ``BOUNDS_UJ``."""
 
+    def add(self, other: "TaskSums") -> None:
+        """Count the requests of ``other`` too."""
+        self.requests += other.requests
+        self.unknown += other.unknown
+        self.allocated_uj += other.allocated_uj
+        self.gco2e += other.gco2e
+        self.counts = list(map(add, self.counts, other.counts))
+
 
 @dataclass(frozen=True, slots=True)
 class View:
@@ -51,7 +60,7 @@ class View:
     began_s: float
     meters: tuple[MeterTotal, ...]
     moments: tuple[Moment, ...]
-    """Oldest first."""
+    """Of everybody together, oldest first."""
     tasks: Mapping[str, TaskSums]
     recent: tuple[SettledRecord, ...]
     """Newest first."""
@@ -67,7 +76,8 @@ class Live:
         self._began_s = self._clock.unix_s()
         self._meters: tuple[MeterTotal, ...] = ()
         self._moments: deque[Moment] = deque(maxlen=MOMENTS)
-        self._tasks: dict[str, TaskSums] = {}
+        self._sums: dict[tuple[str | None, str], TaskSums] = {}
+        """By key and task."""
         self._recent: deque[SettledRecord] = deque(maxlen=RECENT)
 
     def settled(self, record: SettledRecord) -> None:
@@ -76,7 +86,10 @@ class Live:
             return
         with self._lock:
             self._recent.appendleft(record)
-            sums = self._tasks.setdefault(record.request.task, TaskSums())
+            whose = record.request.key, record.request.task
+            if whose not in self._sums:
+                self._sums[whose] = TaskSums()
+            sums = self._sums[whose]
             sums.requests += 1
             if record.bill.allocated_uj is None or record.bill.gco2e is None:
                 sums.unknown += 1
@@ -100,11 +113,12 @@ class Live:
             if not self._moments or abs(now_s - self._moments[-1].time_s) >= INTERVAL_S:
                 self._moments.append(Moment(now_s, metered_uj, by_task, unattributed))
 
-    def view(self) -> View:
-        """What is kept now."""
+    def view(self, only: str | None = None) -> View:
+        """What is kept now; sums and requests of the key ``only`` alone, where one is named."""
+        tasks: dict[str, TaskSums] = {}
         with self._lock:
-            tasks = {
-                task: TaskSums(sums.requests, sums.unknown, sums.allocated_uj, sums.gco2e, list(sums.counts))
-                for task, sums in self._tasks.items()
-            }
-            return View(self._began_s, self._meters, tuple(self._moments), tasks, tuple(self._recent))
+            for (key, task), sums in self._sums.items():
+                if only in (None, key):
+                    tasks.setdefault(task, TaskSums()).add(sums)
+            recent = tuple(record for record in self._recent if only in (None, record.request.key))
+            return View(self._began_s, self._meters, tuple(self._moments), tasks, recent)

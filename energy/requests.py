@@ -114,6 +114,8 @@ class Requests:
         """
         groups: dict[Charged, tuple[list[_Share], list[_Share]]] = {}
         for noted, claim in claims:
+            if not claim.active_uj and not claim.idle_uj:
+                continue
             for portion, part in _by_phase(noted, claim):
                 charged = Charged(device, noted.step.model, portion.phase, part.quality)
                 active, idle = groups.setdefault(charged, ([], []))
@@ -166,11 +168,10 @@ class Requests:
         """What has been charged for what."""
         return [(self._charged[number], energy_uj) for number, energy_uj in cost.charges.items()]
 
-    def parts(self, name: str) -> tuple[Part, ...]:
-        """What has been charged to a request, by device and phase."""
-        cost = self.costs.get(name)
+    def parts(self, cost: Cost) -> tuple[Part, ...]:
+        """What has been charged, by device and phase."""
         parts: dict[tuple[str, Phase], int] = {}
-        for (device, _, phase, _), energy_uj in self.charges(cost) if cost else ():
+        for (device, _, phase, _), energy_uj in self.charges(cost):
             parts[device, phase] = parts.get((device, phase), 0) + energy_uj
         return tuple(Part(device, phase, energy_uj) for (device, phase), energy_uj in sorted(parts.items()))
 

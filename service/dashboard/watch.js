@@ -33,7 +33,8 @@ function tableTasks(live) {
 // --- Tiles, words and bills ---
 
 function showTiles(live) {
-  const [before, now] = [live.moments.at(-4) ?? live.moments[0], live.moments.at(-1)];
+  const moments = live.moments ?? [];
+  const [before, now] = [moments.at(-4) ?? moments[0], moments.at(-1)];
   const watts = now && now !== before ? (now.metered_j - before.metered_j) / seconds(before, now) : null;
   const known = live.quality !== "unavailable";
   const sums = Object.values(live.tasks);
@@ -41,15 +42,18 @@ function showTiles(live) {
   const billed = sums.reduce((sum, each) => sum + each.requests - each.unknown, 0);
   const joules = sums.reduce((sum, each) => sum + each.allocated_j, 0);
   const grams = sums.reduce((sum, each) => sum + each.gco2e, 0);
-  const first = live.moments[0];
+  const first = moments[0];
   const grown = (of) => (now ? of(now) - of(first) : 0);
   const total = (parts) => Object.values(parts).reduce((sum, each) => sum + each, 0);
   const booked = grown((moment) => total(moment.tasks) + total(moment.unattributed));
   const idled = grown((moment) => moment.unattributed[IDLE] ?? 0);
   const grid = live.grid_zone ? `grid: ${live.grid_zone}` : "no bill yet";
-  const figures = [
+  const power = [
     ["Power now", figure(known ? watts : null, "W"), "last 15 s, metered"],
     ["Idle share", booked > 0 ? percent(idled / booked) : "unknown", "of the last ten minutes"],
+  ];
+  const figures = [
+    ...(live.moments ? power : []),
     ["Queries", requests.toLocaleString(), `since ${new Date(live.began_at).toLocaleString()}`],
     ["Mean per query", figure(billed ? joules / billed : null, "J"), "allocated, idle included"],
     ["CO2e", figure(billed ? grams : null, "g"), grid],
@@ -93,7 +97,8 @@ function draw() {
     const options = [...$("spread-task").options].map((option) => option.value);
     if (!options.includes(task)) $("spread-task").append(el("option", { value: task }, task));
   }
-  const series = powers(latest.moments);
+  $("power-part").hidden = !latest.moments;
+  const series = powers(latest.moments ?? []);
   showTiles(latest);
   drawPower(series);
   if ($("power-table").parentElement.open) tablePower(series);

@@ -44,7 +44,7 @@ class LiveMoment(BaseModel):
 
 
 class LiveTask(BaseModel):
-    """What the requests of one task have cost since the service started."""
+    """What the requests of one task that the caller may see have cost since the service started."""
 
     requests: int
     unknown: int = Field(description="Those whose bill is unavailable; the sums leave them out.")
@@ -81,10 +81,13 @@ class Live(BaseModel):
     meters: list[LiveMeter]
     grid_zone: str | None = Field(description="Of the latest bill.")
     budget: LiveBudget | None = Field(description="The daily budget of the caller's key, else the service's.")
-    moments: list[LiveMoment] = Field(description="Every five seconds of the last ten minutes, oldest first.")
+    moments: list[LiveMoment] | None = Field(
+        description="Every five seconds of the last ten minutes, oldest first. They are of all keys together: null "
+        "for one that sees its own bills alone."
+    )
     bounds_j: list[float] = Field(description="Upper ends of the classes of the distribution.")
     tasks: dict[str, LiveTask]
-    recent: list[LiveBill] = Field(description="The last fifty bills, newest first: those that the caller may see.")
+    recent: list[LiveBill] = Field(description="Of the last fifty bills those that the caller may see, newest first.")
 
 
 def dashboard_routes() -> APIRouter:
@@ -103,7 +106,8 @@ def dashboard_routes() -> APIRouter:
         service = service_of(http)
         key, books = caller().key, service.books
         standing = (None if key is None else books.today_of(key)) or books.today()
-        shown = _show(books.live.view(), service.account.quality, standing, caller().sees_only)
+        only = caller().sees_only
+        shown = _show(books.live.view(only), service.account.quality, standing, sees_all=only is None)
         return JsonResponse(shown.model_dump())
 
     router.add_api_route("/dashboard", _page(_FOLDER / "index.html"), include_in_schema=False)
@@ -119,7 +123,7 @@ def _page(path: Path) -> Callable[[], Awaitable[Response]]:
     return page
 
 
-def _show(view: View, quality: Quality, standing: Standing | None, only: str | None) -> Live:
+def _show(view: View, quality: Quality, standing: Standing | None, *, sees_all: bool) -> Live:
     return Live(
         began_at=_time(view.began_s),
         quality=quality,
@@ -140,7 +144,9 @@ def _show(view: View, quality: Quality, standing: Standing | None, only: str | N
                 unattributed=_in_joules(moment.unattributed_uj),
             )
             for moment in view.moments
-        ],
+        ]
+        if sees_all
+        else None,
         bounds_j=[bound_uj / UJ_PER_J for bound_uj in BOUNDS_UJ],
         tasks={
             task: LiveTask(
@@ -152,7 +158,7 @@ def _show(view: View, quality: Quality, standing: Standing | None, only: str | N
             )
             for task, sums in view.tasks.items()
         },
-        recent=[_bill(record) for record in view.recent if only in (None, record.request.key)],
+        recent=list(map(_bill, view.recent)),
     )
 
 

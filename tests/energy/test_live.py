@@ -66,6 +66,19 @@ def test_bills_are_summed_by_task_and_class() -> None:
     assert sums["answer"].gco2e == 50e-6
 
 
+def test_a_key_has_sums_of_its_own() -> None:
+    live = Live(HeldClock().clock)
+    for number, key in enumerate(("alice", "bob", None, "alice")):
+        billed = record(number, 5 + number)
+        live.settled(replace(billed, request=replace(billed.request, key=key)))
+    for key, energies in (("alice", [5, 8]), ("bob", [6]), (None, [5, 6, 7, 8])):
+        view = live.view(key)
+        assert view.tasks["translate"].allocated_uj == sum(energies)
+        assert view.tasks["translate"].requests == sum(view.tasks["translate"].counts) == len(energies)
+        assert [each.bill.allocated_uj for each in view.recent] == energies[::-1]
+    assert (live.view("carol").tasks, live.view("carol").recent) == ({}, ())
+
+
 def test_what_was_refused_is_left_out() -> None:
     live = Live(HeldClock().clock)
     live.settled(record(0, 0, status="refused"))

@@ -234,8 +234,11 @@ class TestBills:
                     assert found.json()["key"] == name
             latest = client.get("/v1/energy/requests", headers=headers).json()["requests"]
             assert {each["key"] for each in latest} == seen
-            recent = client.get("/v1/energy/live", headers=headers).json()["recent"]
-            assert {each["id"] for each in recent} == {asked[name] for name in seen}
+            live = client.get("/v1/energy/live", headers=headers).json()
+            assert {each["id"] for each in live["recent"]} == {asked[name] for name in seen}
+            assert live["tasks"]["sentiment"]["requests"] == sum(live["tasks"]["sentiment"]["counts"]) == len(seen)
+            # Of the machine, as the balance of its meters is.
+            assert (live["moments"] is not None) == (viewer == "admin")
 
     def test_the_sums_by_key(self, client: TestClient, secrets: dict[str, str]) -> None:
         service = client.app.state.service  # type: ignore[attr-defined]
