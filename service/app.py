@@ -10,6 +10,7 @@ from pathlib import Path
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from fastapi.telemetry import TelemetryConfig
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
@@ -58,6 +59,9 @@ from service.tracing import open_tracing
 
 WATCH_INTERVAL_S = 1.0
 DESCRIPTION = "Five NLP tasks over HTTP; every answer says what it cost in joules and grams of CO2e."
+
+_NO_TELEMETRY: TelemetryConfig = {"tracing": False, "metrics": False, "logs": False, "auto_configure": False}
+"""By default FastAPI looks for somebody's at every request."""
 
 _log = logging.getLogger(__name__)
 Build = Callable[[Settings], AbstractContextManager[Service]]
@@ -109,7 +113,7 @@ def create_app(settings: Settings, build: Build | None = None) -> FastAPI:
             *([Middleware(Shortcut, routes=routes)] if tracing is None else []),
         ],
         exception_handlers={kind: _answer for kind in kinds},
-        telemetry=None if tracing is None else tracing.fastapi_config,
+        telemetry=_NO_TELEMETRY if tracing is None else tracing.fastapi_config,
     )
     for router in routers:
         app.include_router(router)

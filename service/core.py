@@ -21,6 +21,7 @@ from service.books import Books
 from service.budgets import keep_within, to_learn, to_predict
 from service.caller import Count, caller
 from service.classifiers.store import Classifiers
+from service.desk import Desk
 from service.door import Door
 from service.engine.types import EngineClosed, Item, Output, Overloaded, Ticket, WriteItem, WriteOutput
 from service.errors import (
@@ -147,6 +148,7 @@ class Service:
     request_timeout_s: float
     knowledge: Knowledge
     classifiers: Classifiers
+    desk: Desk = field(default_factory=Desk)
     tracing: Tracing | None = None
     log_texts: bool = False
 
@@ -336,7 +338,10 @@ class Service:
                 done = (Work(receipt.request_id, phase, 0),)
                 self.account.record(Step(BESIDE, receipt.model.name, started_ns, time.monotonic_ns(), cpu_ns, done))
 
-        return timed() if is_short else await asyncio.to_thread(timed)
+        if not is_short:
+            return await asyncio.to_thread(timed)
+        await self.desk.turn()
+        return timed()
 
     async def _in_groups(self, model: Model, items: Sequence[Item], at_once: int) -> list[Output]:
         """Have ``items`` computed, ``at_once`` at a time: others' come in between. All are timed from the first on."""
@@ -407,6 +412,8 @@ def _most_written(items: Sequence[Item]) -> int:
 
 
 async def _outputs(tickets: Sequence[Ticket]) -> list[Output]:
+    if len(tickets) == 1:
+        return [await asyncio.wrap_future(tickets[0].future)]
     return await asyncio.gather(*(asyncio.wrap_future(ticket.future) for ticket in tickets))
 
 

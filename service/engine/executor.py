@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -11,6 +12,9 @@ from typing import Any
 from energy.types import Step, Work
 from service.engine.workers import Job, Result, Turn, Worker
 
+_NICER = 5
+"""How much nicer an executor is than the rest of the service. Where both want a core, the event loop gets three
+quarters of it: while it waits for one it may hold the interpreter, and so hold up every executor."""
 _log = logging.getLogger(__name__)
 
 
@@ -47,9 +51,13 @@ class Executor:
         """The models, the one that has waited longest for a step first."""
 
     def pin(self) -> None:
-        """Bind the calling thread to the device's cores, where the system can."""
-        if hasattr(os, "sched_setaffinity"):
-            os.sched_setaffinity(0, self._cores)
+        """Bind the calling thread to the device's cores, and let the event loop go before it, where the system can."""
+        if sys.platform != "linux":
+            return
+        os.sched_setaffinity(0, self._cores)
+        # With more threads, the others are ONNX Runtime's, and would wait for the one that others go before.
+        if self._threads == 1:
+            os.nice(_NICER)
 
     def served(self, model: str) -> None:
         """Put ``model``, which gets the next step, last in the order."""
