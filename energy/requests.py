@@ -41,6 +41,8 @@ class Noted(NamedTuple):
     """The metered devices that it burnt energy on."""
     portions: list[Portion]
     """By phase; nearly always one."""
+    shares: Mapping[str, int]
+    """Of its requests, over all portions."""
     whole: int
     """The sum of all shares."""
     time_ns: int
@@ -89,9 +91,10 @@ class Requests:
             for item in step.work:
                 self.costs[item.request_id].weaken(Quality.UNAVAILABLE)
             return None
-        shares = fractions(step.work, self._coefficients.get(step.model, DEFAULTS))
+        portions = _portions(step.work, fractions(step.work, self._coefficients.get(step.model, DEFAULTS)))
+        shares = _over_all(portions)
         time_ns = 0 if step.device == BESIDE else step.ended_ns - step.started_ns
-        noted = Noted(step, own, channels, _portions(step.work, shares), sum(shares) or 1, time_ns)
+        noted = Noted(step, own, channels, portions, shares, sum(shares.values()), time_ns)
         self._waiting.append(noted)
         return noted
 
@@ -101,7 +104,7 @@ class Requests:
 
     def waits(self, name: str) -> bool:
         """Whether a request has a share of a step that waits for a reading."""
-        return any(name in portion.names for noted in self._waiting for portion in noted.portions)
+        return any(name in noted.shares for noted in self._waiting)
 
     def covered_ns(self, own: str) -> int:
         """Until when every meter has been read that counts what a device does; it has one."""
@@ -115,6 +118,8 @@ class Requests:
         groups: dict[Charged, tuple[list[_Share], list[_Share]]] = {}
         for noted, claim in claims:
             if not claim.active_uj and not claim.idle_uj:
+                for name in noted.shares:
+                    self.costs[name].weaken(claim.quality)
                 continue
             for portion, part in _by_phase(noted, claim):
                 charged = Charged(device, noted.step.model, portion.phase, part.quality)
@@ -150,11 +155,11 @@ class Requests:
         judge by."""
         loads: dict[str, tuple[float, float]] = {}
         for noted in self._waiting:
-            for portion in noted.portions:
-                if name in portion.names:
-                    share = portion.parts[portion.names.index(name)] / noted.whole
-                    cpu_ns, time_ns = loads.get(noted.own, (0.0, 0.0))
-                    loads[noted.own] = cpu_ns + noted.step.cpu_ns * share, time_ns + noted.time_ns * share
+            if name not in noted.shares:
+                continue
+            share = noted.shares[name] / noted.whole
+            cpu_ns, time_ns = loads.get(noted.own, (0.0, 0.0))
+            loads[noted.own] = cpu_ns + noted.step.cpu_ns * share, time_ns + noted.time_ns * share
         expected = []
         for own, (cpu_ns, time_ns) in loads.items():
             for channel in self._channels_of(own):
@@ -215,6 +220,15 @@ def _portions(work: Sequence[Work], shares: Sequence[int]) -> list[Portion]:
         mine = by_phase.setdefault(item.phase, {})
         mine[item.request_id] = mine.get(item.request_id, 0) + share
     return [Portion(phase, tuple(mine), list(mine.values())) for phase, mine in by_phase.items()]
+
+
+def _over_all(portions: Sequence[Portion]) -> dict[str, int]:
+    """The share of each request in all ``portions`` of a step."""
+    shares: dict[str, int] = {}
+    for portion in portions:
+        more = zip(portion.names, portion.parts, strict=True)
+        shares |= more if not shares else [(name, shares.get(name, 0) + part) for name, part in more]
+    return shares
 
 
 def _by_phase(noted: Noted, claim: Claim) -> Iterable[tuple[Portion, Claim]]:

@@ -9,6 +9,9 @@ active, the rest. A step takes from each window that it overlaps
   that steps which overlap in time, the service's own work between steps and other programs are told apart. A GPU
   runs one step at a time, so there the steps share all of it by their duration.
 
+A counter that has not moved in a window is taken for one that stands still, as some virtual machines show one: what the
+steps of that window took is not known, rather than nothing.
+
 What no step has taken when a window expires is unattributed, for a reason. Nothing is ever made or lost: everything
 is integer microjoules, and each is taken once.
 """
@@ -57,6 +60,8 @@ class _Window:
     end_ns: int
     owned: bool
     """Whether its idle energy is this process's."""
+    still: bool
+    """Whether a counter did not move in it."""
     idle_uj: int
     """Of the whole window."""
     idle_left_uj: int
@@ -128,8 +133,10 @@ class Channel:
             self.idle_uw = min(self.idle_uw, energy_uj * NS_PER_S // length_ns)
         idle_uj = min(energy_uj, self.idle_uw * length_ns // NS_PER_S)
         load_ns = process_ns - self._last_process_ns + others_ns if self.by_cpu_time else 0
+        still = energy_uj == 0 and reading.resolution_ns > 0
+        active_uj = energy_uj - idle_uj
         self._windows.append(
-            _Window(self._last.at_ns, reading.at_ns, owned, idle_uj, idle_uj, energy_uj - idle_uj, load_ns, others_ns)
+            _Window(self._last.at_ns, reading.at_ns, owned, still, idle_uj, idle_uj, active_uj, load_ns, others_ns)
         )
         self._last = reading
         self._last_process_ns = process_ns
@@ -140,12 +147,15 @@ class Channel:
         idle_uj = [0] * len(steps)
         active_uj = [0] * len(steps)
         longest_ns = [0] * len(steps)
+        unknown: set[int] = set()
         started_ns = min((step.started_ns for step in steps), default=self.read_ns)
         for window in reversed(self._windows):
             if window.end_ns <= started_ns:
                 break
             length_ns = window.end_ns - window.start_ns
             within = window.overlapping(steps)
+            if window.still:
+                unknown.update(i for i, _, _ in within)
             for i, step, overlap_ns in within:
                 if length_ns > longest_ns[i]:
                     longest_ns[i] = length_ns
@@ -158,7 +168,10 @@ class Channel:
         weight_ns = sum([step.cpu_ns if self.by_cpu_time else step.ended_ns - step.started_ns for step in steps])
         if weight_ns:
             self._rate = (sum(active_uj), weight_ns)
-        return list(map(Claim, idle_uj, active_uj, self._qualities(steps, longest_ns)))
+        qualities = self._qualities(steps, longest_ns)
+        for i in unknown:
+            qualities[i] = Quality.UNAVAILABLE
+        return list(map(Claim, idle_uj, active_uj, qualities))
 
     def _share_active(self, window: _Window, within: Sequence[tuple[int, Step, int]], active_uj: list[int]) -> None:
         """Add to each of the steps that lasted ``within`` the window its part of the window's active energy."""

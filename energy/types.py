@@ -61,8 +61,7 @@ class Step:
     padding_tokens: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
+class Part(NamedTuple):
     """Allocated energy of a request on one metered device in one phase."""
 
     device: str

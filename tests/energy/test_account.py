@@ -207,6 +207,30 @@ class TestCounter:
         account.record(step(held, 10, encode("b")))
         assert bill_of(account, "b").settled
 
+    def test_a_counter_that_stands_still_bills_nothing_known_and_not_zero(
+        self, held: HeldClock, meter: CountingMeter
+    ) -> None:
+        account = counted(held, meter, idle_uw=0)
+        for name, moved_uj in (("stood", 0), ("moved", 500_000)):
+            held.run(ms=10, cpu_ms=10)
+            meter.energy_uj["cpu"] += moved_uj
+            account.record(step(held, 10, encode(name)))
+            account.sample()
+        stood, moved = bill_of(account, "stood"), bill_of(account, "moved")
+        assert (stood.allocated_uj, stood.quality, stood.settled) == (None, Quality.UNAVAILABLE, True)
+        assert (moved.allocated_uj, moved.quality) == (500_000, Quality.MEASURED)
+
+    def test_what_takes_less_than_a_microjoule_is_no_better_known_than_what_takes_more(
+        self, held: HeldClock, meter: CountingMeter
+    ) -> None:
+        account = counted(held, meter, idle_uw=0)
+        held.run(ms=10, cpu_ms=10)
+        meter.energy_uj["cpu"] += 100
+        account.record(Step("cpu", "tiny", held.now_ns - 5000, held.now_ns, 5000, (Work("little", Phase.POST, 0),)))
+        account.record(step(held, 10, encode("much")))
+        little = bill_of(account, "little")
+        assert (little.allocated_uj, little.quality) == (0, Quality.APPORTIONED)
+
     def test_idle_power_is_watched_where_nobody_knows_it(self) -> None:
         class Ticking(CountingMeter):
             def read(self):  # type: ignore[no-untyped-def]
