@@ -9,8 +9,8 @@ active, the rest. A step takes from each window that it overlaps
   that steps which overlap in time, the service's own work between steps and other programs are told apart. A GPU
   runs one step at a time, so there the steps share all of it by their duration.
 
-A counter that has not moved in a window is taken for one that stands still, as some virtual machines show one: what the
-steps of that window took is not known, rather than nothing.
+A counter that has not moved in a window is taken for one that stands still, as some virtual machines show one: what
+the steps of that window took is not known, rather than nothing.
 
 What no step has taken when a window expires is unattributed, for a reason. Nothing is ever made or lost: everything
 is integer microjoules, and each is taken once.
@@ -41,7 +41,7 @@ class Reason(StrEnum):
     WARM_UP = "warm_up"
     """Steps without requests."""
     OVERHEAD = "overhead"
-    """The service's own CPU time outside of steps: HTTP, loading, metering."""
+    """The service's own CPU time outside of steps: HTTP, checking the files of models, metering."""
     OTHER_PROCESSES = "other_processes"
     UNRESOLVED = "unresolved"
 

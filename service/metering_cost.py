@@ -29,6 +29,7 @@ from statistics import fmean, median, quantiles
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
+import uvloop
 from fastapi import FastAPI
 
 from energy.account import Account
@@ -39,9 +40,10 @@ from energy.types import Bill, Quality, RequestRecord, Step
 from service.app import build_service, create_app
 from service.core import Service
 from service.models import Model, load_model
+from service.server import TURN_S
 from service.settings import STARTERS, Settings, read_settings
 
-PAIRS = 45
+PAIRS = 36
 ROUND_S = 2.0
 AIM = 0.01
 """Of CPU time and of throughput."""
@@ -310,10 +312,11 @@ def main(arguments: Sequence[str]) -> int:
     name = arguments[0] if arguments else "translate-en-de"
     pairs = int(arguments[1]) if len(arguments) > 1 else PAIRS
     folder = Path(name) if Path(name).is_dir() else STARTERS / name
+    sys.setswitchinterval(TURN_S)
     with TemporaryDirectory() as state:
         _log_requests(Path(state) / "requests.log")
         settings = read_settings(models=str(folder), state=state)
-        cost = asyncio.run(compare(load_model(folder), settings, pairs, ROUND_S))
+        cost = uvloop.run(compare(load_model(folder), settings, pairs, ROUND_S))
     spent_us = sum(cost.spent_us.values())
     where = ", ".join(f"{name} {each_us:.1f}" for name, each_us in cost.spent_us.items())
     print(

@@ -16,7 +16,7 @@ from service.engine.engine import engine_settings
 from service.models import Models
 from service.settings import Settings
 
-_TURN_S = 0.001
+TURN_S = 0.001
 """How long a thread may keep the interpreter while others want it. By default it is 5 ms, and whatever comes for the
 event loop waits so long, again and again, where executors prepare their steps."""
 
@@ -53,7 +53,7 @@ def serve(settings: Settings) -> int:
         gpus(engine_settings(settings))
         app = create_app(settings)
         logging.config.dictConfig(_logging(settings.log_level.upper()))
-        sys.setswitchinterval(_TURN_S)
+        sys.setswitchinterval(TURN_S)
         config = uvicorn.Config(
             app,
             log_config=None,

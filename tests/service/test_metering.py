@@ -187,6 +187,7 @@ def test_the_cost_of_metering_is_measured(
     write_tiny(tmp_path / "model", "classify")
     monkeypatch.setattr("service.metering_cost._REST_S", 0.3)
     monkeypatch.setattr("service.metering_cost.ROUND_S", 0.1)
+    monkeypatch.setattr("service.metering_cost.TURN_S", sys.getswitchinterval())
     assert main([str(tmp_path / "model"), "3"]) == 0
     told = capsys.readouterr().out
     assert re.search(r"CPU time added: .*% \(95% interval .*% to .*%\); under 1%: (yes|no|not decided)", told)
