@@ -5,6 +5,9 @@ import threading
 from typing import Protocol, Self
 
 IDLE_INTERVAL_S = 1.0
+_TOGETHER = 5
+"""Readings that are settled together. A reading is a matter of microseconds; settling, logging and everything that
+comes with it costs nearly as much for one bill as for all that have come up meanwhile."""
 _log = logging.getLogger(__name__)
 
 
@@ -18,13 +21,16 @@ class Sampled(Protocol):
     def settles(self) -> bool:
         """Whether something waits for the next sample."""
 
+    def read(self) -> None:
+        """Read the meters."""
+
     def sample(self) -> None:
-        """Take one."""
+        """Read the meters, and settle what was read since the last time."""
 
 
 class Sampler:
-    """While it is entered, samples every ``interval_s`` where there is something to settle, else at once when
-    something happens, and at least once a second."""
+    """While it is entered, reads every ``interval_s`` where there is something to settle, and samples at some of those
+    readings; else it samples at once when something happens, and at least once a second."""
 
     def __init__(self, account: Sampled, interval_s: float) -> None:
         self._account = account
@@ -44,13 +50,19 @@ class Sampler:
         self._thread.join()
 
     def _run(self) -> None:
+        readings = 0
         while not self._stop.is_set():
             self._account.awake.clear()
             try:
-                self._account.sample()
+                if readings % _TOGETHER:
+                    self._account.read()
+                else:
+                    self._account.sample()
             except Exception:
                 # Bills must go on; whoever reads the account sees the gap.
                 _log.exception("the meters were not sampled")
+            readings += 1
             # However much happens, never more often than this.
             if not self._stop.wait(self._interval_s) and not self._account.settles:
                 self._account.awake.wait(IDLE_INTERVAL_S)
+                readings = 0

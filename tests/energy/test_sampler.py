@@ -8,14 +8,18 @@ from energy.sampler import Sampler
 
 
 class Counted:
-    """Counts samples, and has something to settle for as long as told."""
+    """Counts readings and samples, and has something to settle for as long as told."""
 
     def __init__(self) -> None:
         self.awake = threading.Event()
         self.settles = False
+        self.readings = 0
         self.samples = 0
         self.sampled = threading.Semaphore(0)
         self.failure: Exception | None = None
+
+    def read(self) -> None:
+        self.readings += 1
 
     def sample(self) -> None:
         self.samples += 1
@@ -34,6 +38,8 @@ def test_samples_again_and_again_while_there_is_something_to_settle() -> None:
     account.settles = True
     with Sampler(account, interval_s=0.001):
         wait(account, 10)
+    # In between the meters are read alone.
+    assert 4 * (account.samples - 1) <= account.readings <= 4 * account.samples
 
 
 def test_sleeps_when_there_is_nothing_and_wakes_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
