@@ -36,8 +36,8 @@ _LAST_READINGS = 5
 _LAST_INTERVAL_S = 0.06
 """At the end, the slowest counter gets as many readings to cover the last steps: its steps are 100 ms long."""
 _KEPT_AFTER_NS = NS_PER_S // 4
-"""Nearly every bill is final when it is first looked at after so long. Only of the others the ledger gets a provisional
-one."""
+"""Nearly every bill is final when it is first looked at after so long. Of the others alone the ledger gets a
+provisional one."""
 _ALARM_SHARE = 100
 """A residual above a hundredth of what the meter counted is an alarm."""
 _ALARM_INTERVAL_NS = 60 * NS_PER_S
