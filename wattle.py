@@ -328,7 +328,17 @@ SUBJECT = "subject"
 """Where a positional argument is kept: no setting has this name."""
 EXECUTED = ("device", "micro_batch_tokens", "recompute", "compile", "fsdp")
 SIZES = ("max_parameters", "max_mb")
-IMPORTED = ("out", "name", "scheme", "bits", "block_size", "max_positions", "source_language", "target_language")
+IMPORTED = (
+    "out",
+    "name",
+    "scheme",
+    "bits",
+    "block_size",
+    "texts",
+    "max_positions",
+    "source_language",
+    "target_language",
+)
 SCORED = ("data", "recipe", "limit", "write")
 RECIPE = "Name of a shipped recipe, or path of a TOML file."
 COMMANDS = {

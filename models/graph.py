@@ -35,6 +35,8 @@ All graphs of a folder share ``weights.bin``, in which every array lies once. A 
 
 - ``rowwise``: 8 bits, one float32 scale for each output; a token's activations are quantised with one scale too, and
   products are sums of integers (MatMulIntegerToFloat): twice as fast as blocks on batches.
+- ``calibrated``: the same, but where ``peaks`` say how large the activations of a matrix become, their scale is fixed,
+  and a product takes two nodes in place of eight.
 - ``float16``: for GPUs: half-precision weights, hidden states, keys and values (``k_{i}``, ``cross_k_{i}`` and their
   like are float16 too). Its decoder has one more output, ``tokens`` (b,), int64: the likeliest word of each row, so
   that logits need not leave the device.
@@ -70,7 +72,7 @@ _FLOAT = ir.DataType.FLOAT
 KEY_BLOCK = 16
 """Buffers hold a multiple of this many tokens, so that one query sums over them in whole groups of four."""
 
-Scheme = Literal["none", "float16", "blockwise", "rowwise"]
+Scheme = Literal["none", "float16", "blockwise", "rowwise", "calibrated"]
 
 
 def write_graphs(
@@ -80,15 +82,30 @@ def write_graphs(
     scheme: Scheme = "none",
     bits: Literal[4, 8] = 8,
     block_size: int = 64,
+    peaks: Mapping[str, float] | None = None,
 ) -> list[Path]:
     """Write the graphs of a model and the weights that they share into ``folder``; returns the files written.
 
     ``bits`` and ``block_size`` (a power of two from 16; halved for a matrix whose rows it does not divide) say how
-    ``blockwise`` stores the matrices. Raises ``ValueError`` where it meets a row that is no multiple of 16, and
-    ``KeyError`` where a weight is missing.
+    ``blockwise`` stores the matrices. ``peaks``, by the name of a matrix, say what the absolute values that
+    ``calibrated`` multiplies it with do not exceed: larger ones are cut off. Raises ``ValueError`` where it meets a
+    row that is no multiple of 16, and ``KeyError`` where a weight is missing.
     """
-    path = folder / WEIGHTS_NAME
-    with _Store(path, weights, scheme, bits, block_size) as store:
+    return _write(folder, config, _Store(folder / WEIGHTS_NAME, weights, scheme, bits, block_size, peaks or {}))
+
+
+def write_observed(folder: Path, config: TransformerConfig, weights: Mapping[str, NDArray[np.float32]]) -> list[Path]:
+    """Write float32 graphs that also show what ``peaks`` should be; returns the files written.
+
+    Their further outputs ``peaks.{name}`` (m,) are the largest absolute values of the rows that the matrix ``name`` is
+    multiplied with.
+    """
+    store = _Store(folder / WEIGHTS_NAME, weights, "none", 8, EMBEDDING_BLOCK, {}, observed=True)
+    return _write(folder, config, store)
+
+
+def _write(folder: Path, config: TransformerConfig, store: "_Store") -> list[Path]:
+    with store:
         if config.architecture == "encoder":
             graphs: dict[str, _Graph] = {"model.onnx": _encoder(config, store)}
         else:
@@ -97,7 +114,7 @@ def write_graphs(
                 graphs["encoder.onnx"] = _source_encoder(config, store)
     for name, graph in graphs.items():
         ir.save(graph.model(), folder / name)
-    return [*(folder / name for name in graphs), path]
+    return [*(folder / name for name in graphs), folder / WEIGHTS_NAME]
 
 
 def quantize(weight: NDArray[np.float32], bits: int, block_size: int) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
@@ -156,9 +173,19 @@ class _Store:
     """The weights, and the file in which every array lies once, whichever graphs and shapes refer to it."""
 
     def __init__(
-        self, path: Path, weights: Mapping[str, NDArray[np.float32]], scheme: Scheme, bits: int, block_size: int
+        self,
+        path: Path,
+        weights: Mapping[str, NDArray[np.float32]],
+        scheme: Scheme,
+        bits: int,
+        block_size: int,
+        peaks: Mapping[str, float],
+        *,
+        observed: bool = False,
     ) -> None:
         self.weights, self.scheme = weights, scheme
+        self.peaks = peaks if scheme == "calibrated" else {}
+        self.observed = observed
         self.float_type = ir.DataType.FLOAT16 if scheme == "float16" else ir.DataType.FLOAT
         """Of hidden states, and of weights that are not quantised."""
         self._bits, self._block_size = bits, block_size
@@ -172,6 +199,11 @@ class _Store:
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether a row of a matrix has one scale."""
+        return self.scheme in ("rowwise", "calibrated")
 
     def plain(self, name: str, *, transposed: bool = False) -> ir.ExternalTensor:
         """A weight as it is, or in half precision; ``transposed`` is another array, with a place of its own."""
@@ -242,6 +274,8 @@ class _Graph:
         self._initializers: dict[str, ir.Value] = {}
         self._quantised: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
         """What several products read is quantised once."""
+        self._not_negative: set[ir.Value] = set()
+        """What needs no ``Abs`` before its peaks."""
         self._zero_points: ir.Value | None = None
 
     def model(self) -> ir.Model:
@@ -261,7 +295,9 @@ class _Graph:
         self._inputs.append(value)
         return value
 
-    def output(self, value: ir.Value, name: str, *shape: str | int, dtype: ir.DataType = ir.DataType.FLOAT) -> None:
+    def output(
+        self, value: ir.Value, name: str, *shape: str | int | None, dtype: ir.DataType = ir.DataType.FLOAT
+    ) -> None:
         value.name, value.type, value.shape = name, ir.TensorType(dtype), ir.Shape(shape)
         self._outputs.append(value)
 
@@ -313,24 +349,30 @@ class _Graph:
         """
         bias = self.weight(name + ".bias") if name + ".bias" in self.store.weights else None
         name += ".weight"
-        if self.store.scheme == "blockwise" and not plain:
-            return self._linear_in_blocks(x, self.store.blocks(name), bias)
-        if self.store.scheme == "rowwise" and not plain:
-            matrix = self.store.rows(name, transposed=True)
-            x = self._linear_in_integers(x, self._initializer(matrix.codes), matrix.scales)
-        else:
+        if plain or self.store.scheme in ("none", "float16"):
+            if not plain:
+                self._observe(x, name)
             x = self.op("MatMul", x, self._initializer(self.store.plain(name, transposed=True)))
-        return x if bias is None else self.op("Add", x, bias)
-
-    def linear_tied(self, x: ir.Value, table: str) -> ir.Value:
-        """``x`` (m, d) times the transposed embedding ``table`` (n, d), read from the bytes that ``lookup`` reads."""
+            return x if bias is None else self.op("Add", x, bias)
         if self.store.scheme == "blockwise":
-            return self._linear_in_blocks(x, self.store.table(table), None)
-        if self.store.scheme == "rowwise":
-            matrix = self.store.rows(table)
-            # ONNX Runtime transposes it once, as it loads the graph.
-            return self._linear_in_integers(x, self.op("Transpose", self._initializer(matrix.codes)), matrix.scales)
-        return self.op("Gemm", x, self.weight(table), transB=1)
+            return self._linear_in_blocks(x, self.store.blocks(name), bias)
+        codes = self._initializer(self.store.rows(name, transposed=True).codes)
+        return self._linear_in_integers(x, name, codes, bias)
+
+    def linear_tied(self, x: ir.Value, table: str, bias_name: str) -> ir.Value:
+        """``x`` (m, d) times the transposed embedding ``table`` (n, d), read from the bytes that ``lookup`` reads.
+
+        Plus the bias of that name, where there is one.
+        """
+        bias = self.weight(bias_name) if bias_name in self.store.weights else None
+        if self.store.scheme in ("none", "float16"):
+            self._observe(x, table)
+            return self.op("Gemm", x, self.weight(table), bias, transB=1)
+        if self.store.scheme == "blockwise":
+            return self._linear_in_blocks(x, self.store.table(table), bias)
+        # ONNX Runtime transposes it once, as it loads the graph.
+        codes = self.op("Transpose", self._initializer(self.store.rows(table).codes))
+        return self._linear_in_integers(x, table, codes, bias)
 
     def _linear_in_blocks(self, x: ir.Value, matrix: "_Blocks", bias: ir.Value | None) -> ir.Value:
         n, blocks = matrix.scales.shape.numpy()
@@ -351,24 +393,36 @@ class _Graph:
             accuracy_level=4,
         )
 
-    def _linear_in_integers(self, x: ir.Value, codes: ir.Value, scales: ir.ExternalTensor) -> ir.Value:
-        """Integer products of the quantised rows of ``x`` (m, k) and ``codes`` (k, n)."""
+    def _linear_in_integers(self, x: ir.Value, name: str, codes: ir.Value, bias: ir.Value | None) -> ir.Value:
+        """Integer products of the quantised rows of ``x`` (m, k) and ``codes`` (k, n) of the matrix ``name``."""
+        scales, zero_point = self._initializer(self.store.rows(name).scales), self.constant(128, np.uint8)
+
+        def product(rows: ir.Value, scale: ir.Value, bias: ir.Value | None) -> ir.Value:
+            inputs = (rows, codes, scale, scales, zero_point, None, bias)
+            return self.op("MatMulIntegerToFloat", *inputs, domain="com.microsoft")
+
+        if name in self.store.peaks:
+            scale = self.constant(self.store.peaks[name] / 127, np.float32)
+            if x not in self._quantised:
+                self._quantised[x] = self.op("QuantizeLinear", x, scale, zero_point), scale
+            return product(*self._quantised[x], bias)
         rows, row_scales = self._quantised_rows(x)
-        one, zero_point = self.constant(1, np.float32), self.constant(128, np.uint8)
-        product = self.op(
-            "MatMulIntegerToFloat",
-            rows,
-            codes,
-            one,
-            self._initializer(scales),
-            zero_point,
-            domain="com.microsoft",
+        x = self.op("Mul", product(rows, self.constant(1, np.float32), None), row_scales)
+        return x if bias is None else self.op("Add", x, bias)
+
+    def _observe(self, x: ir.Value, name: str) -> None:
+        if self.store.observed:
+            self.output(self._peaks(x), f"peaks.{name}", None)
+
+    def _peaks(self, x: ir.Value) -> ir.Value:
+        """(m, k) -> (m,), the largest absolute value of each row."""
+        return self.op(
+            "ReduceMax", x if x in self._not_negative else self.op("Abs", x), self.constant([1]), keepdims=0
         )
-        return self.op("Mul", product, row_scales)
 
     def begin_rows(self, x: ir.Value) -> None:
         """From here on, what matrices are multiplied with has as many rows as ``x`` (m, ...)."""
-        if self.store.scheme == "rowwise":
+        if self.store.by_rows:
             rows = self.op("Shape", x, start=0, end=1)
             self._zero_points = self.op("Expand", self.constant([128], np.uint8), rows)
 
@@ -378,7 +432,7 @@ class _Graph:
         One scale per row and not per tensor: rows of a batch stay independent.
         """
         if x not in self._quantised:
-            peaks = self.op("ReduceMax", self.op("Abs", x), self.constant([1]), keepdims=0)
+            peaks = self._peaks(x)
             scales = self.op("Mul", peaks, self.constant(1 / 127, np.float32))
             codes = self.op("QuantizeLinear", x, scales, self._zero_points, axis=0)
             self._quantised[x] = codes, self.unsqueeze(scales, 1)
@@ -388,7 +442,7 @@ class _Graph:
         """Rows ``ids`` (m,) of the embedding ``table`` (n, d)."""
         if self.store.scheme in ("none", "float16"):
             return self.op("Gather", self.weight(table), ids)
-        if self.store.scheme == "rowwise":
+        if self.store.by_rows:
             rows = self.store.rows(table)
             codes, scales = (self.op("Gather", self._initializer(part), ids) for part in (rows.codes, rows.scales))
             return self.op("DequantizeLinear", codes, scales, axis=0)
@@ -451,11 +505,13 @@ class _Network(_Graph):
             case "modern", _:
                 x = self.op("Relu", x)
                 x = self.op("Mul", x, x)
+                self._not_negative.add(x)
             case "llama", _:
                 gate, x = self.ops("Split", x, n_outputs=2, axis=-1, num_outputs=2)
                 x = self.op("Mul", self.silu(gate), x)
             case _, "relu":
                 x = self.op("Relu", x)
+                self._not_negative.add(x)
             case _, "silu":
                 x = self.silu(x)
             case _:
@@ -718,9 +774,7 @@ def _decoder(config: TransformerConfig, store: _Store) -> _Network:
     elif config.style == "bert":
         x = g.norm(g.op("Gelu", g.linear(x, "head.dense")), "head.norm")
     own_output = "head.out.weight" in store.weights
-    x = g.linear(x, "head.out") if own_output else g.linear_tied(x, "embed.token.weight")
-    if "head.word_bias" in store.weights:
-        x = g.op("Add", x, g.weight("head.word_bias"))
+    x = g.linear(x, "head.out") if own_output else g.linear_tied(x, "embed.token.weight", "head.out.bias")
     x = g.cast(x, _FLOAT)
     g.output(x, "logits", "rows", config.vocab_size)
     if store.scheme == "float16":

@@ -68,7 +68,7 @@ class GenerationDefaults(_Part):
 class Quantisation(_Part):
     """How the weights are stored, and what that cost."""
 
-    scheme: Literal["none", "float16", "blockwise", "rowwise"]
+    scheme: Literal["none", "float16", "blockwise", "rowwise", "calibrated"]
     """As ``models.graph`` explains them."""
     bits: int = 32
     block_size: int = 0
@@ -125,7 +125,7 @@ class Load(_Part):
 class Variant(_Part):
     """The same model stored in another way, measured beside the others."""
 
-    scheme: Literal["none", "float16", "blockwise", "rowwise"]
+    scheme: Literal["none", "float16", "blockwise", "rowwise", "calibrated"]
     bits: int
     size_mb: float
     parity_cosine: float

@@ -40,6 +40,7 @@ def write_card(folder: Path, manifest: Manifest) -> None:
         scales = {
             "float16": "in half precision",
             "rowwise": "with a scale for each output",
+            "calibrated": "with a scale for each output, and scales of activations that are fixed",
             "blockwise": f"in blocks of {stored.block_size}",
         }
         lines.append(

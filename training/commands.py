@@ -129,6 +129,7 @@ def run_import(source: str, settings: Settings) -> None:
         max_positions=settings.max_positions,
         source_language=settings.source_language,
         target_language=settings.target_language,
+        texts=settings.texts,
     )
     _print_written(manifest, settings)
 

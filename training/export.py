@@ -4,14 +4,13 @@ The graphs are first written in float32 and compared with PyTorch, then quantise
 """
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
-import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
@@ -30,13 +29,14 @@ from models.manifest import (
     TrainingEnergy,
     write_manifest,
 )
-from models.processor import keep_products_exact
 from models.transformer import Transformer
+from training.activations import fixed_peaks
 from training.card import write_card
 from training.errors import TrainingError
+from training.graphs import Graphs
 from training.recipe import Recipe, Storage
 from training.records import gco2e
-from training.tasks import TASKS, Batch, collate
+from training.tasks import TASKS, Batch, Sample, collate
 from training.tokenizer import BOS, EOS, PAD, PAD_ID, token_id
 from training.train import Trained, load_rows
 
@@ -71,12 +71,15 @@ class Finished:
     """What its graphs are tried on."""
     reference: NDArray[np.float32]
     """The logits that they should answer."""
+    texts: Iterable[Batch] = ()
+    """What its activations are observed on, one text each; the calibrated scheme alone needs them."""
     tolerance: float = PARITY_LIMIT
 
 
 def export(recipe: Recipe, trained: Trained, data: Path, out: Path) -> Manifest:
     """Write ``out/<name>`` from a finished run; see ``write_model``."""
-    batch = parity_batch(recipe, trained.tokenizer, data)
+    samples = real_samples(recipe, trained.tokenizer, data)
+    batch = parity_batch(samples)
     finished = Finished(
         name=recipe.name,
         config=trained.model.config,
@@ -84,6 +87,7 @@ def export(recipe: Recipe, trained: Trained, data: Path, out: Path) -> Manifest:
         tokenizer=trained.tokenizer,
         batch=batch,
         reference=torch_logits(trained.model, batch),
+        texts=one_by_one(samples),
     )
     return write_model(finished, recipe.export, partial(_manifest, recipe, trained, finished.config), out)
 
@@ -104,11 +108,11 @@ def write_model(model: Finished, how: Storage, describe: Callable[[Quantisation]
         folder = Path(scratch) / name
         folder.mkdir()
         write_graphs(folder, config, model.weights, "none")
-        found = compare(onnx_logits(folder, config, model.batch), model.reference)
+        found = compare(Graphs(folder, config).logits(model.batch), model.reference)
         if not found.max_error <= model.tolerance:
             raise TrainingError(f"{name}: the float32 graph differs from PyTorch by {found.max_error:.2g}")
         bar.update()
-        stored = write_quantised(folder, config, model.weights, how, model.batch, model.reference)
+        stored = write_quantised(folder, model, how)
         model.tokenizer.save(str(folder / "tokenizer.json"))
         manifest = describe(stored)
         write_card(folder, manifest)
@@ -120,17 +124,12 @@ def write_model(model: Finished, how: Storage, describe: Callable[[Quantisation]
     return manifest
 
 
-def write_quantised(
-    folder: Path,
-    config: TransformerConfig,
-    weights: Mapping[str, NDArray[np.float32]],
-    how: Storage,
-    batch: Batch,
-    reference: NDArray[np.float32],
-) -> Quantisation:
-    """Write the graphs as ``how`` says, and how far their logits on ``batch`` are from ``reference``."""
-    write_graphs(folder, config, weights, how.scheme, how.bits, how.block_size)
-    found = compare(onnx_logits(folder, config, batch), reference)
+def write_quantised(folder: Path, model: Finished, how: Storage) -> Quantisation:
+    """Write the graphs as ``how`` says, and how far their logits on the model's batch are from its reference."""
+    config, weights = model.config, model.weights
+    peaks = fixed_peaks(config, weights, model.texts) if how.scheme == "calibrated" else {}
+    write_graphs(folder, config, weights, how.scheme, how.bits, how.block_size, peaks)
+    found = compare(Graphs(folder, config).logits(model.batch), model.reference)
     return Quantisation(
         scheme=how.scheme,
         bits=how.bits_per_weight,
@@ -188,12 +187,25 @@ def _special_ids(tokenizer: Tokenizer) -> SpecialIds:
     return SpecialIds(pad=pad, bos=bos, eos=eos)
 
 
-def parity_batch(recipe: Recipe, tokenizer: Tokenizer, data: Path, size: int = 16) -> Batch:
-    """A ragged batch of real samples."""
+def real_samples(recipe: Recipe, tokenizer: Tokenizer, data: Path, count: int = 256) -> list[Sample]:
+    """About as many samples of each of the recipe's sets, ``count`` in all at most."""
     task = TASKS[recipe.served_task](recipe, tokenizer)
-    rows = (row for _, part in load_rows(recipe, data) for row in part)
-    samples = list(islice((sample for row in rows for sample in task.samples(row)), size))
-    return collate(samples, PAD_ID)
+    parts = [rows for _, rows in load_rows(recipe, data)]
+    return [
+        sample
+        for rows in parts
+        for sample in islice((sample for row in rows for sample in task.samples(row)), max(1, count // len(parts)))
+    ]
+
+
+def parity_batch(samples: Sequence[Sample], size: int = 16) -> Batch:
+    """A ragged batch, spread over all ``samples``."""
+    return collate(samples[:: max(1, len(samples) // size)][:size], PAD_ID)
+
+
+def one_by_one(samples: Iterable[Sample]) -> Iterator[Batch]:
+    """A batch for each sample."""
+    return (collate([sample], PAD_ID) for sample in samples)
 
 
 @torch.no_grad()
@@ -214,43 +226,6 @@ def torch_logits(model: Transformer, batch: Batch) -> NDArray[np.float32]:
     prefix = batch["prefix"] if config.architecture == "prefix-lm" else None
     hidden = model.decode(batch["ids"], prefix_lengths=prefix, token_types=batch.get("types"))
     return model.word_logits(hidden[rows, lengths - 1]).numpy()
-
-
-def onnx_logits(folder: Path, config: TransformerConfig, batch: Batch) -> NDArray[np.float32]:
-    """The same from the graphs in ``folder``."""
-    ids, lengths = batch["ids"].numpy(), batch["lengths"].numpy()
-    rows = len(ids)
-    if config.architecture == "encoder":
-        feeds = {"input_ids": ids, "lengths": lengths}
-        if config.n_token_types:
-            feeds["token_types"] = batch["types"].numpy() if "types" in batch else np.zeros_like(ids)
-        logits = _session(folder / "model.onnx").run(["logits"], feeds)[0]
-        if config.head == "span":
-            return logits[np.arange(ids.shape[1]) < lengths[:, None]]  # type: ignore[no-any-return]
-        return logits  # type: ignore[no-any-return]
-    extra: dict[str, NDArray[np.generic]] = {}
-    if config.architecture == "encoder-decoder":
-        encoder = _session(folder / "encoder.onnx")
-        names = [each.name for each in encoder.get_outputs()]
-        extra = dict(zip(names, encoder.run(names, {"input_ids": ids, "lengths": lengths}), strict=True))
-        extra["source_lengths"] = lengths
-        ids, lengths = batch["target"].numpy(), batch["target_lengths"].numpy()
-    elif config.architecture == "prefix-lm":
-        extra["prefix_lengths"] = batch["prefix"].numpy()
-    decoder = _session(folder / "decoder.onnx")
-    in_halves = any(each.type == "tensor(float16)" for each in decoder.get_inputs())
-    shape = (rows, config.kv_heads, ids.shape[1], config.head_dim)
-    empty = np.zeros(shape, dtype=np.float16 if in_halves else np.float32)
-    buffers = {f"{part}_{layer}": empty for part in ("k", "v") for layer in range(config.n_decoder_layers)}
-    feeds = {"input_ids": ids, "lengths": lengths, "positions": np.zeros(rows, dtype=np.int64), **buffers, **extra}
-    return decoder.run(["logits"], feeds)[0]  # type: ignore[no-any-return]
-
-
-def _session(path: Path) -> ort.InferenceSession:
-    options = ort.SessionOptions()
-    keep_products_exact(options)
-    options.log_severity_level = 3  # else every layer would warn that its buffers are not updated in place here
-    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
 def compare(found: NDArray[np.float32], wanted: NDArray[np.float32]) -> Parity:

@@ -73,7 +73,7 @@ class Foreign:
 
     @torch.no_grad()
     def logits(self, batch: Batch) -> NDArray[np.float32]:
-        """What the graphs compute on ``batch``, by the library; see ``training.export.onnx_logits``."""
+        """What the graphs compute on ``batch``, by the library; see ``training.graphs``."""
         lengths = batch["lengths"]
         real = torch.arange(batch["ids"].size(1)) < lengths[:, None]
         inputs = {"input_ids": batch["ids"], "attention_mask": real.long()}
@@ -96,6 +96,15 @@ class Foreign:
                 mean = (hidden * real[..., None]).sum(1) / lengths[:, None]
                 found = hidden[:, 0] if self.config.pooling == "first" else mean
         return found.numpy()  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def written(self, ids: torch.Tensor, most: int) -> torch.Tensor:
+        """What an encoder-decoder writes of ``ids`` (1, s) greedily, its start included, (1, ``most`` at most)."""
+        mask = torch.ones_like(ids)
+        found: torch.Tensor = self.theirs.generate(  # type: ignore[operator]
+            ids, attention_mask=mask, num_beams=1, do_sample=False, max_length=None, max_new_tokens=most
+        )
+        return found[:, :most]
 
 
 def load_foreign(folder: Path, max_positions: int, pooling: Pooling) -> Foreign:
@@ -216,7 +225,9 @@ def _marian(config: PretrainedConfig, weights: _Weights, max_positions: int) -> 
     activation = _ACTIVATIONS[_expect(config, "activation_function", *_ACTIVATIONS)]
     weights.put("embed.token", "model.shared")
     weights.put_rows("embed.position", "model.encoder.embed_positions", max_positions)
-    weights.ours["head.word_bias"] = _word_bias(weights.theirs)
+    word_bias = _word_bias(weights.theirs)
+    if word_bias.any():
+        weights.ours["head.out.bias"] = word_bias
     weights.put_layers("encoder", "model.encoder.layers", config.encoder_layers, _MARIAN_ENCODER_LAYER)
     weights.put_layers("decoder", "model.decoder.layers", config.decoder_layers, _MARIAN_DECODER_LAYER)
     if not config.tie_word_embeddings:

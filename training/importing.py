@@ -4,12 +4,15 @@ Knows nothing of what the weights are called elsewhere (``training.families``).
 """
 
 import re
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from tokenizers import Tokenizer
 
 from models.config import TransformerConfig
 from models.manifest import NAME_PATTERN, Manifest, Parent, Quantisation, SpecialIds, Task
@@ -24,6 +27,8 @@ from training.tasks import Batch
 _FILES = ("*.json", "1_Pooling/*.json", "*.spm", "*.jinja", "README.md", "model*.safetensors", "pytorch_model.bin")
 _MAX_TOKENS = 256
 """What a text gets that does not say how long it may become."""
+_MOST_TEXTS = 128
+"""On how many the model's activations are observed."""
 
 
 def import_model(
@@ -35,12 +40,17 @@ def import_model(
     max_positions: int = 2048,
     source_language: str | None = None,
     target_language: str | None = None,
+    texts: Path | None = None,
 ) -> Manifest:
     """Write ``out/<name>`` from a Hugging Face folder, or a name on the Hub, whose model is then fetched.
 
-    ``max_positions`` is the longest text that it will hold, where the model itself can hold more. Raises
+    ``max_positions`` is the longest text that it will hold, where the model itself can hold more; ``texts`` is a file
+    with a text on each line, of the kind that it will read, which the calibrated scheme needs. Raises
     ``TrainingError`` for what is missing, and for what the graphs cannot express.
     """
+    how = how or Storage()
+    if how.scheme == "calibrated" and texts is None:
+        raise TrainingError("the calibrated scheme needs --texts FILE, texts of the kind that the model will read")
     folder = _folder(source)
     name = name or re.sub(r"[^a-z0-9._-]+", "-", Path(source).resolve().name.lower()).strip("-._")[:64]
     if not re.fullmatch(NAME_PATTERN, name):
@@ -63,7 +73,8 @@ def import_model(
     reference = foreign.logits(batch)
     # What float32 keeps of logits that may be large: nobody knows what this model's are like.
     tolerance = PARITY_LIMIT * max(1.0, float(np.abs(reference[np.isfinite(reference)]).max()))
-    finished = Finished(name, config, foreign.weights, tokenizer, batch, reference, tolerance)
+    observed = () if texts is None else _batches(foreign, tokenizer, special, _lines(texts))
+    finished = Finished(name, config, foreign.weights, tokenizer, batch, reference, observed, tolerance)
 
     def describe(quantisation: Quantisation) -> Manifest:
         return Manifest(
@@ -85,7 +96,7 @@ def import_model(
             parent=Parent(name=Path(source).name, relation="imported", licence=files.licence),
         )
 
-    return write_model(finished, how or Storage(), describe, out)
+    return write_model(finished, how, describe, out)
 
 
 def _folder(source: str | Path) -> Path:
@@ -127,6 +138,33 @@ def _labels(foreign: Foreign) -> tuple[str, ...]:
             "labels negative, neutral and positive"
         )
     return labels
+
+
+def _lines(path: Path) -> list[str]:
+    """The first texts of a file. Raises ``TrainingError``."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            lines = list(islice(filter(None, map(str.strip, file)), _MOST_TEXTS))
+    except (OSError, UnicodeDecodeError) as error:
+        raise TrainingError(f"{path}: cannot be read: {error}") from error
+    if not lines:
+        raise TrainingError(f"{path}: holds no texts, which should be one a line")
+    return lines
+
+
+def _batches(foreign: Foreign, tokenizer: Tokenizer, special: SpecialIds, lines: list[str]) -> Iterator[Batch]:
+    """Each line as the model reads it, with what an encoder-decoder itself writes of it."""
+    config = foreign.config
+    before = [] if special.cls is None else [special.cls]
+    after = [special.eos] if config.architecture == "encoder-decoder" else [] if special.sep is None else [special.sep]
+    room = config.max_positions - len(before) - len(after)
+    for line in lines:
+        ids = torch.tensor([[*before, *tokenizer.encode(line, add_special_tokens=False).ids[:room], *after]])
+        batch = {"ids": ids, "lengths": torch.tensor([ids.size(1)])}
+        if config.architecture == "encoder-decoder":
+            target = foreign.written(ids, min(ids.size(1) * 2, config.max_positions - 1))
+            batch |= {"target": target, "target_lengths": torch.tensor([target.size(1)])}
+        yield batch
 
 
 def _parity_batch(config: TransformerConfig, special: SpecialIds) -> Batch:

@@ -21,7 +21,8 @@ from models.manifest import Load, Manifest, Score, Variant, load_manifest, write
 from models.weights import read_weights
 from training.card import write_card
 from training.evaluate import REQUEST_TEXTS, Evaluation, Query, asked, cost, evaluate
-from training.export import onnx_logits, parity_batch, write_quantised
+from training.export import Finished, one_by_one, parity_batch, real_samples, write_quantised
+from training.graphs import Graphs
 from training.knowledge import Ask
 from training.recipe import EvaluateRecipe, Recipe, Storage
 
@@ -33,6 +34,7 @@ Queries = tuple[Mapping[str, Any], Sequence[Query]]
 WAYS = (
     Storage(scheme="none"),
     Storage(scheme="rowwise"),
+    Storage(scheme="calibrated"),
     Storage(scheme="blockwise", bits=8, block_size=64),
     Storage(scheme="blockwise", bits=4, block_size=32),
 )
@@ -163,15 +165,18 @@ def quantise(folder: Path, recipe: Recipe, data: Path, how: Storage, out: Path) 
     out, as nobody has measured them.
     """
     manifest = load_manifest(folder)
-    config = manifest.config
     weights = read_weights(folder, manifest.quantisation)
-    batch = parity_batch(recipe, Tokenizer.from_file(str(folder / "tokenizer.json")), data)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    samples = real_samples(recipe, tokenizer, data)
+    batch = parity_batch(samples)
     with tempfile.TemporaryDirectory() as scratch:
-        write_graphs(Path(scratch), config, weights, "none")
-        reference = onnx_logits(Path(scratch), config, batch)
+        write_graphs(Path(scratch), manifest.config, weights, "none")
+        reference = Graphs(Path(scratch), manifest.config).logits(batch)
     out.mkdir(parents=True)
     shutil.copy(folder / "tokenizer.json", out)
-    stored = write_quantised(out, config, weights, how, batch, reference)
+    texts = one_by_one(samples)
+    model = Finished(manifest.name, manifest.config, weights, tokenizer, batch, reference, texts)
+    stored = write_quantised(out, model, how)
     changed = manifest.model_copy(update={"quantisation": stored, "scores": ()})
     write_card(out, changed)
     return write_manifest(out, changed)

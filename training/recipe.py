@@ -226,7 +226,8 @@ class Storage(_Part):
     """How the weights are stored (``models.graph``)."""
 
     scheme: Scheme = "rowwise"
-    """``rowwise``, 8 bits and a scale for each output, ``blockwise`` or ``none``, float32."""
+    """``rowwise``, 8 bits and a scale for each output; ``calibrated``, the same with scales of activations fixed on
+    the recipe's data; ``blockwise``; or ``none``, float32."""
     bits: Literal[4, 8] = 8
     """Of the blockwise scheme, as the block size."""
     block_size: int = 64
@@ -235,13 +236,13 @@ class Storage(_Part):
     @property
     def bits_per_weight(self) -> int:
         """Of a matrix."""
-        return {"none": 32, "float16": 16, "rowwise": 8, "blockwise": self.bits}[self.scheme]
+        return {"none": 32, "float16": 16, "rowwise": 8, "calibrated": 8, "blockwise": self.bits}[self.scheme]
 
     @property
     def bytes_per_parameter(self) -> float:
-        """About; the scales of the rowwise scheme are too few to count."""
+        """About; the scales of whole rows are too few to count."""
         in_blocks = self.bits / 8 + 4 / self.block_size
-        return {"none": 4.0, "float16": 2.0, "rowwise": 1.0, "blockwise": in_blocks}[self.scheme]
+        return {"none": 4.0, "float16": 2.0, "rowwise": 1.0, "calibrated": 1.0, "blockwise": in_blocks}[self.scheme]
 
 
 class ExportRecipe(Storage):

@@ -56,8 +56,11 @@ class Settings(BaseSettings):
     )
     scheme: Scheme = Field(
         "rowwise",
-        description="How weights are stored: rowwise (8 bits), blockwise (8 or 4 bits), float16 (for GPUs) or none "
-        "(32 bits).",
+        description="How weights are stored: rowwise (8 bits), calibrated (the same, faster, with --texts), blockwise "
+        "(8 or 4 bits), float16 (for GPUs) or none (32 bits).",
+    )
+    texts: Path | None = Field(
+        None, description="Texts of the kind that an imported model will read, one a line, for the calibrated scheme."
     )
     bits: Literal["8", "4"] = Field("8", description="Bits of a weight of the blockwise scheme.")
     block_size: Literal["16", "32", "64"] = Field(

@@ -11,7 +11,8 @@ import torch
 from numpy.typing import NDArray
 
 from models.config import TransformerConfig
-from models.graph import KEY_BLOCK, Scheme, quantize, write_graphs
+from models.graph import KEY_BLOCK, Scheme, quantize, write_graphs, write_observed
+from models.processor import keep_products_exact
 from models.transformer import Transformer
 from tests.tiny import KINDS, WRITERS, Kind, tiny_config, tiny_transformer, weights_of
 
@@ -25,6 +26,7 @@ LENGTHS = np.array([7, 1, 12, 3, 9])
 def session(path: Path) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
+    keep_products_exact(options)
     return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
@@ -103,7 +105,7 @@ def reference(model: Transformer, ids: NDArray[np.int64], prefixes: NDArray[np.i
     return np.asarray(model.word_logits(hidden).numpy())
 
 
-@pytest.fixture(params=["none", "blockwise", "rowwise"])
+@pytest.fixture(params=["none", "blockwise", "rowwise", "calibrated"])
 def scheme(request: pytest.FixtureRequest) -> Scheme:
     return cast(Scheme, request.param)
 
@@ -111,7 +113,10 @@ def scheme(request: pytest.FixtureRequest) -> Scheme:
 def built(folder: Path, kind: Kind, scheme: Scheme = "none") -> tuple[TransformerConfig, Transformer]:
     config = tiny_config(kind)
     model = tiny_transformer(config)
-    write_graphs(folder, config, weights_of(model), scheme, block_size=32)
+    weights = weights_of(model)
+    # Some matrices have a fixed scale, and others one per row.
+    peaks = {name: 4.0 for name in weights if name.endswith(("qkv.weight", "up.weight", "token.weight"))}
+    write_graphs(folder, config, weights, scheme, block_size=32, peaks=peaks)
     return config, model
 
 
@@ -263,6 +268,54 @@ def test_quantised_logits_stay_close(
     plain, quantised = logits
     assert not np.array_equal(plain, quantised)
     assert (plain * quantised).sum() / np.linalg.norm(plain) / np.linalg.norm(quantised) > least
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_was_observed_is_a_scale_that_cuts_nothing_off(tmp_path: Path, kind: Kind) -> None:
+    config = tiny_config(kind)
+    weights = weights_of(tiny_transformer(config))
+    whole, observed = first_outputs(tmp_path / "observed", config, weights, None), {}
+    for name in [name for name in whole if name.startswith("peaks.")]:
+        observed[name.removeprefix("peaks.")] = float(whole.pop(name).max())
+    matrices = {name for name, weight in weights.items() if weight.ndim == 2 and "embed" not in name}
+    assert matrices - observed.keys() <= {"head.out.weight", "head.extract.weight"}
+    fixed = first_outputs(tmp_path / "fixed", config, weights, observed)
+    halved = {name: peak / 4 for name, peak in observed.items()}
+    cut = first_outputs(tmp_path / "cut", config, weights, halved)
+    assert whole.keys() == fixed.keys() == cut.keys()
+    error = {name: float(np.abs(fixed[name] - whole[name]).max()) for name in whole}
+    for name in ("logits", "cross_k_1"):
+        if name in whole:
+            assert error[name] <= 0.1 * np.abs(whole[name]).max()
+            assert np.abs(cut[name] - whole[name]).max() > 2 * error[name]
+
+
+def first_outputs(
+    folder: Path, config: TransformerConfig, weights: Any, peaks: dict[str, float] | None
+) -> dict[str, NDArray[np.float32]]:
+    """All outputs for texts that are read at once; of observed graphs where there are no ``peaks``."""
+    folder.mkdir()
+    if peaks is None:
+        write_observed(folder, config, weights)
+    else:
+        write_graphs(folder, config, weights, "calibrated", peaks=peaks)
+    feeds: dict[str, Any] = {"input_ids": padded(config), "lengths": LENGTHS}
+    if config.architecture == "encoder":
+        if config.n_token_types:
+            feeds["token_types"] = np.zeros_like(feeds["input_ids"])
+        return run(session(folder / "model.onnx"), feeds)
+    found = {}
+    if config.architecture == "encoder-decoder":
+        found = run(session(folder / "encoder.onnx"), feeds)
+        feeds |= {name: cross for name, cross in found.items() if name.startswith("cross")}
+        feeds["source_lengths"] = LENGTHS
+    if config.architecture == "prefix-lm":
+        feeds["prefix_lengths"] = LENGTHS
+    shape = (len(LENGTHS), config.kv_heads, feeds["input_ids"].shape[1], config.head_dim)
+    for layer in range(config.n_decoder_layers):
+        feeds |= {f"{part}_{layer}": np.zeros(shape, np.float32) for part in "kv"}
+    feeds["positions"] = np.zeros_like(LENGTHS)
+    return found | run(session(folder / "decoder.onnx"), feeds)
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -11,8 +11,9 @@ from models.graph import quantize, quantize_rows, write_graphs
 from models.weights import _joined
 from tests.tiny import tiny_config, tiny_transformer, weights_of
 from tests.training import recipes
-from training.export import onnx_logits, torch_logits
+from training.export import torch_logits
 from training.fake_quantise import FakeQuantised, fake_blocks, fake_rows
+from training.graphs import Graphs
 from training.recipe import Storage
 from training.together import Together
 from training.train import train
@@ -53,7 +54,7 @@ def test_a_model_computes_as_its_quantised_graph(tmp_path, kind, how):
     ids = torch.tensor([[7, 9, 11, 30], [8, 90, 12, 0]])
     batch = {"ids": ids, "lengths": torch.tensor([4, 3]), "target": ids[:, :3], "target_lengths": torch.tensor([3, 2])}
     write_graphs(tmp_path, config, weights_of(model), how.scheme, how.bits, how.block_size)
-    exact, graph = torch_logits(model, batch), onnx_logits(tmp_path, config, batch)
+    exact, graph = torch_logits(model, batch), Graphs(tmp_path, config).logits(batch)
     with FakeQuantised(model, how):
         found = torch_logits(model, batch)
     assert np.abs(found - graph).max() < 0.3 * np.abs(exact - graph).max()

@@ -44,8 +44,9 @@ def imported(tmp_path_factory):
         if (kind, scheme) not in made:
             pair = {"source_language": "en", "target_language": "de"} if kind.startswith("marian") else {}
             out = root / "ours"
-            how = Storage(scheme=scheme, block_size=32)
-            manifest = import_model(root / "theirs" / kind, out, name=f"{kind}-{scheme}", how=how, **pair)
+            how, texts = Storage(scheme=scheme, block_size=32), root / "texts.txt"
+            texts.write_text("w5 w7 w9\n\nw11 w2 w30 w8 w8\nw1\n" * 9)
+            manifest = import_model(root / "theirs" / kind, out, name=f"{kind}-{scheme}", how=how, texts=texts, **pair)
             made[kind, scheme] = Loaded(manifest, out / manifest.name)
         return made[kind], made[kind, scheme]
 
@@ -70,7 +71,7 @@ def write(loaded, texts, **how):
     return [list(output.output_ids) for output in answers(loaded, items)]
 
 
-@pytest.mark.parametrize("scheme", ["rowwise", "blockwise", "float16"])
+@pytest.mark.parametrize("scheme", ["rowwise", "calibrated", "blockwise", "float16"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_logits_are_the_librarys(imported, kind, scheme):
     """On ragged rows; the import itself refuses what is further off."""
@@ -78,7 +79,8 @@ def test_logits_are_the_librarys(imported, kind, scheme):
     assert load_manifest(whole.folder) == whole.manifest
     assert whole.manifest.quantisation.parity_max_error <= PARITY_LIMIT
     _, small = imported(kind, scheme)
-    assert small.manifest.quantisation.parity_cosine > {"float16": 0.9999, "blockwise": 0.995, "rowwise": 0.99}[scheme]
+    least = {"float16": 0.9999, "blockwise": 0.995, "rowwise": 0.99, "calibrated": 0.98}[scheme]
+    assert small.manifest.quantisation.parity_cosine > least
     assert 0 < small.manifest.quantisation.parity_max_error < 1.0
     assert small.manifest.size_bytes < whole.manifest.size_bytes / 1.8
 
@@ -295,6 +297,20 @@ def test_a_folder_that_is_not_whole_is_refused(tmp_path, capsys, file, change, s
     capsys.readouterr()
     assert wattle.main(["import", str(tmp_path / "theirs"), "--out", str(tmp_path / "out")]) == 1
     assert capsys.readouterr().err.count("wattle: ") == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [(None, "needs --texts FILE"), (b"\n \n", "holds no texts"), (b"\xff", "cannot be read")],
+)
+def test_scales_are_not_fixed_on_nothing(tmp_path, content, said):
+    save(tmp_path / "theirs", "bert")
+    texts = tmp_path / "texts.txt" if content is not None else None
+    if texts is not None:
+        texts.write_bytes(content)
+    with pytest.raises(TrainingError, match=said):
+        import_model(tmp_path / "theirs", tmp_path, name="ours", how=Storage(scheme="calibrated"), texts=texts)
+    assert not (tmp_path / "ours").exists()
 
 
 def test_a_tokenizer_with_words_that_the_model_lacks_is_refused(tmp_path):
