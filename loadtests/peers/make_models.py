@@ -3,7 +3,8 @@
     python -m loadtests.peers.make_models OUT
 
 The writers have random weights from fixed seeds: what they write means nothing, and every engine must write the same.
-The encoder is the real all-MiniLM-L6-v2. Also writes ``sentences.json``: token ids of the sentences for the encoder.
+The encoder is the real all-MiniLM-L6-v2. Also writes ``sentences.json``: token ids of the sentences for the encoder,
+and ``calibration.txt``, the half of them on which scales of activations are fixed.
 """
 
 import json
@@ -38,8 +39,9 @@ def main() -> None:
         {"encode": _encoder, "translate": _marian, "generate": _llama}[shape.kind](shape, out / shape.name)
     tokenizer = Tokenizer.from_file(str(out / "minilm" / "tokenizer.json"))
     tokenizer.no_padding()
-    sentences = [tokenizer.encode(line).ids for line in SENTENCES.read_text(encoding="utf-8").splitlines()]
-    (out / "sentences.json").write_text(json.dumps(sentences))
+    lines = SENTENCES.read_text(encoding="utf-8").splitlines()
+    (out / "sentences.json").write_text(json.dumps([tokenizer.encode(line).ids for line in lines]))
+    (out / "calibration.txt").write_text("\n".join(lines[len(lines) // 2 :]), encoding="utf-8")
 
 
 def _encoder(shape: Shape, folder: Path) -> None:

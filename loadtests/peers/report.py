@@ -40,6 +40,7 @@ _READING = f"""## How to read the tables
 - **J/query**: joules per text. `measured` is the processor's counter; `estimated` is CPU seconds x
   ({CORE_BUSY_W:g} - {CORE_IDLE_W:g}) W + elapsed seconds x {CORE_IDLE_W:g} W per core, alike for all.
 - **Foreign**: cores that other programs used meanwhile, median (most): above 0.2 a figure is doubtful.
+- **Calibrated**: scales of activations fixed on half of the sentences, as OpenVINO's int8 has them.
 - Encoders: the mean over the tokens, texts of similar length in one batch, by every side.
 - Every written text has its full length: the end-of-text token cannot win.
 """

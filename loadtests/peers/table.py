@@ -57,6 +57,7 @@ PEERS = {
             "Wattle",
             (
                 Variant("rowwise", _ALL, 8, "int8", "wattle-rowwise"),
+                Variant("calibrated", _ALL, 8, "int8", "wattle-calibrated"),
                 Variant("blockwise", ("encode", "generate"), 8, "int8", "wattle-blockwise8"),
                 Variant("blockwise 4 bits", ("generate",), 4, "int8", "wattle-blockwise4"),
             ),
