@@ -226,8 +226,8 @@ class Storage(_Part):
     """How the weights are stored (``models.graph``)."""
 
     scheme: Scheme = "rowwise"
-    """``rowwise``, 8 bits and a scale for each output; ``calibrated``, the same with scales of activations fixed on
-    the recipe's data; ``blockwise``; or ``none``, float32."""
+    """``rowwise``, 8 bits and a scale for each output; ``calibrated``, the same with fixed scales of activations;
+    ``blockwise``; or ``none``, float32."""
     bits: Literal[4, 8] = 8
     """Of the blockwise scheme, as the block size."""
     block_size: int = 64
@@ -248,6 +248,10 @@ class Storage(_Part):
 class ExportRecipe(Storage):
     """How the weights are stored, and the defaults that the manifest gives to the service."""
 
+    scheme: Scheme = "calibrated"
+    """``calibrated``, 8 bits, a scale for each output, and scales of activations fixed on the recipe's data where
+    that loses little; ``rowwise``, the same with a scale for each row of activations; ``blockwise``; or ``none``,
+    float32."""
     max_input_tokens: int
     """Longest text that the service reads."""
     max_output_tokens: int = 0
