@@ -105,7 +105,7 @@ def test_joules_a_query_are_in_proportion_to_computing():
     small, size = FROM_TRUNK.model, TextSize(10)
     large = small.model_copy(update={"n_encoder_layers": 4})
     factor = forward_flops(large, size) / forward_flops(small, size)
-    measured = manifest("measured", variant("rowwise", 8, 60.0, 0.2), variant("none", 32, 60.0, 5.0), config=small)
+    measured = manifest("measured", variant("calibrated", 8, 60.0, 0.2), variant("none", 32, 60.0, 5.0), config=small)
     found, models = joules_per_query(FROM_TRUNK, large, size, [measured, manifest("new", config=small)])
     assert found == pytest.approx(0.2 * factor) and models == ("measured",)
     assert joules_per_query(FROM_TRUNK, large, size, []) == (None, ())
