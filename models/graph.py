@@ -551,17 +551,19 @@ class _Network(_Graph):
         split = self.op("Reshape", x, self.constant([0, 0, self.config.n_heads, self.config.head_dim]))
         return self.op("Transpose", split, perm=[0, 2, 1, 3])
 
-    def rotary(self, positions: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value] | None:
-        """Cosines and sines (max_positions, e / 2), which ONNX Runtime folds into constants as it loads the graph, and
-        ``positions`` (b, s); None for a style that does not rotate."""
-        if not self.config.rotates:
-            return None
+    def rotary(self) -> tuple[ir.Value, ir.Value]:
+        """Cosines and sines (p, e / 2), which ONNX Runtime folds into constants as it loads the graph.
+
+        A little longer than any text, for its padding.
+        """
         half = self.config.head_dim // 2
         frequencies = self.config.rope_base ** (-np.arange(half) / half)
-        every = self.op("Cast", self.range(self.constant(self.config.max_positions)), to=ir.DataType.DOUBLE)
+        every = self.op(
+            "Cast", self.range(self.constant(self.config.max_positions + KEY_BLOCK)), to=ir.DataType.DOUBLE
+        )
         angle = self.op("Mul", self.unsqueeze(every, 1), self.constant(frequencies.tolist(), np.float64))
         cos, sin = (self.op("Cast", self.op(op, angle), to=self.store.float_type) for op in ("Cos", "Sin"))
-        return cos, sin, positions
+        return cos, sin
 
 
 _Branch = Callable[[ir.Value, str], ir.Value]
@@ -607,7 +609,7 @@ class _Encoder(_Network):
         config = self.config
         positions = self.op("Expand", self.range(self.size(self.ids, 1)), self.op("Shape", self.ids))
         positions = self.real(self.flat(positions))
-        rotary = self.rotary(self.unsqueeze(positions, 1))
+        rotary = (*self.rotary(), self.unsqueeze(positions, 1)) if config.rotates else None
 
         def attend(x: ir.Value, name: str) -> ir.Value:
             if rotary is None:
@@ -697,14 +699,13 @@ def _decoder(config: TransformerConfig, store: _Store) -> _Network:
     flat, heads = g.constant([-1]), {"num_heads": config.n_heads}
     # Padding may lie beyond the last position that the model knows.
     positions = g.op("Min", text, g.constant(config.max_positions - 1))
-    rotary = g.rotary(positions)
 
     def buffers(kind: str, layer: int | str, rows: str, capacity: str) -> list[ir.Value]:
         shape = (rows, config.kv_heads, capacity, config.head_dim)
         return [g.input(f"{kind}{part}_{layer}", *shape, dtype=store.float_type) for part in ("k", "v")]
 
     before = [buffers("", i, "rows", "capacity") for i in range(config.n_decoder_layers)]
-    attend_to: Callable[[ir.Value, ir.Value, ir.Value, int], list[ir.Value]]
+    attend_to: Callable[[ir.Value, str, list[ir.Value]], list[ir.Value]]
     token_types = None
     if config.architecture == "prefix-lm":
         # How many keys of its row a query sees, (b, s): itself and all before it, and all of the prefix.
@@ -714,11 +715,13 @@ def _decoder(config: TransformerConfig, store: _Store) -> _Network:
             token_types = g.op("Reshape", g.op("GreaterOrEqual", text, prefix), flat)
             token_types = g.op("Cast", token_types, to=ir.DataType.INT64)
         mask = g.unsqueeze(g.op("Less", g.range(g.size(before[0][0], 2)), g.unsqueeze(visible, 2)), 1)
+        rotary = (*g.rotary(), positions) if config.rotates else None
 
-        def attend_to(q: ir.Value, k: ir.Value, v: ir.Value, layer: int) -> list[ir.Value]:
+        def attend_to(x: ir.Value, name: str, before: list[ir.Value]) -> list[ir.Value]:
+            q, k, v = g.queries_keys_values(x, name, chunk, rotary)
             updated = [
                 g.op("TensorScatter", buffer, g.split_heads(part), starts, axis=2)
-                for buffer, part in zip(before[layer], (k, v), strict=True)
+                for buffer, part in zip(before, (k, v), strict=True)
             ]
             out = g.op("Transpose", g.op("Attention", g.split_heads(q), *updated, mask), perm=[0, 2, 1, 3])
             return [g.op("Reshape", out, chunk), *updated]
@@ -728,15 +731,20 @@ def _decoder(config: TransformerConfig, store: _Store) -> _Network:
         # Of the first chunk of a prompt this is its width, padding included: that is how the operator knows it.
         total = g.op("Add", g.op("ReduceMax", starts, keepdims=0), n_tokens)
         total = g.op("Cast", total, to=ir.DataType.INT32)
+        rotations = g.rotary() if config.rotates else ()
+        how = {**heads, "kv_num_heads": config.kv_heads, "do_rotary": int(config.rotates)}
 
-        def attend_to(q: ir.Value, k: ir.Value, v: ir.Value, layer: int) -> list[ir.Value]:
-            inputs = (q, k, v, *before[layer], last, total)
-            groups = {**heads, "kv_num_heads": config.kv_heads}
-            return g.ops("GroupQueryAttention", *inputs, n_outputs=3, domain="com.microsoft", **groups)
+        def attend_to(x: ir.Value, name: str, before: list[ir.Value]) -> list[ir.Value]:
+            if config.style == "modern":
+                parts: tuple[ir.Value | None, ...] = g.queries_keys_values(x, name, chunk, None)
+            else:
+                parts = g.op("Reshape", g.linear(x, name + ".qkv"), chunk), None, None
+            inputs = (*parts, *before, last, total, *rotations)
+            return g.ops("GroupQueryAttention", *inputs, n_outputs=3, domain="com.microsoft", **how)
 
     def attend(x: ir.Value, name: str) -> ir.Value:
         layer = int(name.split(".")[1])
-        x, *updated = attend_to(*g.queries_keys_values(x, name, chunk, rotary), layer)
+        x, *updated = attend_to(x, name, before[layer])
         for part, buffer in zip(("k", "v"), updated, strict=True):
             shape = ("rows", config.kv_heads, "capacity", config.head_dim)
             g.output(buffer, f"new_{part}_{layer}", *shape, dtype=store.float_type)
