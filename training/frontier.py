@@ -35,8 +35,8 @@ class Point:
     """By the headline metric."""
     active_j: float
     """Per query."""
-    ships: bool
-    """Whether the model is served stored like this."""
+    exported: bool
+    """Whether the model's folder holds it stored like this."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def _point(manifest: Manifest, variant: Variant, headline: Score) -> Point:
         scores=variant.scores,
         quality=next(s.value for s in variant.scores if (s.data, s.metric) == (headline.data, headline.metric)),
         active_j=variant.active_j_per_query or 0.0,
-        ships=(variant.scheme, variant.bits) == (manifest.quantisation.scheme, manifest.quantisation.bits),
+        exported=(variant.scheme, variant.bits) == (manifest.quantisation.scheme, manifest.quantisation.bits),
     )
 
 
@@ -167,11 +167,12 @@ def as_markdown(found: Sequence[Frontier], pictures: Sequence[str]) -> str:
         "Quality against active joules per query (above idle) of each model stored in every way, through the service.",
         "Points that no other beats in both are marked; in the pictures a line joins them. Within a table every model",
         "answered the same texts, in turns; between tables nothing compares. Scores on so few rows are rough, and the",
-        "model cards have those on all rows. Written by",
+        "model cards have those on all rows. What is not in `models/starters` was measured beside it, and does not",
+        "ship. Written by",
         "",
         "```sh",
-        "wattle quantise models/starters/* --data DATA --limit ROWS --write",
-        "wattle frontier models/starters/*",
+        "wattle quantise models/starters/* MODEL ... --data DATA --limit ROWS --write",
+        "wattle frontier models/starters/* MODEL ...",
         "```",
     ]
     for each, path in zip(found, pictures, strict=True):
@@ -186,7 +187,7 @@ def _section(frontier: Frontier, picture_path: str) -> list[str]:
     rows = [
         [
             point.model + (f" (student of {point.parent})" if point.parent else ""),
-            point.way + (", ships" if point.ships else ""),
+            point.way + (", as exported" if point.exported else ""),
             f"{point.size_mb:g}",
             *(f"{score.value:.2f}" for score in point.scores),
             f"{point.active_j:.3g}",

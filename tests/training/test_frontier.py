@@ -54,7 +54,14 @@ STUDENT = manifest(
 def frontier(places, metric="macro recall"):
     points = tuple(
         Point(
-            model=str(n), parent="", way="int8", size_mb=1.0, scores=(), quality=quality, active_j=joules, ships=True
+            model=str(n),
+            parent="",
+            way="int8",
+            size_mb=1.0,
+            scores=(),
+            quality=quality,
+            active_j=joules,
+            exported=True,
         )
         for n, (quality, joules) in enumerate(places)
     )
@@ -101,7 +108,7 @@ def test_a_page_with_a_picture_for_each_task_and_language(tmp_path, capsys):
     page = (tmp_path / "docs" / "frontier.md").read_text()
     assert page.index("## sentiment-de") < page.index("## sentiment-en")
     assert "| teacher | float32 | 8 | 70.00 | 0.4 | yes |" in page
-    assert "| student (student of teacher) | int8 rowwise, ships | 2 | 66.00 | 0.1 | yes |" in page
+    assert "| student (student of teacher) | int8 rowwise, as exported | 2 | 66.00 | 0.1 | yes |" in page
     assert "| student (student of teacher) | int4 blockwise | 1 | 65.00 | 0.3 |  |" in page
     assert "active J a query (estimated)" in page
     assert (

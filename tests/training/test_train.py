@@ -186,6 +186,7 @@ def test_shipped_recipes_are_valid():
         "summarize-en",
         "generate-en",
         "translate-en-de-small",
+        "translate-en-de-greedy",
         "sentiment-en-small",
         "translate-en-zh",
     ]
