@@ -1,5 +1,6 @@
 """Runs the application under uvicorn: one process, one socket, until a signal. Knows nothing of tasks."""
 
+import gc
 import ipaddress
 import logging.config
 import socket
@@ -38,6 +39,8 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start, and announce it once requests can come."""
         await super().startup(sockets)
+        # What is there now stays: no collection of garbage need look at it, and hold everybody up meanwhile.
+        gc.freeze()
         if self.started:
             self._announce()
 

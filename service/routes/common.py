@@ -67,16 +67,6 @@ class Timings(BaseModel):
     compute_ms: float = Field(description="From the first step to the last.")
 
 
-def usage_of(receipt: Receipt) -> Usage:
-    """The tokens of a request that is over."""
-    return Usage(input_tokens=receipt.input_tokens, output_tokens=receipt.output_tokens)
-
-
-def timings_of(receipt: Receipt) -> Timings:
-    """The times of a request that is over."""
-    return Timings(queue_ms=receipt.queue_ms, compute_ms=receipt.compute_ms)
-
-
 def energy_of(bill: Bill) -> Energy:
     """The bill in joules."""
     return Energy(

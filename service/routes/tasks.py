@@ -9,7 +9,7 @@ from starlette.responses import Response
 
 from service.core import Receipt
 from service.errors import documented
-from service.routes.common import TASK_ERRORS, Energy, Timings, Usage, energy_of, timings_of, usage_of
+from service.routes.common import TASK_ERRORS, Energy, Timings, Usage, energy_of
 from service.routes.lean import JsonRoute
 from service.routes.sse import event, respond, streamed
 from service.tasks import TASKS
@@ -30,10 +30,6 @@ class TaskResponse(BaseModel, Generic[ResultT]):
     usage: Usage
     timings: Timings
     energy: Energy
-
-
-_ANSWER = TaskResponse[BaseModel]
-"""Made once: making a class of a generic one costs more than answering."""
 
 
 def task_routes() -> APIRouter:
@@ -69,14 +65,15 @@ class Native:
 
     def whole(self, receipt: Receipt) -> dict[str, Any]:
         """See ``Script``."""
-        return _ANSWER(
-            id=receipt.request_id,
-            model=receipt.model.name,
-            results=list(receipt.results),
-            usage=usage_of(receipt),
-            timings=timings_of(receipt),
-            energy=energy_of(receipt.bill),
-        ).model_dump(serialize_as_any=True)
+        # As ``TaskResponse`` describes it, to which the tests hold it: made of it, an answer takes twice as long.
+        return {
+            "id": receipt.request_id,
+            "model": receipt.model.name,
+            "results": [result.model_dump() for result in receipt.results],
+            "usage": {"input_tokens": receipt.input_tokens, "output_tokens": receipt.output_tokens},
+            "timings": {"queue_ms": receipt.queue_ms, "compute_ms": receipt.compute_ms},
+            "energy": energy_of(receipt.bill).model_dump(),
+        }
 
     def opening(self, receipt: Receipt) -> Iterator[bytes]:
         """See ``Script``."""

@@ -7,6 +7,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from energy.types import Quality
+from service.routes.tasks import TaskResponse
 from service.tasks import TASKS
 from service.tasks.base import Task
 from tests.service.fakes import FakeAccount, FakeEngine
@@ -27,6 +28,7 @@ def test_the_example_is_answered_with_its_bill(client: TestClient, account: Fake
     body = response.json()
     assert response.status_code == 200, body
     assert list(body) == ["id", "model", "results", "usage", "timings", "energy"]
+    assert body == TaskResponse[task.result].model_validate(body).model_dump(mode="json")  # type: ignore[name-defined]
     assert body["model"] == f"tiny-{task.name}"
     texts = task.example[task.texts]
     assert len(body["results"]) == (len(texts) if isinstance(texts, list) else 1)
