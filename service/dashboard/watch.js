@@ -5,10 +5,11 @@ import { $, el, figure, percent, show, table, tiles } from "./page.js";
 
 const INTERVAL_MS = 2000;
 const FEW = 10;
+/** By the best quality that a bill can have here. */
 const QUALITY = {
-  measured: "Joules are measured: they come from a hardware counter that is read often enough for each request.",
-  apportioned: "Joules come from a hardware counter, shared among requests that are shorter than its resolution.",
-  estimated: "Joules are estimated from CPU time and a power model of this processor; no hardware counter can be read here.",
+  measured: "Joules come from hardware counters: measured where a request's steps are longer than the time between two readings, apportioned where they are shorter. Each bill says which.",
+  apportioned: "Joules come from hardware counters, shared among requests that are shorter than the time between two readings.",
+  estimated: "Joules are estimated, by a power model on CPU time or from the power readings of a GPU: not all that runs here has an energy counter that can be read.",
   unavailable: "No joules are known here: there is neither a counter nor a power model. Bills say null, which is not zero.",
 };
 const SOURCE = { nvml: "NVIDIA's counter (NVML)", powercap: "the processor's counter (RAPL)", estimate: "a power model" };
