@@ -6,8 +6,8 @@ from typing import Protocol, Self
 
 IDLE_INTERVAL_S = 1.0
 _TOGETHER = 5
-"""Readings that are settled together. A reading is a matter of microseconds; settling, logging and everything that
-comes with it costs nearly as much for one bill as for all that have come up meanwhile."""
+"""Readings that are settled together: much of what settling costs, with its locks and the log, comes with each time and
+not with each bill."""
 _log = logging.getLogger(__name__)
 
 
