@@ -184,6 +184,7 @@ def test_shipped_recipes_are_valid():
         "answer-en",
         "translate-en-de",
         "summarize-en",
+        "summarize-en-mails",
         "generate-en",
         "translate-en-de-small",
         "translate-en-de-greedy",
