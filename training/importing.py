@@ -29,6 +29,8 @@ _MAX_TOKENS = 256
 """What a text gets that does not say how long it may become."""
 _MOST_TEXTS = 128
 """On how many the model's activations are observed."""
+_MOST_WRITTEN = 64
+"""Tokens that it writes of each of them."""
 
 
 def import_model(
@@ -162,7 +164,7 @@ def _batches(foreign: Foreign, tokenizer: Tokenizer, special: SpecialIds, lines:
         ids = torch.tensor([[*before, *tokenizer.encode(line, add_special_tokens=False).ids[:room], *after]])
         batch = {"ids": ids, "lengths": torch.tensor([ids.size(1)])}
         if config.architecture == "encoder-decoder":
-            target = foreign.written(ids, min(ids.size(1) * 2, config.max_positions - 1))
+            target = foreign.written(ids, min(_MOST_WRITTEN, config.max_positions - 1))
             batch |= {"target": target, "target_lengths": torch.tensor([target.size(1)])}
         yield batch
 
