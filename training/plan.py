@@ -25,7 +25,7 @@ PROPORTIONS: Mapping[Task, str] = {
     "generate": "generate-en",
     "answer": "answer-en",
     "sentiment": "sentiment-en",
-    "summarize": "summarize-en",
+    "summarize": "summarize-en-dialogues",
 }
 """The recipe that a task's plan starts from."""
 LEAST_STEPS = 100

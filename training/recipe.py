@@ -59,6 +59,9 @@ class InitRecipe(_Part):
     """A run, or the folder of an exported model."""
     layers: tuple[int, ...] | dict[Literal["encoder", "decoder"], tuple[int, ...]] = ()
     """Which of its layers the new model takes, counted from 0, for each stack apart where there are two."""
+    keep: float = Field(0.0, ge=0, lt=1)
+    """Share of the weights it began with in the finished model, the mean of both (Wortsman et al. 2022): what was
+    learnt stays, and less of what was known is lost."""
 
     def layers_of(self, stack: Literal["encoder", "decoder"]) -> tuple[int, ...]:
         """The layers that a stack takes; none where the recipe leaves them open."""

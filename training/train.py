@@ -172,6 +172,16 @@ def _teacher_joules(recipe: Recipe, data: Path) -> float | None:
     return round(sum(joules), 1) if parts and len(joules) == len(parts) else None
 
 
+@torch.no_grad()
+def _keep(model: Transformer, recipe: Recipe, run: Path, parent: ParentModel, tokenizer: Tokenizer) -> None:
+    """Lead ``model`` back towards the weights that it began with, as far as the recipe says."""
+    assert recipe.init is not None
+    before = _model(recipe, tokenizer)
+    _begin(before, recipe, run, parent)
+    for now, then in zip(model.parameters(), before.parameters(), strict=True):
+        now.lerp_(then, recipe.init.keep)
+
+
 def work_on(loss: Loss, samples: Sequence[Sample], epoch_batches: Callable[[int], Sequence[Sequence[int]]]) -> Work:
     """Steps over ``samples``, whose numbers ``epoch_batches`` gives for each step of an epoch."""
     return Work(
@@ -192,6 +202,8 @@ def load_trained(recipe: Recipe, runs: Path) -> Trained:
     steps, progress = load_checkpoint(run, model)
     if progress.step < steps:
         raise TrainingError(f"{run}: at step {progress.step} of {steps}; `wattle train {recipe.name}` goes on with it")
+    if recipe.init is not None and recipe.init.keep:
+        _keep(model, recipe, run, load_parent(recipe.init.source, runs), tokenizer)
     # A run that ended before there were stages has its checkpoint to tell of it.
     lineage = read_lineage(run) or (_stage(recipe, run, model, progress),)
     rows, parent = _rows_seen(recipe, run), _parent(recipe, run)

@@ -175,6 +175,18 @@ def test_a_tokenizer_that_does_not_match_is_said(tmp_path, translator, data):
         load_parent(parent_recipe.name, tmp_path / "runs")
 
 
+def test_a_finished_model_keeps_a_share_of_what_it_began_with(translator, data, tmp_path):
+    parent, runs, folder = translator
+    changed = child(parent, folder, fit={**FIT, "epochs": 2})
+    after = train(changed, data, tmp_path).model.state_dict()
+    before = load_parent(str(folder), runs).model.state_dict()
+    kept = child(parent, folder, init={"keep": 0.25}, fit={**FIT, "epochs": 2})
+    mixed = load_trained(kept, tmp_path).model.state_dict()
+    assert any(not torch.equal(after[name], before[name]) for name in after)
+    for name, weight in mixed.items():
+        torch.testing.assert_close(weight, 0.75 * after[name] + 0.25 * before[name])
+
+
 def test_a_pruned_student_trains_on_and_resumes(translator, data, tmp_path):
     parent_recipe, _, folder = translator
     size = {"n_encoder_layers": 1, "n_decoder_layers": 1}

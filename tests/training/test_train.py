@@ -184,7 +184,7 @@ def test_shipped_recipes_are_valid():
         "answer-en",
         "translate-en-de",
         "summarize-en",
-        "summarize-en-mails",
+        "summarize-en-dialogues",
         "generate-en",
         "translate-en-de-small",
         "translate-en-de-greedy",
