@@ -54,7 +54,8 @@ def colours(tmp_path):
 
 
 def manifest(least):
-    return type("M", (), {"name": "tiny", "confidence": NEUTRAL.model_copy(update={"least": least})})()
+    confidence = NEUTRAL.model_copy(update={"least": least})
+    return type("M", (), {"name": "tiny", "languages": ("en",), "confidence": confidence})()
 
 
 def test_recall_wants_the_whole_answer_of_the_right_document(colours):
