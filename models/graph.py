@@ -273,7 +273,9 @@ class _Graph:
         self._outputs: list[ir.Value] = []
         self._initializers: dict[str, ir.Value] = {}
         self._quantised: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
-        """What several products read is quantised once."""
+        """What several products read is quantised once, with a scale per row."""
+        self._fixed: dict[tuple[ir.Value, float], ir.Value] = {}
+        """And with a fixed peak."""
         self._not_negative: set[ir.Value] = set()
         """What needs no ``Abs`` before its peaks."""
         self._zero_points: ir.Value | None = None
@@ -402,10 +404,11 @@ class _Graph:
             return self.op("MatMulIntegerToFloat", *inputs, domain="com.microsoft")
 
         if name in self.store.peaks:
-            scale = self.constant(self.store.peaks[name] / 127, np.float32)
-            if x not in self._quantised:
-                self._quantised[x] = self.op("QuantizeLinear", x, scale, zero_point), scale
-            return product(*self._quantised[x], bias)
+            peak = self.store.peaks[name]
+            scale = self.constant(peak / 127, np.float32)
+            if (x, peak) not in self._fixed:
+                self._fixed[x, peak] = self.op("QuantizeLinear", x, scale, zero_point)
+            return product(self._fixed[x, peak], scale, bias)
         rows, row_scales = self._quantised_rows(x)
         x = self.op("Mul", product(rows, self.constant(1, np.float32), None), row_scales)
         return x if bias is None else self.op("Add", x, bias)

@@ -290,6 +290,19 @@ def test_what_was_observed_is_a_scale_that_cuts_nothing_off(tmp_path: Path, kind
             assert np.abs(cut[name] - whole[name]).max() > 2 * error[name]
 
 
+def test_one_of_two_matrices_with_the_same_input_may_have_a_fixed_scale(tmp_path: Path) -> None:
+    config = tiny_config("encoder-decoder")
+    weights = weights_of(tiny_transformer(config))
+    peak = first_outputs(tmp_path / "observed", config, weights, None)["peaks.decoder.0.cross.kv.weight"].max()
+    by_rows = first_outputs(tmp_path / "by-rows", config, weights, {})
+    for fixed, other in ((0, 1), (1, 0)):
+        peaks = {f"decoder.{fixed}.cross.kv.weight": float(peak)}
+        found = first_outputs(tmp_path / str(fixed), config, weights, peaks)
+        np.testing.assert_array_equal(found[f"cross_v_{other}"], by_rows[f"cross_v_{other}"])
+        error = np.abs(found[f"cross_v_{fixed}"] - by_rows[f"cross_v_{fixed}"]).max()
+        assert 0 < error <= 0.1 * np.abs(by_rows[f"cross_v_{fixed}"]).max()
+
+
 def first_outputs(
     folder: Path, config: TransformerConfig, weights: Any, peaks: dict[str, float] | None
 ) -> dict[str, NDArray[np.float32]]:
