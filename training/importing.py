@@ -53,6 +53,8 @@ def import_model(
     how = how or Storage()
     if how.scheme == "calibrated" and texts is None:
         raise TrainingError("the calibrated scheme needs --texts FILE, texts of the kind that the model will read")
+    if how.scheme != "calibrated" and texts is not None:
+        raise TrainingError(f"--texts fixes scales of activations, and {how.scheme} has none: add --scheme calibrated")
     folder = _folder(source)
     name = name or re.sub(r"[^a-z0-9._-]+", "-", Path(source).resolve().name.lower()).strip("-._")[:64]
     if not re.fullmatch(NAME_PATTERN, name):

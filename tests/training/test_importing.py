@@ -46,7 +46,9 @@ def imported(tmp_path_factory):
             out = root / "ours"
             how, texts = Storage(scheme=scheme, block_size=32), root / "texts.txt"
             texts.write_text("w5 w7 w9\n\nw11 w2 w30 w8 w8\nw1\n" * 9)
-            manifest = import_model(root / "theirs" / kind, out, name=f"{kind}-{scheme}", how=how, texts=texts, **pair)
+            if scheme == "calibrated":
+                pair["texts"] = texts
+            manifest = import_model(root / "theirs" / kind, out, name=f"{kind}-{scheme}", how=how, **pair)
             made[kind, scheme] = Loaded(manifest, out / manifest.name)
         return made[kind], made[kind, scheme]
 
@@ -311,6 +313,12 @@ def test_scales_are_not_fixed_on_nothing(tmp_path, content, said):
     with pytest.raises(TrainingError, match=said):
         import_model(tmp_path / "theirs", tmp_path, name="ours", how=Storage(scheme="calibrated"), texts=texts)
     assert not (tmp_path / "ours").exists()
+
+
+def test_texts_that_nothing_would_be_fixed_on_are_refused(tmp_path):
+    save(tmp_path / "theirs", "bert")
+    with pytest.raises(TrainingError, match="rowwise has none: add --scheme calibrated"):
+        import_model(tmp_path / "theirs", tmp_path, name="ours", how=Storage(), texts=tmp_path / "texts.txt")
 
 
 def test_a_tokenizer_with_words_that_the_model_lacks_is_refused(tmp_path):
