@@ -45,10 +45,10 @@ class Settings(BaseSettings):
         "model is fixed.",
     )
     max_concurrent_requests: int = Field(
-        default_factory=lambda: 32 * max(2, len(os.sched_getaffinity(0))),
+        default_factory=lambda: 24 * max(2, len(os.sched_getaffinity(0))),
         ge=1,
-        description="Texts accepted at once, waiting or running, before the answer is 429; by default 32 for each "
-        "core. More fill no batch any better, and wait longer.",
+        description="Texts accepted at once, waiting or running, before the answer is 429; by default 24 for each "
+        "core. More fill no batch much better, and wait longer.",
     )
     max_batch_tokens: int = Field(512, ge=1, description="Tokens of one forward pass, counted with padding.")
     max_model_mb: int = Field(
