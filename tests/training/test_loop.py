@@ -14,7 +14,7 @@ from training.checkpoint import CHECKPOINT, load_checkpoint
 from training.distributed import Execution, join
 from training.errors import TrainingError
 from training.loop import Work, fit_model, precision_on
-from training.optimisers import learning_rate_factor, make_optimisers
+from training.optimisers import Muon, learning_rate_factor, make_optimisers, orthogonalised
 from training.recipe import FitRecipe
 from training.records import Progress, read_log
 
@@ -296,6 +296,35 @@ def test_muon_is_for_the_matrices_of_layers_alone():
     assert (rest["weight_decay"], heads["weight_decay"]) == (0, FIT.weight_decay)
     assert heads["params"] == [model["head"].weight]
     assert len(rest["params"]) == 3
+
+
+@pytest.mark.parametrize("shape", [(6, 6), (12, 5), (5, 12)])
+def test_muon_does_what_torch_does_in_bfloat16(shape):
+    generator = torch.Generator().manual_seed(0)
+    start, gradients = torch.randn(shape, generator=generator), torch.randn((4, *shape), generator=generator)
+    ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    whole = nn.Parameter(start.clone())
+    optimisers = [
+        Muon([ours], 0.1, 0.02, half=True),
+        torch.optim.Muon([theirs], lr=0.1, weight_decay=0.02, adjust_lr_fn="match_rms_adamw"),
+        Muon([whole], 0.1, 0.02),
+    ]
+    for gradient in gradients:
+        for weight, optimiser in zip((ours, theirs, whole), optimisers, strict=True):
+            weight.grad = gradient.clone()
+            optimiser.step()
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+    torch.testing.assert_close(whole, theirs, rtol=0, atol=2e-2)
+    assert not torch.equal(whole, ours)
+
+
+def test_orthogonalised_singular_values_are_about_one():
+    matrix = torch.randn(40, 16, generator=torch.Generator().manual_seed(0))
+    left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+    stretched = left @ torch.diag(torch.logspace(-1, 1, 16)) @ right
+    values = torch.linalg.svdvals(orthogonalised(stretched))
+    assert values.min() > 0.6
+    assert values.max() < 1.3
 
 
 def test_progress_starts_unknown():
