@@ -137,6 +137,11 @@ class Variant(_Part):
     quality: str = "unavailable"
     load: Load | None = None
 
+    @property
+    def setting(self) -> str:
+        """How it was asked, where not as requests are that say nothing."""
+        return self.scores[0].setting if self.scores else ""
+
 
 class Confidence(_Part):
     """How likely an answer from a knowledge base is right, by the score of its span (Platt 1999)."""
@@ -238,6 +243,10 @@ class Manifest(_Part):
     def size_bytes(self) -> int:
         """Bytes of all files that the manifest lists."""
         return sum(record.size_bytes for record in self.files.values())
+
+    def stored_as(self, scheme: str, bits: int) -> Variant | None:
+        """What was found of it stored like this; of several settings the first, which its recipe asks in first."""
+        return next((each for each in self.variants if (each.scheme, each.bits) == (scheme, bits)), None)
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> Manifest:

@@ -77,15 +77,16 @@ def write_card(folder: Path, manifest: Manifest) -> None:
             "Each measured by `wattle quantise`, from the same weights and on the same rows."
             + (f" {described(manifest.variants[0].load)}" if manifest.variants[0].load is not None else ""),
             "",
-            "| scheme | bits | MB | cosine to float32 | scores | active J a query |",
-            "|---|---|---|---|---|---|",
+            "| scheme | bits | MB | cosine to float32 | setting | scores | active J a query |",
+            "|---|---|---|---|---|---|---|",
         ]
         for each in manifest.variants:
             scores = "; ".join(f"{s.metric} {s.value:.2f} ({s.data}, {s.rows:,} rows)" for s in each.scores)
             known = each.active_j_per_query is not None
             joules = f"{each.active_j_per_query:.3g} ({each.quality})" if known else "unavailable"
             lines.append(
-                f"| {each.scheme} | {each.bits} | {each.size_mb} | {each.parity_cosine} | {scores} | {joules} |"
+                f"| {each.scheme} | {each.bits} | {each.size_mb} | {each.parity_cosine} | {each.setting} | "
+                f"{scores} | {joules} |"
             )
     lines += ["", "## Training data", ""]
     if manifest.training_data:

@@ -24,7 +24,7 @@ from training.importing import import_model
 from training.knowledge import NEUTRAL, Ask
 from training.parents import find_folder, read_model_manifest, run_recipe
 from training.plan import PROPORTIONS, Budget, as_text, make_plan, write_recipe
-from training.quantise import Serve, Subject, variants
+from training.quantise import Serve, Subject, subjects_of, variants
 from training.recipe import BudgetRecipe, DataRecipe, Recipe, Storage, load_recipe
 from training.report import read_models, read_run, write_report
 from training.search_speed import search_speed
@@ -171,25 +171,27 @@ def run_quantising(folders: Sequence[Path], serve: Serve, settings: Settings) ->
     together: dict[Hashable, list[Subject]] = {}
     for folder in folders:
         manifest = read_model_manifest(folder)
-        subject = Subject(folder, manifest, load_recipe(settings.recipe or manifest.name))
-        key = subject.recipe.task, json.dumps([each.model_dump() for each in subject.sets])
-        together.setdefault(key, []).append(subject)
+        for subject in subjects_of(folder, manifest, load_recipe(settings.recipe or manifest.name)):
+            key = subject.recipe.task, json.dumps([each.model_dump(exclude={"setting"}) for each in subject.sets])
+            together.setdefault(key, []).append(subject)
     for subjects in together.values():
         measured: dict[Path, list[Variant]] = {subject.folder: [] for subject in subjects}
         for subject, variant in variants(subjects, settings.data, serve, settings.limit):
             measured[subject.folder].append(variant)
             print(_variant_line(subject.manifest.name, variant))
-        for subject in subjects if settings.write else ():
-            manifest = subject.manifest.model_copy(update={"variants": tuple(measured[subject.folder])})
-            write_card(subject.folder, manifest)
-            write_manifest(subject.folder, manifest)
+        of_folder = {subject.folder: subject.manifest for subject in subjects}
+        for folder, manifest in of_folder.items() if settings.write else ():
+            manifest = manifest.model_copy(update={"variants": tuple(measured[folder])})
+            write_card(folder, manifest)
+            write_manifest(folder, manifest)
 
 
 def _variant_line(name: str, variant: Variant) -> str:
     scores = ", ".join(f"{score.metric} {score.value:.2f}" for score in variant.scores)
     joules = variant.active_j_per_query
     cost = "unavailable J" if joules is None else f"{joules:.3g} J ({variant.quality})"
-    return f"{name} {variant.scheme}, {variant.bits} bits: {variant.size_mb} MB; {scores}; {cost} a query"
+    said = f", {variant.setting}" if variant.setting else ""
+    return f"{name} {variant.scheme}, {variant.bits} bits{said}: {variant.size_mb} MB; {scores}; {cost} a query"
 
 
 def run_frontier(folders: Sequence[Path], page: Path) -> None:

@@ -98,21 +98,22 @@ def _frontier(name: str, manifests: Sequence[Manifest]) -> Frontier:
     load = variants[0].load
     if headline is None or load is None:
         raise TrainingError(f"{manifests[0].name}: its variants have no score of {metric}")
+    tell = len({variant.setting for variant in variants}) > 1
     return Frontier(
         name,
         headline,
-        tuple(_point(manifest, variant, headline) for manifest in manifests for variant in manifest.variants),
+        tuple(_point(manifest, variant, headline, tell) for manifest in manifests for variant in manifest.variants),
         variants[0].quality,
         load,
     )
 
 
-def _point(manifest: Manifest, variant: Variant, headline: Score) -> Point:
+def _point(manifest: Manifest, variant: Variant, headline: Score, tell: bool) -> Point:
     parent = manifest.parent
     return Point(
         model=manifest.name,
         parent=parent.name if parent is not None and parent.relation == "distilled" else "",
-        way=_way(variant),
+        way=_way(variant) + (f", {variant.setting}" if tell and variant.setting else ""),
         size_mb=variant.size_mb,
         scores=variant.scores,
         quality=next(s.value for s in variant.scores if (s.data, s.metric) == (headline.data, headline.metric)),

@@ -183,12 +183,11 @@ def joules_per_query(
     In proportion to what is computed, by least squares over the models that were measured stored as the recipe stores:
     they are all taken to read texts of this size.
     """
+    measured = [(model, model.stored_as(base.export.scheme, base.export.bits_per_weight)) for model in models]
     points = [
         (model.name, forward_flops(model.config, size), variant.active_j_per_query)
-        for model in models
-        for variant in model.variants
-        if (variant.scheme, variant.bits) == (base.export.scheme, base.export.bits_per_weight)
-        and variant.active_j_per_query is not None
+        for model, variant in measured
+        if variant is not None and variant.active_j_per_query is not None
     ]
     if not points:
         return None, ()

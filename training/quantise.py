@@ -4,13 +4,13 @@ training or HTTP: what was quantised before is quantised once more, from what it
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from itertools import cycle, islice, product
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 from tokenizers import Tokenizer
 from tqdm import tqdm
@@ -28,8 +28,6 @@ from training.recipe import EvaluateRecipe, Recipe, Storage
 
 Serve = Callable[[Path], AbstractContextManager[Ask]]
 """Serves the model in a folder for a while."""
-Queries = tuple[Mapping[str, Any], Sequence[Query]]
-"""Parameters of the requests, and what each query asks."""
 
 WAYS = (
     Storage(scheme="none"),
@@ -43,16 +41,26 @@ ROUNDS = 9
 
 @dataclass(frozen=True)
 class Subject:
-    """An exported model to measure, and the recipe whose sets it is asked about."""
+    """An exported model to measure, and what it is asked about, of the sets of its recipe."""
 
     folder: Path
     manifest: Manifest
     recipe: Recipe
+    sets: tuple[EvaluateRecipe, ...]
 
-    @property
-    def sets(self) -> tuple[EvaluateRecipe, ...]:
-        """How matrices are stored says nothing of how passages are found."""
-        return tuple(each for each in self.recipe.evaluate if not each.knowledge_base)
+
+def subjects_of(folder: Path, manifest: Manifest, recipe: Recipe) -> list[Subject]:
+    """The model once, or where its recipe asks the same data in several settings, once in each.
+
+    Knowledge bases are left out: how matrices are stored says nothing of how passages are found.
+    """
+    asked_before: dict[str, list[EvaluateRecipe]] = defaultdict(list)
+    times: dict[int, list[EvaluateRecipe]] = defaultdict(list)
+    for each in recipe.evaluate:
+        if not each.knowledge_base:
+            times[len(asked_before[each.path])].append(each)
+            asked_before[each.path].append(each)
+    return [Subject(folder, manifest, recipe, tuple(sets)) for sets in times.values()]
 
 
 @dataclass(frozen=True)
@@ -71,7 +79,8 @@ def variants(
     """Store each model in each of ``WAYS`` and serve them all; have them scored, then measured in turns.
 
     All ways start from the same weights, those that a model's own codes stand for. ``limit`` is of the rows of a set
-    that are scored. The subjects must have the same task and sets: only what answered the same queries compares.
+    that are scored. The subjects must have the same task and sets, in whatever settings: only what answered the same
+    queries compares.
     Raises ``ArtefactError`` for a folder that is no model.
     """
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as serving:
@@ -81,8 +90,8 @@ def variants(
             manifest = quantise(subject.folder, subject.recipe, data, how, out)
             candidates.append(Candidate(subject, out, manifest, serving.enter_context(serve(out))))
         scores = [_scores(candidate, data, limit) for candidate in candidates]
-        queries = [(each.setting, asked(subjects[0].recipe, each, data)) for each in subjects[0].sets]
-        costs, load = cost_in_turns(candidates, [each for each in queries if each[1]])
+        queries = [asked(subjects[0].recipe, each, data) for each in subjects[0].sets]
+        costs, load = cost_in_turns(candidates, queries)
         for candidate, found, (joules, quality) in zip(candidates, scores, costs, strict=True):
             stored = candidate.manifest.quantisation
             yield (
@@ -110,25 +119,28 @@ def _scores(candidate: Candidate, data: Path, limit: int | None) -> tuple[Score,
 
 
 def cost_in_turns(
-    candidates: Sequence[Candidate], sets: Sequence[Queries]
+    candidates: Sequence[Candidate], sets: Sequence[Sequence[Query]]
 ) -> tuple[list[tuple[float | None, str]], Load]:
     """Active joules a query of each candidate with the meter's quality, and at which load.
 
-    In a round each candidate in its turn answers one request of the same queries of each set; the next round has the
-    next queries, so that no answer or prompt is remembered while there are new ones. The first round warms up. Of the
-    others the median counts: a neighbour who comes and goes disturbs all candidates of a round alike.
+    In a round each candidate in its turn answers one request of the same queries of each set, in its own settings; the
+    next round has the next queries, so that no answer or prompt is remembered while there are new ones. The first
+    round warms up. Of the others the median counts: a neighbour who comes and goes disturbs all candidates of a round
+    alike.
     """
     rounds: list[list[Evaluation]] = [[] for _ in candidates]
     began = Moment.now()
-    for number in tqdm(range(ROUNDS + 1 if sets else 0), desc="measuring in turns", unit="round", mininterval=1.0):
+    turns = range(ROUNDS + 1 if any(sets) else 0)
+    for number in tqdm(turns, desc="measuring in turns", unit="round", mininterval=1.0):
         if number == 1:
             began = Moment.now()
         texts = slice(number * REQUEST_TEXTS, (number + 1) * REQUEST_TEXTS)
         for candidate, found in zip(candidates, rounds, strict=True):
             task, name = candidate.subject.recipe.task, candidate.manifest.name
             parts = [
-                cost(candidate.ask, task, name, setting, list(islice(cycle(queries), texts.start, texts.stop)))
-                for setting, queries in sets
+                cost(candidate.ask, task, name, each.setting, list(islice(cycle(queries), texts.start, texts.stop)))
+                for each, queries in zip(candidate.subject.sets, sets, strict=True)
+                if queries
             ]
             if number:
                 found += [_together(parts)]

@@ -100,7 +100,7 @@ def break_even(lineage: Sequence[Stage], models: Mapping[str, Manifest]) -> Brea
     spent = [stage.joules for stage in own]
     known = [joules for joules in spent if joules is not None]
     targets = [stage.teacher_joules for stage in own if stage.teacher is not None]
-    asked = [_shipped(models.get(name)) for name in (student, teacher)]
+    asked = [_as_served(models.get(name)) for name in (student, teacher)]
     per_query = [variant.active_j_per_query if variant else None for variant in asked]
     qualities = [stage.quality for stage in own] + [variant.quality if variant else "unavailable" for variant in asked]
     return BreakEven(
@@ -115,13 +115,11 @@ def break_even(lineage: Sequence[Stage], models: Mapping[str, Manifest]) -> Brea
     )
 
 
-def _shipped(manifest: Manifest | None) -> Variant | None:
+def _as_served(manifest: Manifest | None) -> Variant | None:
     """How `wattle quantise` found the model, stored as it is served."""
     if manifest is None:
         return None
-    stored = manifest.quantisation
-    fitting = (each for each in manifest.variants if (each.scheme, each.bits) == (stored.scheme, stored.bits))
-    return next(fitting, None)
+    return manifest.stored_as(manifest.quantisation.scheme, manifest.quantisation.bits)
 
 
 def as_html(runs: Sequence[Run], models: Mapping[str, Manifest]) -> str:

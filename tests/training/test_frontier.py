@@ -120,6 +120,17 @@ def test_a_page_with_a_picture_for_each_task_and_language(tmp_path, capsys):
     assert "student int8 rowwise (66.00 at 0.1 J)" in capsys.readouterr().out
 
 
+def test_a_setting_is_told_where_there_are_several():
+    scores = {
+        said: (Score(data="d", split="validation", metric="macro recall", value=60.0, rows=5, setting=said),)
+        for said in ("", "beams 1")
+    }
+    whole, greedy = (variant("rowwise", 8, 0, 1.0).model_copy(update={"scores": each}) for each in scores.values())
+    both = frontiers([manifest("model", whole, greedy)])[0]
+    assert [point.way for point in both.points] == ["int8 rowwise", "int8 rowwise, beams 1"]
+    assert [point.way for point in frontiers([manifest("model", greedy)])[0].points] == ["int8 rowwise"]
+
+
 def test_the_picture_names_every_point_and_joins_the_best():
     found = frontiers([TEACHER, STUDENT])[0]
     svg = draw(found)

@@ -101,6 +101,30 @@ def test_every_way_is_measured_and_told(tmp_path, data, exported, capsys):
     assert printed.count("(estimated) a query") == len(WAYS) and "; 0.5 J (estimated)" in printed
 
 
+def test_a_model_is_measured_once_in_each_setting_that_its_recipe_asks_in(tmp_path, data, exported, capsys):
+    folder = exported[1]
+    sets = [{"path": "translation/numbers", "setting": setting} for setting in ({}, {"beams": 1})]
+    path = tmp_path / "recipe.toml"
+    write_recipe(path, recipes.translate(evaluate=sets))
+
+    @contextmanager
+    def serve(path):
+        def ask(task, body):
+            energy = {"active_j": len(body["input"]) * body.get("beams", 4) / 4, "quality": "estimated"}
+            return {"results": [{"text": "zwei"} for _ in body["input"]], "energy": energy}
+
+        yield ask
+
+    run_quantising([folder], serve, Settings(data=data, recipe=str(path), write=True))
+    manifest = load_manifest(folder)
+    found = [(each.scheme, each.setting, each.active_j_per_query) for each in manifest.variants]
+    assert found == [(how.scheme, said, j) for said, j in (("", 1), ("beams 1", 0.25)) for how in WAYS]
+    assert manifest.stored_as("rowwise", 8) == manifest.variants[1]
+    assert manifest.stored_as("rowwise", 4) is None
+    assert "rowwise, 8 bits, beams 1: " in capsys.readouterr().out
+    assert "| beams 1 | sacreBLEU" in (folder / "README.md").read_text()
+
+
 def test_models_take_turns_at_the_same_queries_and_a_disturbed_round_counts_for_nothing(tmp_path, data, exported):
     recipe, folder = exported
     twin = tmp_path / "twin"
