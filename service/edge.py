@@ -81,7 +81,7 @@ class Edge:
             await send(message)
 
         try:
-            self._check_headers(scope)
+            self._check_headers(scope, headers)
             # Whoever may not enter is told so before the body is read, unless that brings the key.
             waits = self._gate.waits_for_body(scope["path"], headers)
             if not waits:
@@ -94,8 +94,10 @@ class Edge:
             if waits:
                 who = self._gate.admit(scope["method"], scope["path"], headers, body)
             place = self._door.admit(1, key=who.key) if posts else nullcontext()
+            # HEAD is answered as GET is (RFC 9110); the server leaves out the body.
+            asked = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
             with place, calling(replace(who, body_bytes=len(body))):
-                await self._app(scope, _replay(body, receive), send_dressed)
+                await self._app(asked, _replay(body, receive), send_dressed)
         except Exception as error:
             if not is_foreseen(error):
                 _log.exception("request %s (%s) of %s failed", request_id, shown, who.name or "anyone")
@@ -103,11 +105,18 @@ class Edge:
                 raise
             await render(error)(scope, receive, send_dressed)
 
-    def _check_headers(self, scope: Scope) -> None:
+    def _check_headers(self, scope: Scope, headers: Headers) -> None:
+        """Raise ``HeadersTooLarge``, and ``MalformedBody`` for what RFC 9112 or we cannot read."""
         size = sum(len(name) + len(value) for name, value in scope["headers"])
         size += len(scope.get("raw_path") or b"") + len(scope.get("query_string") or b"")
         if size > self._bounds.header_bytes:
             raise HeadersTooLarge(self._bounds.header_bytes)
+        hosts = len(headers.getlist("host"))
+        if hosts > 1 or (not hosts and scope.get("http_version") == "1.1"):
+            raise MalformedBody("a request needs the header host, once")
+        coding = headers.get("content-encoding") or "identity"
+        if coding.lower() != "identity":
+            raise MalformedBody(f"the content-encoding {coding} is not read; send the body as it is")
 
     async def _read(self, headers: Headers, receive: Receive) -> bytes | None:
         """The whole body, or None if the caller has gone.

@@ -1,6 +1,7 @@
 """Ids, body limits and the ways of a client that leaves or waits too long."""
 
 import asyncio
+import gzip
 import json
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -16,7 +17,7 @@ from service.settings import Settings
 from tests.service.fakes import FakeAccount, FakeEngine, build, wait_until
 
 BODY = b'{"input": "good"}'
-JSON = [(b"content-type", b"application/json")]
+JSON = [(b"host", b"test"), (b"content-type", b"application/json")]
 
 
 def post(
@@ -227,6 +228,26 @@ def test_nesting_is_counted_as_a_parser_would(value: Any) -> None:
 @given(st.binary(max_size=40), st.text(alphabet='[]{}"\\', max_size=40))
 def test_nesting_never_fails(noise: bytes, marks: str) -> None:
     assert nesting(noise + marks.encode(), 0) >= 0
+
+
+@pytest.mark.parametrize("path", ["/livez", "/nowhere", "/docs", "/dashboard", "/v1/models"])
+def test_head_is_answered_as_get_is(client: TestClient, path: str) -> None:
+    head, whole = client.head(path), client.get(path)
+    assert (head.status_code, head.headers["content-type"]) == (whole.status_code, whole.headers["content-type"])
+
+
+@pytest.mark.parametrize("hosts", [0, 2])
+def test_a_request_names_one_host(client: TestClient, hosts: int) -> None:
+    sent = asyncio.run(call(client.app, headers=[(b"host", b"test")] * hosts + JSON[1:]))
+    assert sent[0]["status"] == 400
+    assert b"the header host" in sent[1]["body"]
+
+
+def test_a_body_that_is_packed_is_refused_by_name(client: TestClient) -> None:
+    response = post(client, gzip.compress(BODY), {"content-encoding": "gzip"})
+    assert (response.status_code, response.json()["error"]["code"]) == (400, "malformed_body")
+    assert "content-encoding gzip" in response.json()["error"]["message"]
+    assert post(client, BODY, {"content-encoding": "identity"}).status_code == 200
 
 
 @pytest.mark.parametrize("path", ["/livez", "/nowhere", "/docs", "/dashboard", "/dashboard/page.js", "/v1/models"])
