@@ -351,7 +351,7 @@ def describe(error: Exception) -> ErrorBody:
 
 def is_foreseen(error: Exception) -> bool:
     """Whether the table knows the error; the message of any other is for the log alone."""
-    return _answer_to(error) is not TABLE[Exception]
+    return _answer_to(_as_ours(error)) is not TABLE[Exception]
 
 
 def documented(*kinds: type[Exception]) -> dict[int | str, dict[str, Any]]:

@@ -25,6 +25,8 @@ def ask_everything(settings: Settings) -> None:
         for task, body in BODIES.items():
             assert client.post(f"/v1/{task}", json=body).status_code == 200
             assert client.post(f"/v1/{task}", json={**body, "model": SECRET}).status_code == 404
+            assert client.post(f"/v1/{task}", json={**body, "beams": SECRET, "colour": SECRET}).status_code == 422
+            assert client.post(f"/v1/{task}", content=json.dumps(body)).status_code == 400
         client.app.state.service.engine.failure = RuntimeError("broken")
         for task, body in BODIES.items():
             assert client.post(f"/v1/{task}", json=body).status_code in (200, 500)
