@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
-import orjson
 from pydantic import BaseModel
 
 from energy.account import Account
@@ -34,6 +33,7 @@ from service.errors import (
     ModelNotFound,
     NotReady,
 )
+from service.json_text import as_json
 from service.knowledge.bases import Knowledge
 from service.knowledge.documents import Document
 from service.knowledge.ingest import Progress
@@ -235,7 +235,7 @@ class Service:
         """Log what is asked or answered, where that is wanted; only then it is written out."""
         if self.log_texts:
             line = {name: write() for name, write in told.items()}
-            _texts_log.info("%s", orjson.dumps({"request_id": request_id, **line}).decode())
+            _texts_log.info("%s", as_json({"request_id": request_id, **line}).decode())
 
     def _require_day(self) -> None:
         """Raise ``DailyBudgetSpent`` where the day has no joules left, or the caller's key has none."""

@@ -1,10 +1,11 @@
-"""JSON responses by orjson: NaN and infinity become null, and text that is not Unicode does no harm."""
+"""JSON responses, written by orjson."""
 
 from collections.abc import Mapping
 from typing import Any
 
-import orjson
 from starlette.responses import Response
+
+from service.json_text import as_json
 
 
 class JsonResponse(Response):
@@ -14,24 +15,3 @@ class JsonResponse(Response):
 
     def __init__(self, content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(as_json(content), status, headers)
-
-
-def as_json(content: Any) -> bytes:
-    """``content`` as one line of JSON."""
-    try:
-        return orjson.dumps(content)
-    except TypeError:
-        # A caller's lone surrogate, quoted in an error's message, is no UTF-8.
-        return orjson.dumps(_readable(content))
-
-
-def _readable(content: Any) -> Any:
-    match content:
-        case str():
-            return content.encode("utf-8", "replace").decode()
-        case dict():
-            return {_readable(key): _readable(value) for key, value in content.items()}
-        case list():
-            return [_readable(value) for value in content]
-        case _:
-            return content

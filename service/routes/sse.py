@@ -15,7 +15,8 @@ from starlette.types import Message, Receive, Scope, Send
 
 from service.core import Listener, Receipt
 from service.errors import describe, is_foreseen, renaming
-from service.responses import JsonResponse, as_json
+from service.json_text import as_json
+from service.responses import JsonResponse
 from service.routes.common import bill_headers, service_of, unless_gone
 from service.tasks.base import Task, TaskRequest
 

@@ -67,6 +67,15 @@ def test_bases_and_documents_are_listed_shown_and_deleted(client: TestClient, ba
         assert (response.status_code, error_of(response)["code"]) == (404, "knowledge_base_not_found")
 
 
+def test_metadata_may_hold_any_number(client: TestClient, base: str) -> None:
+    large = {"id": "large", "text": "The capital of France is Paris.", "metadata": {"number": [2**70, -(2**63), 0.5]}}
+    client.put(f"{base}/documents", json=[large])
+    assert client.get(f"{base}/documents/large").json() == large
+    client.delete(f"{base}/documents/france")
+    answer = client.post("/v1/answer", json={"question": "what is the capital?", "knowledge_base": "rivers"})
+    assert answer.json()["results"][0]["passages"][0]["metadata"] == large["metadata"]
+
+
 def test_an_id_may_be_a_path(client: TestClient, base: str) -> None:
     headers = {"content-type": "text/markdown; charset=utf-8"}
     client.put(f"{base}/documents", params={"id": "docs/a b?.md"}, content="# Good\n", headers=headers)
