@@ -6,6 +6,16 @@ from service.door import Door
 from service.engine.types import Overloaded
 
 
+class Clock:
+    """Seconds that pass when they are told to."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
 def test_places_are_given_back_however_a_request_ends() -> None:
     door = Door(limit=2)
     with door.admit(2):
@@ -15,15 +25,53 @@ def test_places_are_given_back_however_a_request_ends() -> None:
     assert door.inside == 0
 
 
+def wait_s(door: Door, texts: int) -> float:
+    """What ``door`` tells whom it refuses."""
+    with pytest.raises(Overloaded) as refused, door.admit(texts):
+        raise AssertionError("let in")
+    return refused.value.retry_after_s
+
+
+def busy_door(clock: Clock, limit: int, stay_s: float) -> Door:
+    """One of whose texts there has been one at a time, for ``stay_s`` each."""
+    door = Door(limit, clock=clock)
+    for _ in range(200):
+        with door.admit(1):
+            clock.now_s += stay_s
+    return door
+
+
 def test_a_full_door_refuses_all_of_a_list_and_says_when_to_return() -> None:
-    door = Door(limit=4)
+    clock = Clock()
+    door = busy_door(clock, limit=4, stay_s=2.0)
     with door.admit(3):
-        with pytest.raises(Overloaded) as one, door.admit(2):
-            raise AssertionError("let in")
-        with pytest.raises(Overloaded) as three, door.admit(4):
-            raise AssertionError("let in")
+        assert wait_s(door, 2) == pytest.approx(2.0)
         assert door.inside == 3
+        clock.now_s += 100
         # Three times as many must leave first.
-        assert three.value.retry_after_s == pytest.approx(3 * one.value.retry_after_s)
+        assert wait_s(door, 4) == pytest.approx(6.0)
         with door.admit(1):
             assert door.inside == 4
+
+
+def test_what_the_wait_is_measured_by_is_how_many_leave() -> None:
+    clock = Clock()
+    door = Door(limit=4, clock=clock)
+    for _ in range(200):
+        # Four stay eight seconds each: one leaves every two seconds.
+        with door.admit(1), door.admit(3):
+            clock.now_s += 8.0
+    with door.admit(4):
+        assert wait_s(door, 1) == pytest.approx(2.0)
+
+
+def test_those_refused_at_once_are_not_sent_back_at_once() -> None:
+    clock = Clock()
+    door = busy_door(clock, limit=4, stay_s=1.0)
+    with door.admit(4):
+        told = [wait_s(door, 1) for _ in range(6)]
+    # Nobody is sent further than to where all have left.
+    assert told == pytest.approx([1, 2, 3, 4, 4, 4])
+    clock.now_s += 10
+    with door.admit(4):
+        assert wait_s(door, 1) == pytest.approx(1)
