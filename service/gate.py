@@ -30,7 +30,7 @@ from service.keys import Key, Keyring
 from service.rates import Rate
 
 Page = Literal["docs", "dashboard", "metrics"]
-TIMEOUT_HEADER = "x-timeout-s"
+_TIMEOUT_HEADER = "x-timeout-s"
 
 # Probes have no key. What LibreTranslate's clients ask before they have one tells which languages there are.
 PUBLIC = frozenset({"/", "/livez", "/readyz", "/readyz/", "/languages", "/frontend/settings"})
@@ -166,7 +166,7 @@ def _secret_in(headers: Headers, body: bytes) -> str | None:
 
 
 def _timeout(headers: Headers) -> float | None:
-    told = headers.get(TIMEOUT_HEADER)
+    told = headers.get(_TIMEOUT_HEADER)
     if told is None:
         return None
     try:
@@ -174,5 +174,5 @@ def _timeout(headers: Headers) -> float | None:
     except ValueError:
         timeout_s = math.nan
     if not 0 < timeout_s < math.inf:
-        raise InvalidValue(TIMEOUT_HEADER, "must be a number of seconds above 0")
+        raise InvalidValue(_TIMEOUT_HEADER, "must be a number of seconds above 0")
     return timeout_s

@@ -5,7 +5,7 @@ from itertools import count
 from typing import Any
 
 from fastapi import APIRouter, Request
-from pydantic import Field
+from pydantic import Field, field_validator
 from starlette.responses import Response
 
 from service.conversation import Asked, ask, request_of
@@ -75,13 +75,29 @@ class HuggingFaceRequest(Lenient):
     truncate: bool = Field(False, description="Cut a text that is too long to be embedded.")
     dimensions: int | None = Field(None, description="Keep this many numbers of an embedding, the first.")
 
+    @field_validator("parameters", mode="before")
+    @classmethod
+    def _none_is_none_of_them(cls, value: Any) -> Any:
+        return {} if value is None else value
+
 
 def huggingface_routes() -> APIRouter:
     """What ``huggingface_hub.InferenceClient(model=URL)`` calls."""
     router = APIRouter(prefix="/hf", tags=["huggingface"])
 
     @router.post(
-        "/{model}",
+        "/{model:path}/v1/chat/completions",
+        operation_id="huggingface_chat",
+        summary="Hugging Face: go on with a conversation, as OpenAI's chat completions do",
+        response_model=ChatResponse,
+        responses=ERRORS | streamed("With `stream`: OpenAI's `chat.completion.chunk`, and last `[DONE]`."),
+        openapi_extra=example({"messages": [{"role": "user", "content": "Would you like a cup of coffee?"}]}),
+    )
+    async def chat(model: str, body: ChatRequest, http: Request) -> Response:
+        return await answer_chat(http, body, service_of(http).models.named(model))
+
+    @router.post(
+        "/{model:path}",
         operation_id="huggingface",
         summary="Hugging Face: do a model's task",
         responses=ERRORS | streamed("With `stream`: one event for every piece, and a last one with the whole text."),
@@ -97,17 +113,6 @@ def huggingface_routes() -> APIRouter:
             return await respond_whole(http, EMBED, request, _vectors, _NAMES)
         asked = _ask(chosen, body)
         return await respond(http, asked.task, asked.request, _Inference(asked, body), stream=bool(body.stream))
-
-    @router.post(
-        "/{model}/v1/chat/completions",
-        operation_id="huggingface_chat",
-        summary="Hugging Face: go on with a conversation, as OpenAI's chat completions do",
-        response_model=ChatResponse,
-        responses=ERRORS | streamed("With `stream`: OpenAI's `chat.completion.chunk`, and last `[DONE]`."),
-        openapi_extra=example({"messages": [{"role": "user", "content": "Would you like a cup of coffee?"}]}),
-    )
-    async def chat(model: str, body: ChatRequest, http: Request) -> Response:
-        return await answer_chat(http, body, service_of(http).models.named(model))
 
     return router
 

@@ -111,7 +111,9 @@ def libretranslate_routes() -> APIRouter:
             detected = await _detect(http, text, body.target)
         source = detected.language if detected else body.source
         with renaming(_NAMES):
-            asked = {"input": body.q, "source": source, "target": body.target}
+            # What is empty stays so: a list of subtitles has gaps.
+            spoken = [text for text in body.q if text.strip()] if isinstance(body.q, list) else body.q
+            asked = {"input": spoken or body.q, "source": source, "target": body.target}
             request = request_of(TRANSLATE, {**asked, "energy_budget_j": body.energy_budget_j})
         return await respond_whole(http, TRANSLATE, request, lambda receipt: _tell(receipt, body, detected), _NAMES)
 
@@ -169,9 +171,11 @@ def libretranslate_routes() -> APIRouter:
 
 async def _read(http: Request, kind: type[BodyT]) -> BodyT:
     """The body, JSON or a form. Raises ``MalformedBody`` and ``InvalidValue``."""
-    content = await http.body()
+    content, kind_of_body = await http.body(), http.headers.get("content-type", "")
+    if kind_of_body.startswith("multipart/"):
+        raise MalformedBody("a form must come as application/x-www-form-urlencoded")
     try:
-        if http.headers.get("content-type", "").startswith("application/json"):
+        if kind_of_body.startswith("application/json"):
             told = json.loads(content)
         else:
             told = dict(parse_qsl(content.decode(), strict_parsing=True, max_num_fields=_MAX_FIELDS))
@@ -187,8 +191,10 @@ async def _read(http: Request, kind: type[BodyT]) -> BodyT:
 
 
 def _tell(receipt: Receipt, body: LibreTranslation, detected: Detection | None) -> dict[str, Any]:
-    texts = [getattr(result, TRANSLATE.says) for result in receipt.results]
+    written = iter([getattr(result, TRANSLATE.says) for result in receipt.results])
     several = isinstance(body.q, list)
+    asked = body.q if isinstance(body.q, list) else [body.q]
+    texts = [next(written) if text.strip() else "" for text in asked]
     shown = _shown(detected) if detected else None
     return LibreTranslated(
         translatedText=texts if several else texts[0],

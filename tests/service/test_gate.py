@@ -283,7 +283,8 @@ class TestOrigins:
     def test_those_named_may(self, settings: Settings, secrets: dict[str, str]) -> None:
         changed = {"api_keys_file": Path(secrets["file"]), "cors_origins": ("https://example.org",)}
         with TestClient(create_app(settings.model_copy(update=changed), build)) as client:
-            asks = {"access-control-request-method": "POST", "access-control-request-headers": "authorization"}
+            wanted = "authorization,content-type,x-stainless-lang,x-stainless-retry-count"
+            asks = {"access-control-request-method": "POST", "access-control-request-headers": wanted}
             for origin, allowed in (("https://example.org", True), ("https://example.com", False)):
                 before = client.options("/v1/sentiment", headers={"origin": origin, **asks})
                 assert (before.status_code == 200) == allowed

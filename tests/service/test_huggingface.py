@@ -114,6 +114,11 @@ def test_errors_are_the_clients_own(of: Of, address: str, service: Service) -> N
     assert busy.value.response.status_code == 429
 
 
+def test_no_parameters_may_be_said_so(client: TestClient) -> None:
+    response = client.post("/hf/tiny-translate", json={"inputs": "good dog", "parameters": None})
+    assert response.json() == [{"translation_text": "good dog"}]
+
+
 @pytest.mark.parametrize(
     "inputs", [None, 3, {}, [], [""], {"question": "what?"}, {"question": 1, "context": 2}], ids=str
 )

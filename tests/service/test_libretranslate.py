@@ -79,6 +79,20 @@ def test_lists_are_translated_in_their_order(client: TestClient, engine: FakeEng
     assert [each["language"] for each in auto["detectedLanguage"]] == ["en", "en"]
 
 
+def test_what_is_empty_in_a_list_stays_so(client: TestClient) -> None:
+    answer = client.post(
+        "/translate", json={"q": ["", "good dog", " ", "bad"], "source": "auto", "target": "de"}
+    ).json()
+    assert answer["translatedText"] == ["", "good dog", "", "bad"]
+    assert len(answer["detectedLanguage"]) == 4
+
+
+def test_a_form_in_parts_is_refused_by_name(client: TestClient) -> None:
+    response = client.post("/translate", files={"q": "good"}, data={"source": "en", "target": "de"})
+    assert (response.status_code, response.json()["error"]["code"]) == (400, "malformed_body")
+    assert "application/x-www-form-urlencoded" in response.json()["error"]["message"]
+
+
 @pytest.mark.parametrize(
     ("path", "body", "param"),
     [

@@ -29,8 +29,13 @@ def test_a_root_holds_models_or_is_one(tmp_path: Path) -> None:
 
 def test_a_model_has_aliases(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_model(tmp_path, "a", "sentiment")
-    aliases = {"b": "a", "c": "nobody"}
+    aliases = {"b": "a", "c": "nobody", "some/one": "a"}
     with TestClient(create_app(Settings(models=(tmp_path,), model_aliases=aliases), build)) as client:
+        # As on the Hub, a name may hold a slash.
+        assert client.get("/v1/models/some/one").json()["root"] == "a"
+        assert client.post("/hf/some/one", json={"inputs": "good"}).status_code == 200
+        chat = {"messages": [{"role": "user", "content": "good"}]}
+        assert client.post("/hf/some/one/v1/chat/completions", json=chat).status_code == 200
         assert client.post("/v1/sentiment", json={"input": "good", "model": "b"}).json()["model"] == "a"
         assert client.post("/v1/sentiment", json={"input": "good", "model": "c"}).status_code == 404
     assert "the alias c names the model nobody, which is not served" in caplog.text

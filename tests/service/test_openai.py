@@ -124,6 +124,19 @@ def test_several_choices_have_seeds_of_their_own(api: Any, service: Service) -> 
         api.chat.completions.create(model="tiny-generate", messages=HELLO, n=33)
 
 
+def test_values_at_the_edge_of_what_is_allowed_there(api: Any, service: Service) -> None:
+    asked: dict[str, Any] = {"model": "tiny-generate", "messages": HELLO, "logprobs": False, "top_logprobs": 0}
+    api.chat.completions.create(**asked, seed=-1, top_p=0, temperature=1)
+    chosen = service.engine.items[-1].sampling
+    assert (chosen.seed, chosen.top_p, chosen.top_k) == (2**63 - 1, 1.0, 1)
+
+
+def test_what_was_refused_once_may_be_told_again(api: Any, service: Service) -> None:
+    refusal = {"role": "assistant", "content": [{"type": "refusal", "refusal": "i will not"}]}
+    api.chat.completions.create(model="tiny-generate", messages=[*HELLO, refusal, *HELLO])
+    assert "i will not<|end|>" in BYTES.decode(service.engine.items[-1].input_ids, skip_special_tokens=False)
+
+
 def test_probabilities_of_tokens(api: Any, service: Service) -> None:
     service.engine.writes = ids("né")
     asked = {"model": "tiny-generate", "messages": HELLO, "logprobs": True, "top_logprobs": 2}
@@ -175,6 +188,7 @@ def test_responses(api: Any, service: Service) -> None:
     assert whole.status == "completed"
     assert whole.output_text == BYTES.decode(service.engine.items[-1].input_ids[:64])
     assert whole.usage.energy == ENERGY
+    assert (whole.metadata, api.responses.create(**asked, metadata={"a": "b"}).metadata) == ({}, {"a": "b"})
     events = list(api.responses.create(**asked, stream=True))
     assert [event.sequence_number for event in events] == list(range(len(events)))
     assert events[-1].type == "response.completed"
@@ -239,7 +253,8 @@ def test_without_a_model_that_embeds_there_are_no_embeddings(client: TestClient)
         ),
         ({"temperature": 3}, "temperature: "),
         ({"stop": ["a"] * 5}, "stop: "),
-        ({"seed": -1}, "seed: "),
+        ({"seed": 2**63}, "seed: "),
+        ({"top_p": -0.1}, "top_p: "),
         ({"max_tokens": 0}, "max_tokens: "),
     ],
     ids=str,
@@ -256,6 +271,9 @@ def test_what_cannot_be_done_is_refused_by_name(api: Any, call: dict[str, Any], 
     ("call", "param"),
     [
         ({"previous_response_id": "resp_1"}, "previous_response_id"),
+        ({"conversation": "conv_1"}, "conversation"),
+        ({"prompt": {"id": "pmpt_1"}}, "prompt"),
+        ({"tool_choice": "required"}, "tool_choice"),
         ({"background": True}, "background"),
         ({"text": {"format": {"type": "json_schema", "name": "a", "schema": {}}}}, "text"),
         ({"input": []}, "input"),

@@ -23,6 +23,7 @@ from service.routes.openai.common import (
     logprobs_of,
     model_of,
     refuse_format,
+    refuse_tools,
     usage,
 )
 from service.routes.sse import respond, streamed
@@ -107,9 +108,8 @@ def add_chat(router: APIRouter) -> None:
 async def answer_chat(http: Request, body: ChatRequest, model: Model) -> Response:
     """Let ``model`` go on with a conversation."""
     refuse_format(body.response_format, "response_format")
-    if body.tool_choice == "required" or isinstance(body.tool_choice, dict):
-        raise InvalidValue("tool_choice", "the models call no tools; leave it out")
-    if body.top_logprobs is not None and not body.logprobs:
+    refuse_tools(body.tool_choice)
+    if body.top_logprobs and not body.logprobs:
         raise InvalidValue("top_logprobs", 'goes with "logprobs": true')
     turns = [message.turn("messages") for message in body.messages]
     with renaming(_Chat.names):

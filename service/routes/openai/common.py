@@ -28,8 +28,16 @@ class Lenient(BaseModel):
 class Part(Lenient):
     """A part of a message."""
 
-    type: str = Field(description="`text`, `input_text` or `output_text`; nothing else can be read.")
+    type: str = Field(description="`text`, `input_text`, `output_text` or `refusal`; nothing else can be read.")
     text: str | None = None
+    refusal: str | None = None
+
+    def says(self, param: str) -> str:
+        """Its text. Raises ``InvalidValue`` where it is anything else."""
+        text = self.refusal if self.type == "refusal" else self.text
+        if text is None or not self.type.endswith(("text", "refusal")):
+            raise InvalidValue(param, f"a part of the type {self.type!r} cannot be read; send text")
+        return text
 
 
 class Message(Lenient):
@@ -40,12 +48,10 @@ class Message(Lenient):
 
     def turn(self, param: str) -> Turn:
         """The message as tasks know it. Raises ``InvalidValue`` where it holds anything but text."""
-        parts = [Part(type="text", text=self.content)] if isinstance(self.content, str) else self.content or []
-        for part in parts:
-            if part.text is None or not part.type.endswith("text"):
-                raise InvalidValue(param, f"a part of the type {part.type!r} cannot be read; send text")
         role = "system" if self.role == "developer" else self.role
-        return Turn(role=role, content="".join(part.text or "" for part in parts))
+        if isinstance(self.content, str):
+            return Turn(role=role, content=self.content)
+        return Turn(role=role, content="".join(part.says(param) for part in self.content or ()))
 
 
 class Writing(Lenient):
@@ -53,12 +59,14 @@ class Writing(Lenient):
 
     model: str | None = Field(None, description="Name or alias of a loaded model; the default one that generates.")
     temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False)
-    top_p: float | None = Field(None, gt=0, le=1, allow_inf_nan=False)
+    top_p: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
     stream: bool | None = None
 
     def wishes(self) -> dict[str, Any]:
         """Its parameters, those that the dialect doesn't name too."""
-        return {**(self.model_extra or {}), "temperature": self.temperature, "top_p": self.top_p}
+        named = {"temperature": self.temperature, "top_p": self.top_p or None}
+        # Of the likeliest tokens that are nothing together, the first is left.
+        return {**(self.model_extra or {}), **named, **({"top_k": 1} if self.top_p == 0 else {})}
 
 
 class StreamOptions(Lenient):
@@ -72,14 +80,14 @@ class Completing(Writing):
 
     max_tokens: int | None = Field(None, ge=1, description="Most tokens to write; the model's own limit holds too.")
     n: int | None = Field(None, ge=1, description="Texts to write.")
-    seed: int | None = None
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: str | list[str] | None = Field(None, description="Up to four texts that end the writing.")
     stream_options: StreamOptions | None = None
 
     def wishes(self) -> dict[str, Any]:
         """See ``Writing``."""
-        own = {"max_tokens": self.max_tokens, "n": self.n, "seed": self.seed, "stop": self.stop}
-        return super().wishes() | own
+        seed = None if self.seed is None else self.seed % 2**63
+        return super().wishes() | {"max_tokens": self.max_tokens, "n": self.n, "seed": seed, "stop": self.stop}
 
 
 class Usage(BaseModel):
@@ -161,6 +169,12 @@ def refuse_format(wanted: Mapping[str, Any] | None, param: str) -> None:
     kind = (wanted or {}).get("type", "text")
     if kind != "text":
         raise InvalidValue(param, f"the format {kind!r} is not supported: the models write plain text")
+
+
+def refuse_tools(choice: Any) -> None:
+    """Raise ``InvalidValue`` where a tool must be called."""
+    if choice == "required" or isinstance(choice, dict):
+        raise InvalidValue("tool_choice", "the models call no tools; leave it out")
 
 
 def usage(receipt: Receipt) -> Usage:

@@ -59,7 +59,7 @@ def add_models(router: APIRouter) -> None:
         return JsonResponse(ModelList(data=cards).model_dump())
 
     @router.get(
-        "/models/{model}",
+        "/models/{model:path}",
         operation_id="model",
         summary="OpenAI: a model that is served",
         response_model=ModelCard,

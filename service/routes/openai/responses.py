@@ -23,12 +23,14 @@ from service.routes.openai.common import (
     logprobs_of,
     model_of,
     refuse_format,
+    refuse_tools,
 )
 from service.routes.sse import event, respond, streamed
 from service.tasks.base import Task
 from service.tasks.generate import Turn
 
 LOGPROBS = "message.output_text.logprobs"
+_NOT_STORED = "Not supported: nothing is stored."
 
 
 class ResponseRequest(Writing):
@@ -42,8 +44,12 @@ class ResponseRequest(Writing):
     include: list[str] | None = Field(None, description=f"`{LOGPROBS}` tells how likely each token was.")
     top_logprobs: int | None = Field(None, ge=0, le=20, description="And this many of the likeliest at its place.")
     text: dict[str, Any] | None = Field(None, description="Its `format` can be nothing but `text`.")
-    previous_response_id: str | None = Field(None, description="Not supported: nothing is stored.")
+    tool_choice: Any = Field(None, description="No tool is ever called: what demands one is refused.")
+    previous_response_id: str | None = Field(None, description=_NOT_STORED)
+    conversation: Any = Field(None, description=_NOT_STORED)
+    prompt: Any = Field(None, description=_NOT_STORED)
     background: bool | None = Field(None, description="Not supported.")
+    metadata: dict[str, str] | None = Field(None, description="Told again in the answer.")
 
     def wishes(self) -> dict[str, Any]:
         """See ``Writing``."""
@@ -117,7 +123,7 @@ class ResponseObject(BaseModel):
     error: None = None
     incomplete_details: Incomplete | None = None
     instructions: str | None
-    metadata: dict[str, str] = {}
+    metadata: dict[str, str]
     model: str
     output: list[OutputMessage] = []
     parallel_tool_calls: Literal[False] = False
@@ -141,8 +147,10 @@ def add_responses(router: APIRouter) -> None:
     )
     async def respond_to(body: ResponseRequest, http: Request) -> Response:
         refuse_format((body.text or {}).get("format"), "text")
-        if body.previous_response_id is not None:
-            raise InvalidValue("previous_response_id", "nothing is stored; send the whole conversation as input")
+        refuse_tools(body.tool_choice)
+        for param in ("previous_response_id", "conversation", "prompt"):
+            if getattr(body, param) is not None:
+                raise InvalidValue(param, "nothing is stored; send the whole conversation as input")
         if body.background:
             raise InvalidValue("background", "is not supported; wait, or stream")
         turns = body.turns()
@@ -205,6 +213,7 @@ class _Response:
             id=receipt.request_id,
             created_at=self._created,
             instructions=self._body.instructions,
+            metadata=self._body.metadata or {},
             model=receipt.model.name,
             temperature=self._body.temperature,
             top_p=self._body.top_p,
