@@ -3,15 +3,15 @@
 Every microjoule that the meter counts ends on the bill of one request or is unattributed for a stated reason; until
 that is known it is open. Energy counts as attributed when its request is over.
 
-Executors and the event loop only leave word of what happened: reading, settling and charging is the work of
+Executors and the event loop only put down what happened: reading, settling and charging is the work of ``read`` and
 ``sample``, which a thread of its own calls (``energy.sampler``).
 """
 
 import logging
 import threading
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import orjson
@@ -24,7 +24,7 @@ from energy.ledger import Ledger
 from energy.meters.base import Meter
 from energy.meters.observe import observe_idle
 from energy.owner import Owner
-from energy.requests import Cost, Noted, Requests, weakest
+from energy.requests import Cost, Requests, weakest
 from energy.settlement import HORIZON_NS, Channel, Claim, Reason
 from energy.types import Bill, Part, Phase, Quality, RequestRecord, SettledRecord, Step
 
@@ -38,6 +38,7 @@ _LAST_INTERVAL_S = 0.06
 _KEPT_AFTER_NS = NS_PER_S // 4
 """Nearly every bill is final when it is first looked at after so long. Of the others alone the ledger gets a
 provisional one."""
+_NOTHING = Claim(0, 0, Quality.MEASURED)
 _ALARM_SHARE = 100
 """A residual above a hundredth of what the meter counted is an alarm."""
 _ALARM_INTERVAL_NS = 60 * NS_PER_S
@@ -118,12 +119,12 @@ class Account:
         owner: Owner | None = None,
         neighbours: Neighbours | None = None,
         clock: Clock | None = None,
-        on_settled: Callable[[SettledRecord], None] | None = None,
+        on_settled: Callable[[Sequence[SettledRecord]], None] | None = None,
     ) -> None:
         """Start counting. ``idle_uw`` is the idle power by device in microwatts, for devices of which the meter
         does not know it; where nobody does, half a second is spent watching. ``coefficients`` are by model, and may
         come to hold more of them.
-        ``on_settled`` is told every final bill, on whichever thread settles it."""
+        ``on_settled`` is told the final bills, on whichever thread settles them."""
         self._meter = meter
         self._carbon = carbon
         self._ledger = ledger
@@ -140,37 +141,31 @@ class Account:
             for first in meter.read()
             if first.device in known and (owner is None or owner.may_count(first.device))
         }
+        self.quality = weakest(channel.quality for channel in self._channels.values())
+        """The best that a bill can have here."""
         self.awake = threading.Event()
         """Set when there is something to sample."""
-        self._steps: deque[Step] = deque()
-        """As executors record them: appending takes no lock."""
         self._settling = threading.Lock()
         """Held by whoever reads meters and settles; guards the channels."""
         self._alarmed_ns: int | None = None
         self._lock = threading.Lock()
         """Guards what follows; held for microseconds, and taken after ``_settling``."""
-        self._noted: list[Noted] = []
-        self._pending: list[Noted] = []
-        """Steps that wait for a reading: those that the next sample will look at, and those that one has seen."""
         self._requests = Requests(self._channels.values(), executors, {} if coefficients is None else coefficients)
         """Running ones, and those that are over but not settled."""
         self._over: dict[str, _Over] = {}
-        self._attributed: Counter[tuple[str, str, str, Phase, Quality]] = Counter()
+        self._attributed: defaultdict[str, Counter[int]] = defaultdict(Counter)
+        """By task and by the number of what was charged."""
         self._unattributed: Counter[tuple[str, Reason]] = Counter()
-
-    @property
-    def quality(self) -> Quality:
-        """The best that a bill can have here."""
-        return weakest(channel.quality for channel in self._channels.values())
 
     @property
     def settles(self) -> bool:
         """Whether something waits for a reading."""
-        return bool(self._steps or self._noted or self._pending or self._over)
+        return bool(self._requests.waiting or self._over)
 
     def record(self, step: Step) -> None:
-        """A step has just ended; it is charged to its requests with the next sample."""
-        self._steps.append(step)
+        """A step has just ended; it is charged to its requests with one of the next samples."""
+        with self._lock:
+            self._requests.note(step)
         self.wake()
 
     def wake(self) -> None:
@@ -185,31 +180,21 @@ class Account:
 
     def sample(self) -> None:
         """Read the meter, and settle what can be settled."""
-        finished: list[SettledRecord] = []
-        open_records: list[SettledRecord] = []
         with self._settling:
             with self._lock:
-                self._note()
-                self._pending += self._noted
-                self._noted.clear()
+                self._requests.part()
             now_ns = self._clock.monotonic_ns()
             self._read(now_ns)
-            self._charge(now_ns)
             with self._lock:
-                for request_id, over in list(self._over.items()):
-                    if over.final_from_ns <= now_ns and not self._requests.waits(request_id):
-                        finished.append(self._settle(request_id))
-                    elif not over.kept and over.kept_from_ns <= now_ns:
-                        open_records.append(self._over_record(request_id))
-                        over.kept = True
-            self._watch_residual(now_ns)
+                self._charge(now_ns)
+                finished, open_records = self._finish(now_ns)
+                self._watch_residual(now_ns)
         self._publish(finished, open_records)
 
     def bill(self, request_id: str) -> Bill:
         """What a running request has cost so far."""
         with self._lock:
-            self._note()
-            return self._bill(request_id, self._cost(request_id))
+            return self._provisional(request_id)
 
     def close(self, record: RequestRecord) -> Bill:
         """The request is over: what it probably cost. It is settled with the next samples.
@@ -217,13 +202,12 @@ class Account:
         The final bill then goes to the ledger and the log, and ``find`` returns it.
         """
         with self._lock:
-            self._note()
             now_ns = self._clock.monotonic_ns()
             final_from_ns = now_ns if record.status in _NEVER_LATE else now_ns + HORIZON_NS
             self._over[record.request_id] = _Over(
                 record, self._clock.unix_s(), final_from_ns, kept_from_ns=now_ns + _KEPT_AFTER_NS
             )
-            bill = self._bill(record.request_id, self._cost(record.request_id))
+            bill = self._provisional(record.request_id)
         self.wake()
         return bill
 
@@ -242,7 +226,7 @@ class Account:
         with self._settling, self._lock:
             return Totals(
                 meters=tuple(self._balance().values()),
-                attributed=tuple(Attributed(*key, energy_uj) for key, energy_uj in self._attributed.items()),
+                attributed=tuple(self._attributions()),
                 unattributed=tuple(Unattributed(*key, energy_uj) for key, energy_uj in self._unattributed.items()),
             )
 
@@ -250,27 +234,18 @@ class Account:
         """Settle every request that is over as far as the meter goes, and write the ledger."""
         self.sample()
         for _ in range(_LAST_READINGS):
-            if not self._pending:
+            if not self._requests.waiting:
                 break
             time.sleep(_LAST_INTERVAL_S)
             self.sample()
         with self._settling, self._lock:
-            self._requests.lose(self._pending)
-            self._pending.clear()
-            self._requests.await_only(())
+            self._requests.lose_all()
             finished = [self._settle(request_id) for request_id in list(self._over)]
         self._publish(finished, ())
         if self._owner is not None:
             self._owner.close()
         if self._ledger is not None:
             self._ledger.close()
-
-    def _note(self) -> None:
-        """Put the steps that have been recorded on the books of their requests."""
-        while self._steps:
-            noted = self._requests.note(self._steps.popleft())
-            if noted is not None:
-                self._noted.append(noted)
 
     def _read(self, now_ns: int) -> None:
         process_ns = self._clock.process_ns()
@@ -283,82 +258,84 @@ class Account:
                 others_ns = self._neighbours.busy_ns(now_ns, process_ns, reading.at_ns - channel.read_ns)
             owned = self._owner is None or self._owner.owns(channel.device)
             channel.advance(reading, process_ns, others_ns, owned)
+        self._requests.window_ns = min((channel.window_ns for channel in self._channels.values()), default=0)
 
     def _charge(self, now_ns: int) -> None:
         """Let the steps that the readings cover take their energy, and give it to their requests."""
-        covered: list[Noted] = []
-        waiting: list[Noted] = []
-        lost: list[Noted] = []
-        covered_ns = {own: self._requests.covered_ns(own) for own in {noted.own for noted in self._pending}}
-        for noted in self._pending:
-            if noted.step.ended_ns <= covered_ns[noted.own]:
-                covered.append(noted)
-            else:
-                (waiting if noted.step.ended_ns >= now_ns - HORIZON_NS else lost).append(noted)
-        claims: dict[str, list[tuple[Noted, Claim]]] = {}
-        for channel in self._channels.values():
-            steps = [noted for noted in covered if channel in noted.channels]
-            if steps:
-                claimed = channel.settle([noted.step for noted in steps])
-                claims[channel.device] = list(zip(steps, claimed, strict=True))
-        expired = [
-            (channel.device, reason, energy_uj)
-            for channel in self._channels.values()
-            for reason, energy_uj in channel.expire(now_ns - HORIZON_NS)
-        ]
-        with self._lock:
-            for device, reason, energy_uj in expired:
-                self._unattributed[device, reason] += energy_uj
-            for device, each in claims.items():
-                warm_uj = sum(claim.idle_uj + claim.active_uj for noted, claim in each if not noted.step.work)
+        horizon_ns = now_ns - HORIZON_NS
+        covered = self._requests.covered(horizon_ns)
+        for device, channel in self._channels.items():
+            burning = [noted for noted in covered if channel in noted.place.channels]
+            if burning:
+                claims = list(zip(burning, channel.settle(burning), strict=True))
+                warm_uj = sum(claim.idle_uj + claim.active_uj for noted, claim in claims if noted.phase is None)
                 self._unattributed[device, Reason.WARM_UP] += warm_uj
-                self._requests.charge(device, [(noted, claim) for noted, claim in each if noted.step.work])
-            if self._carbon.assumptions.embodied_kg is not None:
-                self._requests.occupy(covered)
-            self._requests.lose(lost)
-            self._pending = waiting
-            self._requests.await_only((*waiting, *self._noted))
+                self._requests.charge(device, claims)
+            for reason, energy_uj in channel.expire(horizon_ns):
+                self._unattributed[device, reason] += energy_uj
+        if self._carbon.assumptions.embodied_kg is not None:
+            self._requests.occupy(covered)
+
+    def _finish(self, now_ns: int) -> tuple[list[SettledRecord], list[SettledRecord]]:
+        """The requests whose bills are final, and those that the ledger gets with a provisional one."""
+        finished, open_records = [], []
+        for request_id, over in list(self._over.items()):
+            if over.final_from_ns <= now_ns and not self._requests.waits(request_id):
+                finished.append(self._settle(request_id))
+            elif not over.kept and over.kept_from_ns <= now_ns:
+                open_records.append(self._over_record(request_id))
+                over.kept = True
+        return finished, open_records
 
     def _settle(self, request_id: str) -> SettledRecord:
         """Move a request that is over to the totals."""
-        settled = self._over_record(request_id, settled=True)
-        cost = self._requests.costs.pop(request_id, None) or Cost()
-        del self._over[request_id]
-        for (device, model, phase, quality), energy_uj in self._requests.charges(cost):
-            self._attributed[device, model, settled.request.task, phase, quality] += energy_uj
-        return settled
+        over, cost = self._over.pop(request_id), self._requests.costs.pop(request_id, None) or Cost()
+        attributed = self._attributed[over.record.task]
+        for number, energy_uj in cost.charges.items():
+            attributed[number] += energy_uj
+        bill = self._bill(request_id, cost, _NOTHING, self._requests.parts(cost), settled=True)
+        return SettledRecord(over.record, bill, over.time_s, self._carbon.assumptions)
 
-    def _over_record(self, request_id: str, settled: bool = False) -> SettledRecord:
+    def _provisional(self, request_id: str) -> Bill:
+        return self._bill(request_id, self._cost(request_id), self._requests.expect(request_id))
+
+    def _over_record(self, request_id: str) -> SettledRecord:
         over, cost = self._over[request_id], self._cost(request_id)
-        bill = self._bill(request_id, cost, self._requests.parts(cost), settled)
+        bill = self._bill(request_id, cost, self._requests.expect(request_id), self._requests.parts(cost))
         return SettledRecord(over.record, bill, over.time_s, self._carbon.assumptions)
 
     def _cost(self, request_id: str) -> Cost:
         return self._requests.costs.get(request_id) or Cost()
 
-    def _bill(self, request_id: str, cost: Cost, parts: tuple[Part, ...] = (), settled: bool = False) -> Bill:
-        expected = self._requests.expect(request_id)
-        if expected is None:
-            return Bill(request_id, None, None, None, Quality.UNAVAILABLE, settled)
-        quality = self._quality_of(cost, expected)
-        if quality is Quality.UNAVAILABLE:
+    def _bill(
+        self,
+        request_id: str,
+        cost: Cost,
+        expected: Claim | None,
+        parts: tuple[Part, ...] = (),
+        settled: bool = False,
+    ) -> Bill:
+        """What has been charged and what is ``expected`` besides, if anybody knows."""
+        quality = Quality.UNAVAILABLE
+        if expected is not None:
+            quality = weakest((cost.quality or self.quality, expected.quality))
+        if expected is None or quality is Quality.UNAVAILABLE:
             return Bill(request_id, None, None, None, quality, settled)
-        active_uj = cost.active_uj + sum(claim.active_uj for claim in expected)
-        allocated_uj = cost.allocated_uj + sum(claim.active_uj + claim.idle_uj for claim in expected)
+        active_uj = cost.active_uj + expected.active_uj
+        allocated_uj = cost.allocated_uj + expected.active_uj + expected.idle_uj
         gco2e = self._carbon.gco2e(allocated_uj, cost.machine_ns)
         return Bill(request_id, active_uj, allocated_uj, gco2e, quality, settled, parts)
 
-    def _quality_of(self, cost: Cost, expected: Sequence[Claim]) -> Quality:
-        if not expected:
-            return cost.quality or self.quality
-        qualities = [claim.quality for claim in expected]
-        return weakest(qualities if cost.quality is None else [cost.quality, *qualities])
+    def _attributions(self) -> Iterator[Attributed]:
+        for task, charges in self._attributed.items():
+            for (device, model, phase, quality), energy_uj in self._requests.charges(charges):
+                yield Attributed(device, model, task, phase, quality, energy_uj)
 
     def _balance(self) -> dict[str, MeterTotal]:
         """Where what each device counted is, by device."""
         settled: Counter[str] = Counter()
-        for (device, *_), energy_uj in self._attributed.items():
-            settled[device] += energy_uj
+        for share in self._attributions():
+            settled[share.device] += share.energy_uj
         for (device, _), energy_uj in self._unattributed.items():
             settled[device] += energy_uj
         charged = self._requests.open_uj()
@@ -374,9 +351,7 @@ class Account:
         if self._alarmed_ns is not None and now_ns - self._alarmed_ns < _ALARM_INTERVAL_NS:
             return
         self._alarmed_ns = now_ns
-        with self._lock:
-            balance = self._balance()
-        for device, total in balance.items():
+        for device, total in self._balance().items():
             meter_uj = self._channels[device].meter_uj
             if abs(total.residual_uj) * _ALARM_SHARE > meter_uj:
                 _log.error(
@@ -388,12 +363,10 @@ class Account:
 
     def _publish(self, finished: Sequence[SettledRecord], unsettled: Sequence[SettledRecord]) -> None:
         """Write records to the ledger, and settled ones to the log; never under a lock."""
-        for record in (*unsettled, *finished):
-            if self._ledger is not None:
-                self._ledger.put(record)
-        for settled in finished:
-            if self._on_settled is not None:
-                self._on_settled(settled)
+        if self._ledger is not None and (unsettled or finished):
+            self._ledger.put(*unsettled, *finished)
+        if self._on_settled is not None and finished:
+            self._on_settled(finished)
         if finished and _requests_log.isEnabledFor(logging.INFO):
             # All at once: what costs is the log, not a line of it.
             carbon = orjson.Fragment(orjson.dumps(self._carbon.assumptions))

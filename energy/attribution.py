@@ -5,7 +5,7 @@ value of that affine cost, rescaled so that the charges sum to the energy that t
 """
 
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -34,7 +34,8 @@ class Coefficients:
 
 
 DEFAULTS = Coefficients()
-_WHOLE = 1 << 30
+_FINE = 1 << 10
+"""Parts of a microjoule, to which what a request is charged for one of several steps is rounded."""
 
 
 def weigh(work: Sequence[Work], coefficients: Coefficients) -> list[int]:
@@ -48,46 +49,45 @@ def weigh(work: Sequence[Work], coefficients: Coefficients) -> list[int]:
     ]
 
 
-def fractions(work: Sequence[Work], coefficients: Coefficients) -> list[int]:
-    """The weights in units of 2**-30 of the step; equal ones where nothing has any weight."""
-    if len(work) == 1:
-        return [_WHOLE]
-    weights = weigh(work, coefficients)
-    if not any(weights):
-        weights = [1] * len(weights)
-    whole = sum(weights)
-    return [weight * _WHOLE // whole for weight in weights]
-
-
 def split(total: int, weights: Sequence[int], keys: Sequence[Any]) -> list[int]:
     """Share ``total`` in proportion to ``weights``, in whole units that sum to it exactly (largest remainder).
 
-    Ties go to the smaller key, so that the order of the entries does not matter. ``weights`` are not negative and
-    not all zero.
+    Ties go to the smaller key, so that the order of the entries does not matter. ``weights`` are not negative; where
+    all are zero, all are alike.
     """
     if total == 0:
         return [0] * len(weights)
     whole = sum(weights)
+    if not whole:
+        weights, whole = [1] * len(weights), len(weights)
     shares = [total * weight // whole for weight in weights]
     left = total - sum(shares)
     if left:
-        remainders = [-(total * weight % whole) for weight in weights]
-        for _, _, i in sorted(zip(remainders, keys, range(len(shares)), strict=True))[:left]:
+        remainders = [total * weight % whole for weight in weights]
+        least = sorted(remainders)[-left]
+        above = [i for i, remainder in enumerate(remainders) if remainder > least]
+        tied = [i for i, remainder in enumerate(remainders) if remainder == least]
+        if len(above) + len(tied) > left:
+            tied.sort(key=lambda i: keys[i])
+        for i in (*above, *tied[: left - len(above)]):
             shares[i] += 1
     return shares
 
 
-def charge(claims: Iterable[tuple[int, Sequence[Key], Sequence[int]]]) -> dict[Key, int]:
+def charge(claims: Iterable[tuple[int, Mapping[Key, int]]]) -> dict[Key, int]:
     """What each key is charged for some steps, in microjoules that sum to the steps' exactly.
 
-    A step is its energy in microjoules, the keys that share it and their ``fractions``. Energy is rounded once, over
-    all steps, and not in each of them.
+    A step is its energy in microjoules and the shares of those who pay it. Energy is rounded once, over all steps,
+    and not in each of them.
     """
-    total = 0
-    weights: defaultdict[Key, int] = defaultdict(int)
-    for energy_uj, keys, parts in claims:
-        if energy_uj:
+    claims = [(energy_uj, shares) for energy_uj, shares in claims if energy_uj]
+    if len(claims) == 1:
+        ((total, weights),) = claims
+    else:
+        total, weights = 0, defaultdict(int)
+        for energy_uj, shares in claims:
             total += energy_uj
-            for key, part in zip(keys, parts, strict=True):
-                weights[key] += energy_uj * part
+            whole, fine = sum(shares.values()) or 1, energy_uj * _FINE
+            for key, share in shares.items():
+                weights[key] += fine * share // whole
     return dict(zip(weights, split(total, list(weights.values()), list(weights)), strict=True))

@@ -6,6 +6,7 @@ limit; none begins after it.
 
 import threading
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from energy.clock import Clock
@@ -54,15 +55,18 @@ class DailyBudgets:
         """Count what was spent at ``time_s`` (seconds since 1970), unless that was on another day."""
         with self._lock:
             self._turn()
-            if int(time_s // _S_PER_DAY) == self._day:
-                self._spent_uj[key] += energy_uj
+            self._spend(key, energy_uj, time_s)
 
-    def settled(self, record: SettledRecord) -> None:
-        """Count a bill for everyone and for its key; one that is not known counts nothing."""
-        if record.bill.allocated_uj is not None:
-            self.spend(EVERYONE, record.bill.allocated_uj, record.time_s)
-            if record.request.key is not None:
-                self.spend(record.request.key, record.bill.allocated_uj, record.time_s)
+    def settled(self, records: Iterable[SettledRecord]) -> None:
+        """Count bills for everyone and for their keys; those that are not known count nothing."""
+        with self._lock:
+            self._turn()
+            for record in records:
+                request, bill, time_s = record.request, record.bill, record.time_s
+                if bill.allocated_uj is not None:
+                    self._spend(EVERYONE, bill.allocated_uj, time_s)
+                    if request.key is not None:
+                        self._spend(request.key, bill.allocated_uj, time_s)
 
     def standing(self, key: str, limit_uj: int) -> Standing:
         """Where a key stands that may spend ``limit_uj`` in a day."""
@@ -70,6 +74,10 @@ class DailyBudgets:
             self._turn()
             resets_in_s = (self._day + 1) * _S_PER_DAY - self._clock.unix_s()
             return Standing(limit_uj, self._spent_uj[key], resets_in_s)
+
+    def _spend(self, key: str, energy_uj: int, time_s: float) -> None:
+        if time_s // _S_PER_DAY == self._day:
+            self._spent_uj[key] += energy_uj
 
     def _turn(self) -> None:
         """Begin a new day, if it has come."""

@@ -1,6 +1,7 @@
 """One record per request in SQLite. Knows nothing of how a bill comes about.
 
-A thread of its own writes, in batches at most a second apart, so that losing the process loses at most that second.
+A thread of its own writes, in batches half a second apart. Bills are settled as often, so that losing the process
+loses a second at most.
 A disk that is full or read-only never stops the service: records wait, the oldest are dropped beyond a bound, and
 ``healthy`` and the log say so until writing succeeds again.
 """
@@ -9,7 +10,7 @@ import logging
 import os
 import sqlite3
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from energy.schema import SCHEMA_VERSION, SELECT, UnknownSchema, from_row, inser
 from energy.types import SettledRecord
 
 MAX_WAITING = 10_000
-_INTERVAL_S = 1.0
+_INTERVAL_S = 0.5
 _S_PER_DAY = 86_400.0
 _MB = 1_000_000
 _SHRUNK = 0.9
@@ -43,6 +44,9 @@ class Ledger:
         self._failure: str | None = None
         self._dropped = 0
         self._dropped_before = 0
+        self._database: sqlite3.Connection | None = None
+        self._opened: tuple[int, int] | None = None
+        """Which file that is open on."""
         self._wake = threading.Event()
         self._stop = threading.Event()
         self._flush()
@@ -64,10 +68,10 @@ class Ledger:
         """Records that were lost because too many waited for a disk that could not be written."""
         return self._dropped
 
-    def put(self, record: SettledRecord) -> None:
-        """Write ``record`` within a second; a later record of the same request replaces an earlier one."""
+    def put(self, *records: SettledRecord) -> None:
+        """Write ``records`` within half a second; a later record of the same request replaces an earlier one."""
         with self._lock:
-            self._waiting[record.request.request_id] = record
+            self._waiting.update({record.request.request_id: record for record in records})
             while len(self._waiting) > MAX_WAITING:
                 del self._waiting[next(iter(self._waiting))]
                 self._dropped += 1
@@ -122,17 +126,19 @@ class Ledger:
                 self._wake.set()
         # What was put while the last batch was being written.
         self._flush()
+        self._close()
 
     def _flush(self) -> None:
         """Write everything that waits in one transaction; on failure it goes on waiting."""
         with self._lock:
             batch = dict(self._waiting)
         try:
-            self._write(batch)
+            self._write(list(batch.values()))
         except (sqlite3.Error, OSError, UnknownSchema) as error:
             if self._failure is None:
                 _log.warning("the ledger %s cannot be written, the service goes on without it: %s", self.path, error)
             self._failure = _reason(error)
+            self._close()
             return
         with self._lock:
             for request_id, record in batch.items():
@@ -144,19 +150,42 @@ class Ledger:
             _log.warning("the ledger %s is written again; %d records were dropped", self.path, dropped)
             self._failure = None
 
-    def _write(self, batch: dict[str, SettledRecord]) -> None:
-        # Opened for every batch: a file that was removed, remounted or repaired is found again by itself.
+    def _write(self, batch: Sequence[SettledRecord]) -> None:
+        database = self._open()
+        with database:
+            insert(database, batch)
+            database.execute("DELETE FROM requests WHERE time_s < ?", (self._clock.unix_s() - self._max_age_s,))
+        self._shrink(database)
+
+    def _open(self) -> sqlite3.Connection:
+        """The connection, or a new one where its file is no longer there: one that was removed, remounted or repaired
+        is found again by itself."""
+        if self._database is not None and self._opened == self._present():
+            return self._database
+        self._close()
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with closing(sqlite3.connect(self.path)) as database:
-            schema_version(database)
-            database.execute("PRAGMA journal_mode = WAL")
-            # Safe against losing the process; losing power may cost the last commits, never the file (SQLite on WAL).
-            database.execute("PRAGMA synchronous = NORMAL")
-            upgrade(database)
-            with database:
-                insert(database, batch.values())
-                database.execute("DELETE FROM requests WHERE time_s < ?", (self._clock.unix_s() - self._max_age_s,))
-            self._shrink(database)
+        # Opened by the thread that makes the ledger, from then on used by the writer alone.
+        self._database = database = sqlite3.connect(self.path, check_same_thread=False)
+        schema_version(database)
+        database.execute("PRAGMA journal_mode = WAL")
+        # Safe against losing the process; losing power may cost the last commits, never the file (SQLite on WAL).
+        database.execute("PRAGMA synchronous = NORMAL")
+        upgrade(database)
+        self._opened = self._present()
+        return database
+
+    def _present(self) -> tuple[int, int] | None:
+        """Which file there is now."""
+        try:
+            found = self.path.stat()
+        except OSError:
+            return None
+        return found.st_dev, found.st_ino
+
+    def _close(self) -> None:
+        if self._database is not None:
+            self._database.close()
+            self._database = None
 
     def _shrink(self, database: sqlite3.Connection) -> None:
         """Forget the oldest records of a file that has grown too large, and give free pages back to the disk."""

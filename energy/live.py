@@ -3,7 +3,7 @@
 import threading
 from bisect import bisect_left
 from collections import Counter, deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from operator import add
 
@@ -80,23 +80,12 @@ class Live:
         """By key and task."""
         self._recent: deque[SettledRecord] = deque(maxlen=RECENT)
 
-    def settled(self, record: SettledRecord) -> None:
-        """Count a bill."""
-        if record.request.status == "refused":
-            return
+    def settled(self, records: Iterable[SettledRecord]) -> None:
+        """Count bills."""
         with self._lock:
-            self._recent.appendleft(record)
-            whose = record.request.key, record.request.task
-            if whose not in self._sums:
-                self._sums[whose] = TaskSums()
-            sums = self._sums[whose]
-            sums.requests += 1
-            if record.bill.allocated_uj is None or record.bill.gco2e is None:
-                sums.unknown += 1
-                return
-            sums.allocated_uj += record.bill.allocated_uj
-            sums.gco2e += record.bill.gco2e
-            sums.counts[bisect_left(BOUNDS_UJ, record.bill.allocated_uj)] += 1
+            for record in records:
+                if record.request.status != "refused":
+                    self._count(record)
 
     def tick(self, totals: Totals) -> None:
         """Keep the account's counters, unless the last ones are younger than the interval."""
@@ -122,3 +111,17 @@ class Live:
                     tasks.setdefault(task, TaskSums()).add(sums)
             recent = tuple(record for record in self._recent if only in (None, record.request.key))
             return View(self._began_s, self._meters, tuple(self._moments), tasks, recent)
+
+    def _count(self, record: SettledRecord) -> None:
+        self._recent.appendleft(record)
+        whose = record.request.key, record.request.task
+        if whose not in self._sums:
+            self._sums[whose] = TaskSums()
+        sums = self._sums[whose]
+        sums.requests += 1
+        if record.bill.allocated_uj is None or record.bill.gco2e is None:
+            sums.unknown += 1
+            return
+        sums.allocated_uj += record.bill.allocated_uj
+        sums.gco2e += record.bill.gco2e
+        sums.counts[bisect_left(BOUNDS_UJ, record.bill.allocated_uj)] += 1

@@ -1,12 +1,17 @@
-"""What open requests have cost so far, and what they probably will. Knows nothing of threads, ledgers or carbon."""
+"""What open requests have cost so far, and what they probably will. Knows nothing of threads, ledgers or carbon.
+
+Short steps of one model in one phase are charged together, as one stretch: each request pays by its load, which is its
+share of each of those steps times what that took of the processor (of a GPU, its duration). A step as long as the time
+between two readings, or that was running when the last stretches were settled, is charged alone.
+"""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from energy.attribution import DEFAULTS, Coefficients, charge, fractions, split
-from energy.settlement import BESIDE, Channel, Claim
+from energy.attribution import DEFAULTS, Coefficients, charge, split, weigh
+from energy.settlement import BESIDE, Channel, Claim, Stretch
 from energy.types import Part, Phase, Quality, Step, Work
 
 _RANK = {quality: rank for rank, quality in enumerate(Quality)}
@@ -21,32 +26,28 @@ class Charged(NamedTuple):
     quality: Quality
 
 
-class Portion(NamedTuple):
-    """What a step did in one phase."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Place:
+    """Where steps run."""
 
-    phase: Phase
-    names: Sequence[str]
-    """The requests in the step, each once."""
-    parts: Sequence[int]
-    """Their shares; see ``fractions``."""
-
-
-class Noted(NamedTuple):
-    """A step on the books: what is left is to learn its energy."""
-
-    step: Step
     own: str
-    """The metered device that it ran on."""
+    """The metered device."""
     channels: tuple[Channel, ...]
-    """The metered devices that it burnt energy on."""
-    portions: list[Portion]
-    """By phase; nearly always one."""
-    shares: Mapping[str, int]
-    """Of its requests, over all portions."""
-    whole: int
-    """The sum of all shares."""
-    time_ns: int
-    """Time on an executor."""
+    """The metered devices that a step burns energy on; none where its own has no meter."""
+    is_executor: bool
+
+
+@dataclass(slots=True, eq=False)
+class Noted(Stretch):
+    """Steps on the books that are charged as one: what is left is to learn their energy."""
+
+    place: Place
+    model: str
+    phase: Phase | None
+    """None of a step without requests."""
+    load_ns: int
+    loads: defaultdict[str, int] = field(default_factory=lambda: defaultdict(int))
+    """By request, what is its part of that."""
 
 
 @dataclass(slots=True)
@@ -56,11 +57,15 @@ class Cost:
     charges: dict[int, int] = field(default_factory=dict)
     """Allocated energy by the number of a ``Charged``."""
     active_uj: int = 0
-    allocated_uj: int = 0
     machine_ns: float = 0.0
     """Time of the whole machine, of which an executor is a part."""
     quality: Quality | None = None
     """None as long as nothing has been charged."""
+
+    @property
+    def allocated_uj(self) -> int:
+        """All that has been charged."""
+        return sum(self.charges.values())
 
     def weaken(self, quality: Quality) -> None:
         """Lower the quality to ``quality`` where that is worse."""
@@ -72,119 +77,146 @@ class Requests:
 
     def __init__(self, channels: Iterable[Channel], executors: int, coefficients: Mapping[str, Coefficients]) -> None:
         self.costs: defaultdict[str, Cost] = defaultdict(Cost)
+        self.waiting: list[Noted] = []
+        """What waits for a reading."""
         self._executors = executors
         self._coefficients = coefficients
         self._channels = {channel.device: channel for channel in channels}
-        self._burnt: dict[str, tuple[Channel, ...]] = {}
-        """By device of a step, those that it burns energy on."""
-        self._waiting: list[Noted] = []
-        """The steps that wait for a reading."""
+        self._places: dict[str, Place] = {}
+        """By device of a step."""
+        self._together: dict[tuple[Place, str, Phase | None], Noted] = {}
+        """Of what waits, where further steps go."""
+        self._settled_ns = self._read_ns()
+        self.window_ns = 0
+        """What began since then and took less than that may go there."""
         self._numbers: dict[Charged, int] = {}
         self._charged: list[Charged] = []
         """What each number is for: as a key, a number costs a tenth of what it stands for."""
+        self._kinds: list[tuple[str, Phase]] = []
+        """The device and the phase of each."""
 
-    def note(self, step: Step) -> Noted | None:
-        """The step with its requests' shares; None where its device has no meter, and their bills are unknown."""
-        own = step.device if step.device.startswith("gpu:") else "cpu"
-        channels = self._channels_of(own)
-        if not channels:
+    def note(self, step: Step) -> None:
+        """Put a step on the books; where its device has no meter, the bills of its requests are unknown."""
+        place = self._places.get(step.device) or self._find_place(step.device)
+        if not place.channels:
             for item in step.work:
                 self.costs[item.request_id].weaken(Quality.UNAVAILABLE)
-            return None
-        portions = _portions(step.work, fractions(step.work, self._coefficients.get(step.model, DEFAULTS)))
-        shares = _over_all(portions)
-        time_ns = 0 if step.device == BESIDE else step.ended_ns - step.started_ns
-        noted = Noted(step, own, channels, portions, shares, sum(shares.values()), time_ns)
-        self._waiting.append(noted)
-        return noted
+            return
+        work, duration_ns = step.work, step.ended_ns - step.started_ns
+        wholes = (place.own == "cpu" and step.cpu_ns) or duration_ns, step.cpu_ns, duration_ns * place.is_executor
+        if len(work) <= 1:
+            noted = self._noted(place, step, work[0].phase if work else None, *wholes)
+            for item in work:
+                noted.loads[item.request_id] += wholes[0]
+            return
+        weights = weigh(work, self._coefficients.get(step.model, DEFAULTS))
+        whole = sum(weights)
+        if not whole:
+            weights, whole = [1] * len(work), len(work)
+        for phase, of_phase, phase_weights, parts in _by_phase(work, weights, wholes):
+            loads, load_ns = self._noted(place, step, phase, *parts).loads, wholes[0]
+            for item, weight in zip(of_phase, phase_weights, strict=True):
+                loads[item[0]] += weight * load_ns // whole
 
-    def await_only(self, steps: Iterable[Noted]) -> None:
-        """From now on, these are the steps that wait for a reading."""
-        self._waiting = list(steps)
+    def part(self) -> None:
+        """What is noted from now on is charged apart from what was noted before."""
+        self._together.clear()
+
+    def covered(self, horizon_ns: int) -> list[Noted]:
+        """Take from what waits all that the readings cover; what ended before ``horizon_ns`` will never be, and its
+        requests have no known bill."""
+        self.part()
+        self._settled_ns = self._read_ns()
+        covered, waiting = [], []
+        for noted in self.waiting:
+            if noted.ended_ns <= min([channel.read_ns for channel in noted.place.channels]):
+                covered.append(noted)
+            elif noted.ended_ns >= horizon_ns:
+                waiting.append(noted)
+            else:
+                self._lose(noted)
+        self.waiting = waiting
+        return covered
 
     def waits(self, name: str) -> bool:
-        """Whether a request has a share of a step that waits for a reading."""
-        return any(name in noted.shares for noted in self._waiting)
+        """Whether a request has a share of something that waits for a reading."""
+        return any(name in noted.loads for noted in self.waiting)
 
-    def covered_ns(self, own: str) -> int:
-        """Until when every meter has been read that counts what a device does; it has one."""
-        return min(channel.read_ns for channel in self._channels_of(own))
-
-    def charge(self, device: str, claims: Sequence[tuple[Noted, Claim]]) -> None:
+    def charge(self, device: str, claims: Iterable[tuple[Noted, Claim]]) -> None:
         """Share what steps took from one device among their requests.
 
         Idle energy is shared as active energy is: a step lasts as long as its work makes it last.
         """
-        groups: dict[Charged, tuple[list[_Share], list[_Share]]] = {}
+        groups: dict[Charged, list[tuple[Claim, Mapping[str, int]]]] = {}
         for noted, claim in claims:
-            if not claim.active_uj and not claim.idle_uj:
-                for name in noted.shares:
-                    self.costs[name].weaken(claim.quality)
+            if noted.phase is None:
                 continue
-            for portion, part in _by_phase(noted, claim):
-                charged = Charged(device, noted.step.model, portion.phase, part.quality)
-                active, idle = groups.setdefault(charged, ([], []))
-                active.append((part.active_uj, portion.names, portion.parts))
-                idle.append((part.idle_uj, portion.names, portion.parts))
-        for charged, (active, idle) in groups.items():
+            if claim.active_uj or claim.idle_uj:
+                charged = Charged(device, noted.model, noted.phase, claim.quality)
+                groups.setdefault(charged, []).append((claim, noted.loads))
+            else:
+                for name in noted.loads:
+                    self.costs[name].weaken(claim.quality)
+        for charged, shared in groups.items():
             number = self._number(charged)
-            active_uj, idle_uj = charge(active), charge(idle)
-            for name in active_uj | idle_uj:
-                own_uj = active_uj.get(name, 0)
-                both_uj = own_uj + idle_uj.get(name, 0)
-                cost = self.costs[name]
-                cost.active_uj += own_uj
-                cost.allocated_uj += both_uj
-                cost.charges[number] = cost.charges.get(number, 0) + both_uj
-                if cost.quality is not charged.quality:
-                    cost.weaken(charged.quality)
+            active_uj = charge([(claim.active_uj, loads) for claim, loads in shared])
+            for name, energy_uj in active_uj.items():
+                self.costs[name].active_uj += energy_uj
+            for charges in (active_uj, charge([(claim.idle_uj, loads) for claim, loads in shared])):
+                for name, energy_uj in charges.items():
+                    cost = self.costs[name]
+                    cost.charges[number] = cost.charges.get(number, 0) + energy_uj
+                    if cost.quality is not charged.quality:
+                        cost.weaken(charged.quality)
 
-    def occupy(self, steps: Sequence[Noted]) -> None:
-        """Share the machine's time that ``steps`` took."""
-        portions = ((noted.time_ns, portion.names, portion.parts) for noted in steps for portion in noted.portions)
-        for name, time_ns in charge(portions).items():
+    def occupy(self, covered: Sequence[Noted]) -> None:
+        """Share the machine's time that steps took."""
+        for name, time_ns in charge([(noted.time_ns, noted.loads) for noted in covered if noted.loads]).items():
             self.costs[name].machine_ns += time_ns / self._executors
 
-    def lose(self, steps: Sequence[Noted]) -> None:
-        """These will never have a reading: their requests have no known bill."""
-        for name in {name for noted in steps for portion in noted.portions for name in portion.names}:
-            self.costs[name].weaken(Quality.UNAVAILABLE)
+    def lose_all(self) -> None:
+        """What waits will never have a reading."""
+        for noted in self.waiting:
+            self._lose(noted)
+        self.waiting = []
 
-    def expect(self, name: str) -> list[Claim] | None:
-        """What a request will probably pay for the steps that wait for a reading; None where there is nothing to
-        judge by."""
-        loads: dict[str, tuple[float, float]] = {}
-        for noted in self._waiting:
-            if name not in noted.shares:
-                continue
-            share = noted.shares[name] / noted.whole
-            cpu_ns, time_ns = loads.get(noted.own, (0.0, 0.0))
-            loads[noted.own] = cpu_ns + noted.step.cpu_ns * share, time_ns + noted.time_ns * share
-        expected = []
-        for own, (cpu_ns, time_ns) in loads.items():
-            for channel in self._channels_of(own):
-                claim = channel.expect(cpu_ns, time_ns)
-                if claim is None:
+    def expect(self, name: str) -> Claim | None:
+        """What a request will probably pay for what waits for a reading; None where there is nothing to judge by."""
+        loads: dict[tuple[Channel, ...], tuple[float, float]] = {}
+        for noted in self.waiting:
+            if name in noted.loads:
+                share, channels = noted.loads[name] / (noted.load_ns or 1), noted.place.channels
+                cpu_ns, time_ns = loads.get(channels, (0.0, 0.0))
+                loads[channels] = cpu_ns + noted.cpu_ns * share, time_ns + noted.time_ns * share
+        idle_uj, active_uj = 0.0, 0.0
+        for channels, load in loads.items():
+            for channel in channels:
+                expected = channel.expect(*load)
+                if expected is None:
                     return None
-                expected.append(claim)
-        return expected
+                idle_uj += expected[0]
+                active_uj += expected[1]
+        qualities = [channel.inferred for channels in loads for channel in channels]
+        return Claim(round(idle_uj), round(active_uj), weakest(qualities, Quality.MEASURED))
 
-    def charges(self, cost: Cost) -> list[tuple[Charged, int]]:
+    def charges(self, charges: Mapping[int, int]) -> list[tuple[Charged, int]]:
         """What has been charged for what."""
-        return [(self._charged[number], energy_uj) for number, energy_uj in cost.charges.items()]
+        return [(self._charged[number], energy_uj) for number, energy_uj in charges.items()]
 
     def parts(self, cost: Cost) -> tuple[Part, ...]:
         """What has been charged, by device and phase."""
-        parts: dict[tuple[str, Phase], int] = {}
-        for (device, _, phase, _), energy_uj in self.charges(cost):
-            parts[device, phase] = parts.get((device, phase), 0) + energy_uj
-        return tuple(Part(device, phase, energy_uj) for (device, phase), energy_uj in sorted(parts.items()))
+        parts: list[Part] = []
+        for device, phase, energy_uj in sorted([(*self._kinds[number], uj) for number, uj in cost.charges.items()]):
+            if parts and parts[-1][:2] == (device, phase):
+                energy_uj += parts.pop().energy_uj
+            parts.append(Part(device, phase, energy_uj))
+        return tuple(parts)
 
     def open_uj(self) -> Counter[str]:
         """What has been charged and is not settled, by device."""
         total: Counter[str] = Counter()
         for cost in self.costs.values():
-            for charged, energy_uj in self.charges(cost):
+            for charged, energy_uj in self.charges(cost.charges):
                 total[charged.device] += energy_uj
         return total
 
@@ -193,57 +225,71 @@ class Requests:
         if number is None:
             number = self._numbers[charged] = len(self._charged)
             self._charged.append(charged)
+            self._kinds.append((charged.device, charged.phase))
         return number
 
-    def _channels_of(self, own: str) -> tuple[Channel, ...]:
-        """The metered devices that a step on ``own`` burns energy on; none where that has no meter."""
-        if own not in self._burnt:
-            burnt = [channel for device, channel in self._channels.items() if device in (own, "cpu", "dram")]
-            self._burnt[own] = tuple(burnt) if own in self._channels else ()
-        return self._burnt[own]
+    def _find_place(self, device: str) -> Place:
+        own = device if device.startswith("gpu:") else "cpu"
+        is_executor = device != BESIDE
+        for place in self._places.values():
+            if (place.own, place.is_executor) == (own, is_executor):
+                break
+        else:
+            burnt = [channel for name, channel in self._channels.items() if name in (own, "cpu", "dram")]
+            place = Place(own, tuple(burnt) if own in self._channels else (), is_executor)
+        self._places[device] = place
+        return place
+
+    def _noted(self, place: Place, step: Step, phase: Phase | None, load_ns: int, cpu_ns: int, time_ns: int) -> Noted:
+        """What a phase of a step is charged with; the step took so much for it."""
+        key = place, step.model, phase
+        started_ns, ended_ns = step.started_ns, step.ended_ns
+        is_short = started_ns > self._settled_ns and ended_ns - started_ns < self.window_ns
+        noted = self._together.get(key) if is_short else None
+        if noted is None:
+            noted = Noted(started_ns, ended_ns, cpu_ns, time_ns, 1, place, step.model, phase, load_ns)
+            self.waiting.append(noted)
+            if is_short:
+                self._together[key] = noted
+            return noted
+        if started_ns < noted.started_ns:
+            noted.started_ns = started_ns
+        if ended_ns > noted.ended_ns:
+            noted.ended_ns = ended_ns
+        noted.cpu_ns += cpu_ns
+        noted.time_ns += time_ns
+        noted.steps += 1
+        noted.load_ns += load_ns
+        return noted
+
+    def _read_ns(self) -> int:
+        """The latest reading."""
+        return max((channel.read_ns for channel in self._channels.values()), default=0)
+
+    def _lose(self, noted: Noted) -> None:
+        for name in noted.loads:
+            self.costs[name].weaken(Quality.UNAVAILABLE)
 
 
-_Share = tuple[int, Sequence[str], Sequence[int]]
-"""Energy, and who shares it how; see ``charge``."""
+_Portion = tuple[Phase, Sequence[Work], Sequence[int], Sequence[int]]
+"""A phase, the work in it, the weights of that, and what falls to it of some quantities of the step."""
 
 
-def _portions(work: Sequence[Work], shares: Sequence[int]) -> list[Portion]:
-    """What falls to each request, by phase."""
-    if len(work) == 1:
-        return [Portion(work[0].phase, (work[0].request_id,), shares)]
-    names = [item.request_id for item in work]
+def _by_phase(work: Sequence[Work], weights: Sequence[int], wholes: Sequence[int]) -> list[_Portion]:
+    """What a step did in each phase; nearly always there is one."""
     phases = {item.phase for item in work}
-    if len(phases) == 1 and len(set(names)) == len(names):
-        return [Portion(phases.pop(), names, shares)]
-    by_phase: dict[Phase, dict[str, int]] = {}
-    for item, share in zip(work, shares, strict=True):
-        mine = by_phase.setdefault(item.phase, {})
-        mine[item.request_id] = mine.get(item.request_id, 0) + share
-    return [Portion(phase, tuple(mine), list(mine.values())) for phase, mine in by_phase.items()]
+    if len(phases) == 1:
+        return [(work[0].phase, work, weights, wholes)]
+    ordered = sorted(phases)
+    portions = []
+    for phase in ordered:
+        pairs = [(item, weight) for item, weight in zip(work, weights, strict=True) if item.phase is phase]
+        portions.append(([item for item, _ in pairs], [weight for _, weight in pairs]))
+    sums = [sum(mine) for _, mine in portions]
+    parts = zip(*[split(whole, sums, ordered) for whole in wholes], strict=True)
+    return [(phase, *portion, part) for phase, portion, part in zip(ordered, portions, parts, strict=True)]
 
 
-def _over_all(portions: Sequence[Portion]) -> dict[str, int]:
-    """The share of each request in all ``portions`` of a step."""
-    shares: dict[str, int] = {}
-    for portion in portions:
-        more = zip(portion.names, portion.parts, strict=True)
-        shares |= more if not shares else [(name, shares.get(name, 0) + part) for name, part in more]
-    return shares
-
-
-def _by_phase(noted: Noted, claim: Claim) -> Iterable[tuple[Portion, Claim]]:
-    """The portions of a step, with what falls to each of its claim."""
-    if len(noted.portions) == 1:
-        return [(noted.portions[0], claim)]
-    weights = [sum(portion.parts) for portion in noted.portions]
-    phases = [portion.phase for portion in noted.portions]
-    active_uj, idle_uj = split(claim.active_uj, weights, phases), split(claim.idle_uj, weights, phases)
-    return [
-        (portion, Claim(idle, active, claim.quality))
-        for portion, active, idle in zip(noted.portions, active_uj, idle_uj, strict=True)
-    ]
-
-
-def weakest(qualities: Iterable[Quality]) -> Quality:
-    """The weakest names the whole; nothing at all is unavailable."""
-    return max(qualities, key=_RANK.__getitem__, default=Quality.UNAVAILABLE)
+def weakest(qualities: Iterable[Quality], of_nothing: Quality = Quality.UNAVAILABLE) -> Quality:
+    """The weakest names the whole; nothing at all is unavailable, unless told otherwise."""
+    return max(qualities, key=_RANK.__getitem__, default=of_nothing)

@@ -3,9 +3,8 @@
 import json
 import logging
 import sqlite3
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import asdict
-from functools import cache
 from typing import Any
 
 import orjson
@@ -52,7 +51,11 @@ SELECT = f"SELECT {_COLUMNS}, assumptions FROM requests NATURAL JOIN carbon"
 """The rows that ``from_row`` reads; ``parts`` is ``[[device, phase, microjoules], ...]``."""
 _ID = "(SELECT carbon_id FROM carbon WHERE assumptions = {})"
 _INSERT_CARBON = "INSERT OR IGNORE INTO carbon (assumptions) VALUES (?)"
-_INSERT = f"INSERT OR REPLACE INTO requests ({_COLUMNS}, carbon_id) VALUES ({'?, ' * 16}{_ID.format('?')})"
+_INSERT = f"INSERT OR REPLACE INTO requests ({_COLUMNS}, carbon_id) VALUES "
+_ROW = f"({', '.join('?' * 17)})"
+_ROWS_AT_ONCE = 32
+"""Of one statement: each lets go of the interpreter and waits to have it again, and is prepared once for each number
+of rows."""
 
 _UPGRADES = {
     0: _TABLES,
@@ -93,11 +96,17 @@ def schema_version(database: sqlite3.Connection) -> int:
     return version
 
 
-def insert(database: sqlite3.Connection, records: Iterable[SettledRecord]) -> None:
+def insert(database: sqlite3.Connection, records: Sequence[SettledRecord]) -> None:
     """Write records; one of a request that is there already replaces it."""
-    rows = [_to_row(record) for record in records]
-    database.executemany(_INSERT_CARBON, {row[-1:] for row in rows})
-    database.executemany(_INSERT, rows)
+    carbon_ids = {}
+    for carbon in {record.carbon for record in records}:
+        assumptions = json.dumps(asdict(carbon))
+        database.execute(_INSERT_CARBON, (assumptions,))
+        (carbon_ids[carbon],) = database.execute(f"SELECT {_ID.format('?')}", (assumptions,)).fetchone()
+    for first in range(0, len(records), _ROWS_AT_ONCE):
+        some = records[first : first + _ROWS_AT_ONCE]
+        values = [value for record in some for value in _to_row(record, carbon_ids[record.carbon])]
+        database.execute(_INSERT + ", ".join([_ROW] * len(some)), values)
 
 
 def from_row(row: tuple[Any, ...]) -> SettledRecord:
@@ -119,7 +128,7 @@ def from_row(row: tuple[Any, ...]) -> SettledRecord:
     )
 
 
-def _to_row(record: SettledRecord) -> tuple[object, ...]:
+def _to_row(record: SettledRecord, carbon_id: int) -> tuple[object, ...]:
     request, bill = record.request, record.bill
     return (
         request.request_id,
@@ -138,10 +147,5 @@ def _to_row(record: SettledRecord) -> tuple[object, ...]:
         bill.settled,
         request.key,
         orjson.dumps([(part.device, part.phase, part.energy_uj) for part in bill.parts]).decode(),
-        _carbon_json(record.carbon),
+        carbon_id,
     )
-
-
-@cache
-def _carbon_json(carbon: CarbonAssumptions) -> str:
-    return json.dumps(asdict(carbon))

@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 from energy.clock import NS_PER_S
 from energy.meters.base import Reading
-from energy.types import Quality, Step
+from energy.types import Quality
 
 BESIDE = "cpu"
 """The device of work beside the executors."""
@@ -46,8 +46,22 @@ class Reason(StrEnum):
     UNRESOLVED = "unresolved"
 
 
+@dataclass(slots=True, eq=False)
+class Stretch:
+    """One step, or several that are charged together."""
+
+    started_ns: int
+    ended_ns: int
+    """The first began and the last ended then."""
+    cpu_ns: int
+    """Of all together."""
+    time_ns: int
+    """On an executor, of all together; none where they ran beside them."""
+    steps: int
+
+
 class Claim(NamedTuple):
-    """The energy of one step on one device."""
+    """The energy of a stretch on one device."""
 
     idle_uj: int
     active_uj: int
@@ -66,17 +80,31 @@ class _Window:
     """Of the whole window."""
     idle_left_uj: int
     active_left_uj: int
+    load_ns: int
+    """On a processor, of the whole window."""
     load_left_ns: int
     others_ns: int
 
-    def overlapping(self, steps: Sequence[Step]) -> list[tuple[int, Step, int]]:
-        """The steps that lasted in it, each with its place and for how long."""
-        start_ns, end_ns = self.start_ns, self.end_ns
-        return [
-            (i, step, min(end_ns, step.ended_ns) - max(start_ns, step.started_ns))
-            for i, step in enumerate(steps)
-            if step.started_ns < end_ns and step.ended_ns > start_ns and step.started_ns < step.ended_ns
-        ]
+    @property
+    def length_ns(self) -> int:
+        """How long it lasted."""
+        return self.end_ns - self.start_ns
+
+    def overlap_ns(self, stretch: Stretch) -> int:
+        """How long of that a stretch lasted; not positive where that is none."""
+        return min(self.end_ns, stretch.ended_ns) - max(self.start_ns, stretch.started_ns)
+
+    def share_active(self, loads_ns: Sequence[int]) -> list[int]:
+        """Of its active energy, what falls to so much of its load each."""
+        shares_uj = []
+        whole_ns = max(self.load_left_ns, sum(loads_ns))
+        for load_ns in loads_ns:
+            share_uj = self.active_left_uj * load_ns // whole_ns if whole_ns else 0
+            shares_uj.append(share_uj)
+            self.active_left_uj -= share_uj
+            whole_ns -= load_ns
+        self.load_left_ns = whole_ns
+        return shares_uj
 
 
 class Channel:
@@ -90,7 +118,7 @@ class Channel:
         self.device = first.device
         self.source = first.source
         self.quality = first.quality
-        self._inferred = Quality.APPORTIONED if first.quality is Quality.MEASURED else first.quality
+        self.inferred = Quality.APPORTIONED if first.quality is Quality.MEASURED else first.quality
         """Of what no window measures."""
         self.idle_uw = idle_uw
         self.by_cpu_time = not first.device.startswith("gpu:")
@@ -115,6 +143,11 @@ class Channel:
         return self._last.at_ns
 
     @property
+    def window_ns(self) -> int:
+        """How long the latest window lasted."""
+        return self._windows[-1].length_ns if self._windows else 0
+
+    @property
     def open_uj(self) -> int:
         """What lies in windows and may yet be taken."""
         return sum(window.idle_left_uj + window.active_left_uj for window in self._windows)
@@ -136,66 +169,74 @@ class Channel:
         still = energy_uj == 0 and reading.resolution_ns > 0
         active_uj = energy_uj - idle_uj
         self._windows.append(
-            _Window(self._last.at_ns, reading.at_ns, owned, still, idle_uj, idle_uj, active_uj, load_ns, others_ns)
+            _Window(
+                self._last.at_ns, reading.at_ns, owned, still, idle_uj, idle_uj, active_uj, load_ns, load_ns, others_ns
+            )
         )
         self._last = reading
         self._last_process_ns = process_ns
         self._owned = owned
 
-    def settle(self, steps: Sequence[Step]) -> list[Claim]:
-        """Give each of ``steps``, which the readings cover, its energy."""
-        idle_uj = [0] * len(steps)
-        active_uj = [0] * len(steps)
-        longest_ns = [0] * len(steps)
+    def settle(self, stretches: Sequence[Stretch]) -> list[Claim]:
+        """Give each of ``stretches``, which the readings cover, its energy."""
+        idle_uj = [0] * len(stretches)
+        active_uj = [0] * len(stretches)
+        longest_ns = [0] * len(stretches)
         unknown: set[int] = set()
-        started_ns = min((step.started_ns for step in steps), default=self.read_ns)
-        for window in reversed(self._windows):
-            if window.end_ns <= started_ns:
-                break
-            length_ns = window.end_ns - window.start_ns
-            within = window.overlapping(steps)
+        for window, within in self._spread(stretches):
             if window.still:
                 unknown.update(i for i, _, _ in within)
-            for i, step, overlap_ns in within:
-                if length_ns > longest_ns[i]:
-                    longest_ns[i] = length_ns
-                if window.owned and step.device != BESIDE:
-                    idle = min(window.idle_left_uj, window.idle_uj * overlap_ns // (length_ns * self._executors))
+            for i, _, time_ns in within:
+                longest_ns[i] = max(longest_ns[i], window.length_ns)
+                if window.owned:
+                    idle = min(window.idle_left_uj, window.idle_uj * time_ns // (window.length_ns * self._executors))
                     window.idle_left_uj -= idle
                     idle_uj[i] += idle
             if window.active_left_uj:
-                self._share_active(window, within, active_uj)
-        weight_ns = sum([step.cpu_ns if self.by_cpu_time else step.ended_ns - step.started_ns for step in steps])
+                loads_ns = [cpu_ns if self.by_cpu_time else time_ns for _, cpu_ns, time_ns in within]
+                for (i, _, _), active in zip(within, window.share_active(loads_ns), strict=True):
+                    active_uj[i] += active
+        weight_ns = sum([each.cpu_ns if self.by_cpu_time else each.time_ns for each in stretches])
         if weight_ns:
             self._rate = (sum(active_uj), weight_ns)
-        qualities = self._qualities(steps, longest_ns)
+        qualities = self._qualities(stretches, longest_ns)
         for i in unknown:
             qualities[i] = Quality.UNAVAILABLE
         return list(map(Claim, idle_uj, active_uj, qualities))
 
-    def _share_active(self, window: _Window, within: Sequence[tuple[int, Step, int]], active_uj: list[int]) -> None:
-        """Add to each of the steps that lasted ``within`` the window its part of the window's active energy."""
-        if self.by_cpu_time:
-            loads = [step.cpu_ns * overlap_ns // (step.ended_ns - step.started_ns) for _, step, overlap_ns in within]
-        else:
-            loads = [overlap_ns for _, _, overlap_ns in within]
-        load_ns = max(window.load_left_ns, sum(loads))
-        window.load_left_ns = load_ns - sum(loads)
-        for (i, _, _), step_ns in zip(within, loads, strict=True):
-            active = window.active_left_uj * step_ns // load_ns if load_ns else 0
-            window.active_left_uj -= active
-            load_ns -= step_ns
-            active_uj[i] += active
+    def _spread(self, stretches: Sequence[Stretch]) -> list[tuple[_Window, list[tuple[int, int, int]]]]:
+        """The windows in which ``stretches`` lie, with the place of each, its CPU time in it and on an executor.
 
-    def expect(self, cpu_ns: float, time_ns: float) -> Claim | None:
-        """What so much CPU time and time on an executor will cost if they are like the latest that were settled;
-        None before there are any."""
+        A step is taken to burn as much at any time. Of several, nobody has kept which lay in which window: their CPU
+        time goes where the processor's was spent.
+        """
+        started_ns = min(each.started_ns for each in stretches)
+        windows = [window for window in self._windows if window.end_ns > started_ns]
+        spread: list[tuple[_Window, list[tuple[int, int, int]]]] = [(window, []) for window in windows]
+        for i, each in enumerate(stretches):
+            overlaps_ns = [max(0, window.overlap_ns(each)) for window in windows]
+            loads_ns, load_ns = overlaps_ns, each.ended_ns - each.started_ns
+            if each.steps > 1:
+                spent_ns = [
+                    window.load_ns if overlap_ns else 0
+                    for window, overlap_ns in zip(windows, overlaps_ns, strict=True)
+                ]
+                if any(spent_ns):
+                    loads_ns, load_ns = spent_ns, sum(spent_ns)
+            for (_, within), overlap_ns, part_ns in zip(spread, overlaps_ns, loads_ns, strict=True):
+                if overlap_ns:
+                    time_ns = each.time_ns * overlap_ns // (each.ended_ns - each.started_ns)
+                    within.append((i, each.cpu_ns * part_ns // load_ns, time_ns))
+        return spread
+
+    def expect(self, cpu_ns: float, time_ns: float) -> tuple[float, float] | None:
+        """The idle and the active energy that so much CPU time and time on an executor will cost if they are like the
+        latest that were settled; None before there are any."""
         if self._rate is None:
             return None
         active_uj, weight_ns = self._rate
-        idle_uj = self.idle_uw * time_ns / (NS_PER_S * self._executors) if self._owned else 0
-        active = active_uj * (cpu_ns if self.by_cpu_time else time_ns) / weight_ns
-        return Claim(round(idle_uj), round(active), self._inferred)
+        idle_uj = self.idle_uw * time_ns / (NS_PER_S * self._executors) if self._owned else 0.0
+        return idle_uj, active_uj * (cpu_ns if self.by_cpu_time else time_ns) / weight_ns
 
     def expire(self, before_ns: int) -> Iterator[tuple[Reason, int]]:
         """Forget the windows that ended before, and say what no step has taken from them."""
@@ -210,11 +251,11 @@ class Channel:
             yield Reason.OTHER_PROCESSES, others_uj
             yield Reason.OVERHEAD, left_uj - others_uj
 
-    def _qualities(self, steps: Sequence[Step], windows_ns: Sequence[int]) -> list[Quality]:
+    def _qualities(self, stretches: Sequence[Stretch], windows_ns: Sequence[int]) -> list[Quality]:
         """A step is measured where it fills a window at least; the energy of a shorter one is inferred."""
         if self.quality is not Quality.MEASURED:
-            return [self.quality] * len(steps)
+            return [self.quality] * len(stretches)
         return [
-            Quality.MEASURED if step.ended_ns - step.started_ns >= window_ns else self._inferred
-            for step, window_ns in zip(steps, windows_ns, strict=True)
+            Quality.MEASURED if each.steps == 1 and each.ended_ns - each.started_ns >= window_ns else self.inferred
+            for each, window_ns in zip(stretches, windows_ns, strict=True)
         ]

@@ -69,8 +69,7 @@ class Part(NamedTuple):
     energy_uj: int
 
 
-@dataclass(frozen=True, slots=True)
-class Bill:
+class Bill(NamedTuple):
     """What one request is charged. ``None`` is unknown, never zero."""
 
     request_id: str
@@ -122,8 +121,7 @@ class CarbonAssumptions:
     """How much of the machine the service has reserved."""
 
 
-@dataclass(frozen=True, slots=True)
-class SettledRecord:
+class SettledRecord(NamedTuple):
     """One request with its bill, as the ledger keeps it."""
 
     request: RequestRecord

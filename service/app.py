@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
@@ -142,7 +142,7 @@ def _cors(settings: Settings) -> list[Middleware]:
 
 
 @contextmanager
-def build_service(settings: Settings, account_type: type[Account] = Account) -> Iterator[Service]:
+def build_service(settings: Settings) -> Iterator[Service]:
     """Everything that answers requests, ready to; what runs when it is left gets time to finish."""
     models = open_models(settings)
     metrics = Metrics()
@@ -150,7 +150,7 @@ def build_service(settings: Settings, account_type: type[Account] = Account) -> 
     ledger = Ledger(settings.ledger, settings.ledger_max_days, settings.ledger_max_mb)
     books = Books(metrics, settings.daily_budget_j, coefficients)
     books.restore(ledger)
-    account = open_account(settings, coefficients, ledger, books.settled, account_type)
+    account = open_account(settings, coefficients, ledger, books.settled)
 
     def record(step: Step) -> None:
         account.record(step)
@@ -249,12 +249,11 @@ def open_account(
     settings: Settings,
     coefficients: Mapping[str, Coefficients],
     ledger: Ledger,
-    on_settled: Callable[[SettledRecord], None] | None = None,
-    account_type: type[Account] = Account,
+    on_settled: Callable[[Sequence[SettledRecord]], None] | None = None,
 ) -> Account:
     """The energy account that ``settings`` describe; logs which meter it reads, or why there is none.
 
-    ``on_settled`` is called with every final bill.
+    ``on_settled`` is called with the final bills.
     """
     devices = gpus(engine_settings(settings))
     choice = choose_meter(meter_settings(settings, tuple(device.index for device in devices)))
@@ -264,7 +263,7 @@ def open_account(
         settings.grid_zone, settings.pue, settings.embodied_kg, settings.life_years, settings.machine_share
     )
     _log.info("carbon: %s, %g gCO2e/kWh", carbon.assumptions.zone, carbon.assumptions.gco2e_per_kwh)
-    account = account_type(
+    account = Account(
         choice.meter,
         carbon,
         ledger,

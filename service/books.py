@@ -1,7 +1,7 @@
 """What is kept of every bill beside the ledger: predictions, the day's budget, the dashboard's figures."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from energy.attribution import Coefficients
 from energy.budget import EVERYONE, DailyBudgets, Standing
@@ -47,13 +47,14 @@ class Books:
             if key is not None:
                 self._daily_budgets.spend(key, energy_uj, began_s)
 
-    def settled(self, record: SettledRecord) -> None:
-        """Enter a final bill."""
-        self._daily_budgets.settled(record)
-        self.live.settled(record)
-        relative_error = self.predictor.settled(record)
-        if relative_error is not None:
-            self._metrics.predicted(record.request, relative_error)
+    def settled(self, records: Sequence[SettledRecord]) -> None:
+        """Enter final bills."""
+        self._daily_budgets.settled(records)
+        self.live.settled(records)
+        for record in records:
+            relative_error = self.predictor.settled(record)
+            if relative_error is not None:
+                self._metrics.predicted(record.request, relative_error)
 
     def today(self) -> Standing | None:
         """Where the service stands in its daily budget; None where it has none."""

@@ -137,7 +137,7 @@ class Settings(BaseSettings):
         None, gt=0, description="Power of a busy core for the estimate; unset, the processor is looked up."
     )
     sample_interval_ms: int = Field(
-        50, ge=20, le=100, description="Milliseconds between two readings of the meters while anything is computed."
+        100, ge=20, le=100, description="Milliseconds between two readings of the meters while anything is computed."
     )
     grid_zone: str | None = Field(
         None,

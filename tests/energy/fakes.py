@@ -54,8 +54,8 @@ class Book:
     def __init__(self) -> None:
         self.records: dict[str, SettledRecord] = {}
 
-    def put(self, record: SettledRecord) -> None:
-        self.records[record.request.request_id] = record
+    def put(self, *records: SettledRecord) -> None:
+        self.records |= {record.request.request_id: record for record in records}
 
     def find(self, request_id: str) -> SettledRecord | None:
         return self.records.get(request_id)

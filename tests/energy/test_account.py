@@ -143,6 +143,40 @@ class TestCounter:
         bills = [bill_of(account, name) for name in ("short 0", "short 1", "short 2", "short 3", "long")]
         assert [bill.active_uj for bill in bills] == [100_000] * 4 + [400_000]
 
+    def test_short_steps_are_charged_together_and_take_from_where_they_ran(
+        self, held: HeldClock, meter: CountingMeter
+    ) -> None:
+        account = counted(held, meter, executors=2, idle_uw=0)
+        for _ in range(2):
+            held.run(ms=100)
+            account.sample()
+        for ran, energy_uj in ((True, 300_000), (False, 0), (True, 100_000)):
+            held.run(ms=50, cpu_ms=20 if ran else 0)
+            if ran:
+                account.record(step(held, 10, encode("a"), encode("b")))
+                account.record(step(held, 10, encode("a"), device="cpu:1"))
+            held.run(ms=50)
+            meter.energy_uj["cpu"] += energy_uj + 1  # so that the counter does not stand still
+            account.read()
+        a, b = bill_of(account, "a"), bill_of(account, "b")
+        # Of four steps of 10 ms, a was in all and alone in two.
+        assert (a.active_uj, b.active_uj) == (pytest.approx(300_000, abs=4), pytest.approx(100_000, abs=4))
+        assert (a.quality, b.quality) == (Quality.APPORTIONED, Quality.APPORTIONED)
+        check_balance(account.totals())
+
+    def test_a_step_as_long_as_a_window_is_charged_alone(self, held: HeldClock, meter: CountingMeter) -> None:
+        account = counted(held, meter, idle_uw=0)
+        for name, energy_uj in (("cheap", 100_000), ("dear", 900_000)):
+            held.run(ms=100, cpu_ms=100)
+            meter.energy_uj["cpu"] += energy_uj
+            account.record(step(held, 100, encode(name)))
+            account.read()
+        bills = [bill_of(account, name) for name in ("cheap", "dear")]
+        assert [(bill.active_uj, bill.quality) for bill in bills] == [
+            (100_000, Quality.MEASURED),
+            (900_000, Quality.MEASURED),
+        ]
+
     def test_a_step_shorter_than_the_counter_moves_is_apportioned_later(
         self, held: HeldClock, meter: CountingMeter
     ) -> None:
@@ -374,7 +408,7 @@ class TestRecords:
         assert (found.bill.settled, found.request, found.time_s) == (True, over("a"), closed_s)
         assert found.bill.parts == (Part("cpu", Phase.ENCODE, 360_000),)
         (line,) = [json.loads(entry.getMessage()) for entry in caplog.records]
-        told = {field.name for kind in (RequestRecord, Bill) for field in fields(kind)} - {"settled"}
+        told = {*(field.name for field in fields(RequestRecord)), *Bill._fields} - {"settled"}
         assert set(line) == told | {"time_s", "carbon"}
         assert (line["request_id"], line["task"], line["status"]) == ("a", "translate", "ok")
         assert (line["active_uj"], line["quality"]) == (360_000, "apportioned")

@@ -4,7 +4,7 @@ from random import Random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from energy.attribution import Coefficients, charge, fractions, split, weigh
+from energy.attribution import Coefficients, charge, split, weigh
 from energy.types import Phase, Work
 
 coefficients = st.builds(
@@ -26,9 +26,12 @@ def works(draw: st.DrawFn, at_least: int = 1) -> list[Work]:
 
 def shares(energy_uj: int, work: Sequence[Work], c: Coefficients) -> list[int]:
     """What each entry of one step is charged."""
-    names = [item.request_id for item in work]
-    charged = charge([(energy_uj, names, fractions(work, c))])
-    return [charged.get(name, 0) for name in names]
+    charged = charge([(energy_uj, parts(work, c))])
+    return [charged.get(item.request_id, 0) for item in work]
+
+
+def parts(work: Sequence[Work], c: Coefficients) -> dict[str, int]:
+    return dict(zip((item.request_id for item in work), weigh(work, c), strict=True))
 
 
 @given(energies, works(), coefficients)
@@ -80,7 +83,7 @@ def test_without_work_a_request_pays_nothing_of_m(energy_uj: int, work: list[Wor
 def test_over_many_steps_nothing_is_made_or_lost_in_any_order(
     steps: list[tuple[int, list[Work]]], c: Coefficients, random: Random
 ) -> None:
-    claims = [(energy_uj, [item.request_id for item in work], fractions(work, c)) for energy_uj, work in steps]
+    claims = [(energy_uj, parts(work, c)) for energy_uj, work in steps]
     charged = charge(claims)
     assert sum(charged.values()) == sum(energy_uj for energy_uj, _ in steps)
     random.shuffle(claims)

@@ -36,7 +36,7 @@ def test_every_key_has_its_own_and_counts_for_everyone() -> None:
     for key, energy_uj in (("a", 150), ("b", 20), (None, 3), ("b", None)):
         request = RequestRecord("req-1", "sentiment", "tiny", "ok", key=key)
         bill = Bill("req-1", energy_uj, energy_uj, None, Quality.ESTIMATED, settled=True)
-        budgets.settled(SettledRecord(request, bill, NOON_S, Carbon("DEU").assumptions))
+        budgets.settled([SettledRecord(request, bill, NOON_S, Carbon("DEU").assumptions)])
     assert budgets.standing("a", 100) == Standing(100, 150, DAY_S / 2)
     assert budgets.standing("b", 100) == Standing(100, 20, DAY_S / 2)
     assert budgets.standing(EVERYONE, 100) == Standing(100, 173, DAY_S / 2)

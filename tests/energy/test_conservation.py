@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from random import Random
 
@@ -171,18 +171,14 @@ class ForgetfulChannel(Channel):
 class SnapshotRequests(Requests):
     """Charges every request of a step what a snapshot of the counter around it shows: the whole step."""
 
-    def charge(self, device: str, claims: Sequence[tuple[Noted, Claim]]) -> None:
+    def charge(self, device: str, claims: Iterable[tuple[Noted, Claim]]) -> None:
         for noted, claim in claims:
-            for name in noted.portions[0].names if noted.portions else ():
-                cost = self.costs[name]
-                energy_uj = claim.active_uj + claim.idle_uj
-                cost.allocated_uj += energy_uj
-                number = self._number_of(device, noted, claim)
-                cost.charges[number] = cost.charges.get(number, 0) + energy_uj
-                cost.weaken(claim.quality)
-
-    def _number_of(self, device: str, noted: Noted, claim: Claim) -> int:
-        return self._number(Charged(device, noted.step.model, noted.step.work[0].phase, claim.quality))
+            if noted.phase is not None:
+                number = self._number(Charged(device, noted.model, noted.phase, claim.quality))
+                for name in noted.loads:
+                    cost = self.costs[name]
+                    cost.charges[number] = cost.charges.get(number, 0) + claim.active_uj + claim.idle_uj
+                    cost.weaken(claim.quality)
 
 
 @pytest.mark.parametrize("wrong", [("Channel", ForgetfulChannel), ("Requests", SnapshotRequests)])

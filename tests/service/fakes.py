@@ -261,7 +261,7 @@ class FakeAccount:
         self.wakes = 0
         self.steps: list[Step] = []
         self.time_s = 1_700_000_000.0
-        self.on_settled: Callable[[SettledRecord], None] = lambda record: None
+        self.on_settled: Callable[[Sequence[SettledRecord]], None] = lambda records: None
         self.spent_uj = 0
         """By a request that runs, more at every look."""
 
@@ -290,7 +290,7 @@ class FakeAccount:
         settled = SettledRecord(record, bill, self.time_s + len(self.records), carbon)
         self.records[record.request_id] = settled
         self.ledger.put(settled)
-        self.on_settled(settled)
+        self.on_settled([settled])
         return bill
 
     def find(self, request_id: str) -> SettledRecord | None:
