@@ -183,13 +183,8 @@ class Service:
                 count.correct(receipt.input_tokens + _most_written(encoded.items))
                 encoded = replace(encoded, items=self._foresee(task, request, model, encoded.items, request_id))
                 items = encoded.items if listener is None else await _overheard(task, encoded, model, listener)
-                if task.in_groups:
-                    receipt.outputs = await self._in_groups(model, items, at_once)
-                else:
-                    with self._submitted(model, items) as tickets:
-                        if listener is not None:
-                            listener.accepted(receipt)
-                        receipt.outputs = await _outputs(tickets)
+                told = None if listener is None else _Told(task, encoded.plan, receipt, listener)
+                receipt.outputs = await self._compute(model, items, at_once if task.in_groups else len(items), told)
                 receipt.computed_s = time.monotonic()
                 count.correct(receipt.input_tokens + receipt.output_tokens)
                 self.books.predictor.wrote(request_id, to_learn(receipt.outputs))
@@ -343,19 +338,40 @@ class Service:
         await self.desk.turn()
         return timed()
 
-    async def _in_groups(self, model: Model, items: Sequence[Item], at_once: int) -> list[Output]:
-        """Have ``items`` computed, ``at_once`` at a time: others' come in between. All are timed from the first on."""
+    async def _compute(
+        self, model: Model, items: Sequence[Item], at_once: int, told: "_Told | None" = None
+    ) -> list[Output]:
+        """Have ``items`` computed, ``at_once`` at a time: others' come in between. All are timed from the first on.
+
+        Raises what the engine raises. The first group is refused where there is no room, the others wait for it.
+        """
         outputs: list[Output] = []
         started_ns = time.monotonic_ns()
-        for first in range(0, len(items), at_once):
+        for first in range(0, len(items), max(1, at_once)):
             before_ns = time.monotonic_ns() - started_ns if first else 0
-            with self._submitted(model, items[first : first + at_once]) as tickets:
-                outputs += [_delayed(output, before_ns) for output in await _outputs(tickets)]
+            async with self._submitted(model, items[first : first + at_once], is_patient=first > 0) as tickets:
+                if told is None:
+                    outputs += [_delayed(output, before_ns) for output in await _outputs(tickets)]
+                    continue
+                if not first:
+                    told.accepted()
+                for ticket in tickets:
+                    outputs.append(_delayed(await asyncio.wrap_future(ticket.future), before_ns))
+                    told.done(outputs)
         return outputs
 
-    @contextmanager
-    def _submitted(self, model: Model, items: Sequence[Item]) -> Iterator[list[Ticket]]:
-        tickets = self.engine.submit(model.key, items, caller().name or "")
+    @asynccontextmanager
+    async def _submitted(
+        self, model: Model, items: Sequence[Item], *, is_patient: bool
+    ) -> AsyncIterator[list[Ticket]]:
+        while True:
+            try:
+                tickets = self.engine.submit(model.key, items, caller().name or "")
+                break
+            except Overloaded as overload:
+                if not is_patient:
+                    raise
+                await asyncio.sleep(overload.retry_after_s)
         try:
             yield tickets
         finally:
@@ -399,12 +415,30 @@ class Service:
                 self.tracing.request_over(charge, status, started_s)
 
 
+class _Told:
+    """Tells a listener what the outputs of a request add to its texts."""
+
+    def __init__(self, task: Task[Any, Any], plan: Any, receipt: Receipt, listener: Listener) -> None:
+        self._task, self._plan, self._receipt, self._listener = task, plan, receipt, listener
+
+    def accepted(self) -> None:
+        """The engine has taken the first items."""
+        self._listener.accepted(self._receipt)
+
+    def done(self, outputs: Sequence[Output]) -> None:
+        """There is one more of ``outputs``, which come in their order."""
+        if piece := self._task.part(self._plan, self._receipt.model, outputs):
+            self._listener.wrote(self._task.result_of(self._plan, len(outputs) - 1), piece)
+
+
 async def _overheard(task: Task[Any, Any], encoded: Encoded[Any], model: Model, listener: Listener) -> Sequence[Item]:
     def transcribe() -> list[Transcript | None]:
         return [task.transcript(encoded.plan, model, number) for number in range(len(encoded.items))]
 
-    transcripts = await asyncio.to_thread(transcribe)
-    return list(overhear(encoded.items, transcripts, listener.wrote))
+    def wrote(number: int, piece: str) -> None:
+        listener.wrote(task.result_of(encoded.plan, number), piece)
+
+    return list(overhear(encoded.items, await asyncio.to_thread(transcribe), wrote))
 
 
 def _most_written(items: Sequence[Item]) -> int:
@@ -419,6 +453,8 @@ async def _outputs(tickets: Sequence[Ticket]) -> list[Output]:
 
 def _delayed(output: Output, before_ns: int) -> Output:
     """An output of what was submitted only after so long."""
+    if not before_ns:
+        return output
     return replace(output, timing=replace(output.timing, queue_ns=output.timing.queue_ns + before_ns))
 
 

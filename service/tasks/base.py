@@ -162,9 +162,20 @@ class Task(ABC, Generic[RequestT, PlanT]):
     def transcript(self, plan: PlanT, model: Model, number: int) -> Transcript | None:
         """What reads the text of an item while it is written; None where it is known only as a whole.
 
-        All of its pieces together begin the text of the result of that number.
+        All of its pieces together begin the text of its result.
         """
         return None
+
+    def result_of(self, plan: PlanT, number: int) -> int:
+        """The number of the result that the item of a number belongs to."""
+        return number
+
+    def part(self, plan: PlanT, model: Model, outputs: Sequence[Output]) -> str:
+        """How the text of a result of several items goes on, now that the last of ``outputs`` is there.
+
+        They are the first of the request's. An item that has a transcript is told by that alone.
+        """
+        return ""
 
     def lookup(self, request: RequestT) -> Lookup | None:
         """What ``request`` wants from a knowledge base; None where it wants nothing."""
@@ -187,9 +198,19 @@ def encode_text(
 
     Raises ``TooManyTokens`` unless ``truncate``, and ``InvalidValue`` for a text without a single token.
     """
+    ids = encode_readable(model, text, param=param, truncate=truncate, keep=keep)
+    if ids is None:
+        raise unreadable(param)
+    return ids
+
+
+def encode_readable(
+    model: Model, text: str, *, param: str, truncate: bool, keep: Literal["start", "end"] = "start"
+) -> tuple[int, ...] | None:
+    """As ``encode_text``, but None for a text without a single token."""
     encoding = model.tokenizer.encode(text, add_special_tokens=False)
     if not encoding.ids:
-        raise unreadable(param)
+        return None
     special = model.tokenizer.num_special_tokens_to_add(is_pair=False)
     allowed = model.manifest.max_input_tokens - special
     refuse_longer(len(encoding.ids), allowed, param=param, truncate=truncate)
