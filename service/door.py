@@ -9,7 +9,7 @@ from service.engine.types import Overloaded
 from service.errors import TooManyAtOnce
 from service.keys import Key
 
-# Weight of the latest stay in the moving average; about the last twenty requests count.
+# Weight of the latest stay in the moving average; of a full house about the last twenty requests count.
 _LATEST = 0.1
 _LEAST_WAIT_S = 0.1
 
@@ -74,9 +74,13 @@ class Door:
             raise TooManyAtOnce(key.concurrency, max(self._leave_s(own + texts - key.concurrency, own), _LEAST_WAIT_S))
 
     def _learn(self, stay_s: float, occupied_s: float) -> None:
-        """Little's law: where L are inside at the mean of a stay of W seconds, one leaves every W / L seconds."""
+        """Little's law: where L are inside at the mean of a stay of W seconds, one leaves every W / L seconds.
+
+        It is wanted of a full house: the emptier it was, the less a stay counts.
+        """
         if occupied_s:
-            self._gap_s += _LATEST * (stay_s * stay_s / occupied_s - self._gap_s)
+            inside = occupied_s / stay_s
+            self._gap_s += _LATEST * min(1.0, inside / self.limit) * (stay_s / inside - self._gap_s)
 
     def _promise_s(self, wanted: int, inside: int) -> float:
         """Until ``wanted`` of ``inside`` texts or tokens have left that were promised to nobody yet."""

@@ -35,7 +35,7 @@ def wait_s(door: Door, texts: int) -> float:
 def busy_door(clock: Clock, limit: int, stay_s: float) -> Door:
     """One of whose texts there has been one at a time, for ``stay_s`` each."""
     door = Door(limit, clock=clock)
-    for _ in range(200):
+    for _ in range(1000):
         with door.admit(1):
             clock.now_s += stay_s
     return door
@@ -63,6 +63,15 @@ def test_what_the_wait_is_measured_by_is_how_many_leave() -> None:
             clock.now_s += 8.0
     with door.admit(4):
         assert wait_s(door, 1) == pytest.approx(2.0)
+
+
+def test_what_a_nearly_empty_house_says_of_a_full_one_counts_little() -> None:
+    clock = Clock()
+    door = Door(limit=100, clock=clock)
+    with door.admit(1):
+        clock.now_s += 60.0
+    with door.admit(100):
+        assert wait_s(door, 100) < 10.0
 
 
 def test_those_refused_at_once_are_not_sent_back_at_once() -> None:
