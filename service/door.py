@@ -83,10 +83,13 @@ class Door:
             self._gap_s += _LATEST * min(1.0, inside / self.limit) * (stay_s / inside - self._gap_s)
 
     def _promise_s(self, wanted: int, inside: int) -> float:
-        """Until ``wanted`` of ``inside`` texts or tokens have left that were promised to nobody yet."""
-        now_s = self._clock()
-        promised_s = max(now_s, self._promised_s) + self._leave_s(wanted, inside)
-        self._promised_s = min(promised_s, now_s + self._leave_s(1, 1))
+        """Until ``wanted`` of ``inside`` texts or tokens have left that were promised to nobody yet.
+
+        What is computed together leaves together: in half the time that all take, often none has.
+        """
+        now_s, all_s = self._clock(), self._leave_s(1, 1)
+        promised_s = max(now_s + all_s / 2, self._promised_s) + self._leave_s(wanted, inside)
+        self._promised_s = min(promised_s, now_s + all_s * 3 / 2)
         return max(self._promised_s - now_s, _LEAST_WAIT_S)
 
     def _leave_s(self, wanted: int, inside: int) -> float:
