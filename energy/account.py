@@ -3,14 +3,14 @@
 Every microjoule that the meter counts ends on the bill of one request or is unattributed for a stated reason; until
 that is known it is open. Energy counts as attributed when its request is over.
 
-Executors and the event loop only put down what happened: reading, settling and charging is the work of ``read`` and
-``sample``, which a thread of its own calls (``energy.sampler``).
+Executors and the event loop only leave word of what happened: reading, settling and charging is the work of ``read``
+and ``sample``, which a thread of its own calls (``energy.sampler``).
 """
 
 import logging
 import threading
 import time
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -24,7 +24,7 @@ from energy.ledger import Ledger
 from energy.meters.base import Meter
 from energy.meters.observe import observe_idle
 from energy.owner import Owner
-from energy.requests import Cost, Requests, weakest
+from energy.requests import Cost, Requests, weaker, weakest
 from energy.settlement import HORIZON_NS, Channel, Claim, Reason
 from energy.types import Bill, Part, Phase, Quality, RequestRecord, SettledRecord, Step
 
@@ -39,6 +39,9 @@ _KEPT_AFTER_NS = NS_PER_S // 4
 """Nearly every bill is final when it is first looked at after so long. Of the others alone the ledger gets a
 provisional one."""
 _NOTHING = Claim(0, 0, Quality.MEASURED)
+"""Expected besides what has been charged, once that is all."""
+_FREE = Cost()
+"""Of a request that nothing has been charged to."""
 _ALARM_SHARE = 100
 """A residual above a hundredth of what the meter counted is an alarm."""
 _ALARM_INTERVAL_NS = 60 * NS_PER_S
@@ -145,6 +148,8 @@ class Account:
         """The best that a bill can have here."""
         self.awake = threading.Event()
         """Set when there is something to sample."""
+        self._steps: deque[Step] = deque()
+        """As executors record them: appending takes no lock, and after a step hardly anything is in the caches."""
         self._settling = threading.Lock()
         """Held by whoever reads meters and settles; guards the channels."""
         self._alarmed_ns: int | None = None
@@ -160,12 +165,11 @@ class Account:
     @property
     def settles(self) -> bool:
         """Whether something waits for a reading."""
-        return bool(self._requests.waiting or self._over)
+        return bool(self._steps or self._requests.waiting or self._over)
 
     def record(self, step: Step) -> None:
         """A step has just ended; it is charged to its requests with one of the next samples."""
-        with self._lock:
-            self._requests.note(step)
+        self._steps.append(step)
         self.wake()
 
     def wake(self) -> None:
@@ -176,12 +180,15 @@ class Account:
     def read(self) -> None:
         """Read the meter; what has happened until then is settled with the next sample."""
         with self._settling:
+            with self._lock:
+                self._note()
             self._read(self._clock.monotonic_ns())
 
     def sample(self) -> None:
         """Read the meter, and settle what can be settled."""
         with self._settling:
             with self._lock:
+                self._note()
                 self._requests.part()
             now_ns = self._clock.monotonic_ns()
             self._read(now_ns)
@@ -194,6 +201,7 @@ class Account:
     def bill(self, request_id: str) -> Bill:
         """What a running request has cost so far."""
         with self._lock:
+            self._note()
             return self._provisional(request_id)
 
     def close(self, record: RequestRecord) -> Bill:
@@ -201,12 +209,12 @@ class Account:
 
         The final bill then goes to the ledger and the log, and ``find`` returns it.
         """
+        now_ns = self._clock.monotonic_ns()
+        final_from_ns = now_ns if record.status in _NEVER_LATE else now_ns + HORIZON_NS
+        over = _Over(record, self._clock.unix_s(), final_from_ns, now_ns + _KEPT_AFTER_NS)
         with self._lock:
-            now_ns = self._clock.monotonic_ns()
-            final_from_ns = now_ns if record.status in _NEVER_LATE else now_ns + HORIZON_NS
-            self._over[record.request_id] = _Over(
-                record, self._clock.unix_s(), final_from_ns, kept_from_ns=now_ns + _KEPT_AFTER_NS
-            )
+            self._note()
+            self._over[record.request_id] = over
             bill = self._provisional(record.request_id)
         self.wake()
         return bill
@@ -247,6 +255,11 @@ class Account:
         if self._ledger is not None:
             self._ledger.close()
 
+    def _note(self) -> None:
+        """Put the steps that have been recorded on the books of their requests."""
+        while self._steps:
+            self._requests.note(self._steps.popleft())
+
     def _read(self, now_ns: int) -> None:
         process_ns = self._clock.process_ns()
         for reading in self._meter.read():
@@ -273,6 +286,7 @@ class Account:
                 self._requests.charge(device, claims)
             for reason, energy_uj in channel.expire(horizon_ns):
                 self._unattributed[device, reason] += energy_uj
+        self._requests.learn_rates()
         if self._carbon.assumptions.embodied_kg is not None:
             self._requests.occupy(covered)
 
@@ -289,7 +303,7 @@ class Account:
 
     def _settle(self, request_id: str) -> SettledRecord:
         """Move a request that is over to the totals."""
-        over, cost = self._over.pop(request_id), self._requests.costs.pop(request_id, None) or Cost()
+        over, cost = self._over.pop(request_id), self._requests.costs.pop(request_id, _FREE)
         attributed = self._attributed[over.record.task]
         for number, energy_uj in cost.charges.items():
             attributed[number] += energy_uj
@@ -305,7 +319,7 @@ class Account:
         return SettledRecord(over.record, bill, over.time_s, self._carbon.assumptions)
 
     def _cost(self, request_id: str) -> Cost:
-        return self._requests.costs.get(request_id) or Cost()
+        return self._requests.costs.get(request_id, _FREE)
 
     def _bill(
         self,
@@ -318,7 +332,7 @@ class Account:
         """What has been charged and what is ``expected`` besides, if anybody knows."""
         quality = Quality.UNAVAILABLE
         if expected is not None:
-            quality = weakest((cost.quality or self.quality, expected.quality))
+            quality = weaker(cost.quality or self.quality, expected.quality)
         if expected is None or quality is Quality.UNAVAILABLE:
             return Bill(request_id, None, None, None, quality, settled)
         active_uj = cost.active_uj + expected.active_uj

@@ -1,7 +1,7 @@
 """One record per request in SQLite. Knows nothing of how a bill comes about.
 
-A thread of its own writes, in batches half a second apart. Bills are settled as often, so that losing the process
-loses a second at most.
+A thread of its own writes at once, in one batch whatever came during the last: losing the process loses what was not
+settled yet.
 A disk that is full or read-only never stops the service: records wait, the oldest are dropped beyond a bound, and
 ``healthy`` and the log say so until writing succeeds again.
 """
@@ -69,7 +69,7 @@ class Ledger:
         return self._dropped
 
     def put(self, *records: SettledRecord) -> None:
-        """Write ``records`` within half a second; a later record of the same request replaces an earlier one."""
+        """Write ``records`` soon; a later record of the same request replaces an earlier one."""
         with self._lock:
             self._waiting.update({record.request.request_id: record for record in records})
             while len(self._waiting) > MAX_WAITING:
@@ -119,11 +119,11 @@ class Ledger:
     def _run(self) -> None:
         while not self._stop.is_set():
             self._wake.wait()
-            self._stop.wait(_INTERVAL_S)
             self._wake.clear()
             self._flush()
             if self._failure is not None:
                 self._wake.set()
+            self._stop.wait(_INTERVAL_S)
         # What was put while the last batch was being written.
         self._flush()
         self._close()

@@ -26,7 +26,7 @@ class Charged(NamedTuple):
     quality: Quality
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Place:
     """Where steps run."""
 
@@ -35,6 +35,16 @@ class Place:
     channels: tuple[Channel, ...]
     """The metered devices that a step burns energy on; none where its own has no meter."""
     is_executor: bool
+    inferred: Quality
+    """Of what is expected there."""
+    rates: tuple[float, ...] | None = None
+    """What is expected: of all channels together, see ``Channel.rates``."""
+
+    def learn_rates(self) -> None:
+        """Expect what was settled last."""
+        rates = [channel.rates() for channel in self.channels]
+        if None not in rates:
+            self.rates = tuple(map(sum, zip(*rates, strict=True)))
 
 
 @dataclass(slots=True, eq=False)
@@ -69,7 +79,7 @@ class Cost:
 
     def weaken(self, quality: Quality) -> None:
         """Lower the quality to ``quality`` where that is worse."""
-        self.quality = quality if self.quality is None else weakest((self.quality, quality))
+        self.quality = weaker(self.quality or quality, quality)
 
 
 class Requests:
@@ -113,8 +123,9 @@ class Requests:
         whole = sum(weights)
         if not whole:
             weights, whole = [1] * len(work), len(work)
+        load_ns = wholes[0]
         for phase, of_phase, phase_weights, parts in _by_phase(work, weights, wholes):
-            loads, load_ns = self._noted(place, step, phase, *parts).loads, wholes[0]
+            loads = self._noted(place, step, phase, *parts).loads
             for item, weight in zip(of_phase, phase_weights, strict=True):
                 loads[item[0]] += weight * load_ns // whole
 
@@ -137,6 +148,11 @@ class Requests:
                 self._lose(noted)
         self.waiting = waiting
         return covered
+
+    def learn_rates(self) -> None:
+        """From now on, expect what was settled last."""
+        for place in self._places.values():
+            place.learn_rates()
 
     def waits(self, name: str) -> bool:
         """Whether a request has a share of something that waits for a reading."""
@@ -182,22 +198,19 @@ class Requests:
 
     def expect(self, name: str) -> Claim | None:
         """What a request will probably pay for what waits for a reading; None where there is nothing to judge by."""
-        loads: dict[tuple[Channel, ...], tuple[float, float]] = {}
+        idle_uj, active_uj, quality = 0.0, 0.0, Quality.MEASURED
         for noted in self.waiting:
-            if name in noted.loads:
-                share, channels = noted.loads[name] / (noted.load_ns or 1), noted.place.channels
-                cpu_ns, time_ns = loads.get(channels, (0.0, 0.0))
-                loads[channels] = cpu_ns + noted.cpu_ns * share, time_ns + noted.time_ns * share
-        idle_uj, active_uj = 0.0, 0.0
-        for channels, load in loads.items():
-            for channel in channels:
-                expected = channel.expect(*load)
-                if expected is None:
+            load_ns = noted.loads.get(name)
+            if load_ns is not None:
+                place = noted.place
+                if place.rates is None:
                     return None
-                idle_uj += expected[0]
-                active_uj += expected[1]
-        qualities = [channel.inferred for channels in loads for channel in channels]
-        return Claim(round(idle_uj), round(active_uj), weakest(qualities, Quality.MEASURED))
+                idle, by_cpu_time, by_time = place.rates
+                share = load_ns / (noted.load_ns or 1)
+                idle_uj += share * noted.time_ns * idle
+                active_uj += share * (noted.cpu_ns * by_cpu_time + noted.time_ns * by_time)
+                quality = weaker(quality, place.inferred)
+        return Claim(round(idle_uj), round(active_uj), quality)
 
     def charges(self, charges: Mapping[int, int]) -> list[tuple[Charged, int]]:
         """What has been charged for what."""
@@ -236,7 +249,10 @@ class Requests:
                 break
         else:
             burnt = [channel for name, channel in self._channels.items() if name in (own, "cpu", "dram")]
-            place = Place(own, tuple(burnt) if own in self._channels else (), is_executor)
+            if own not in self._channels:
+                burnt = []
+            place = Place(own, tuple(burnt), is_executor, weakest(channel.inferred for channel in burnt))
+            place.learn_rates()
         self._places[device] = place
         return place
 
@@ -290,6 +306,11 @@ def _by_phase(work: Sequence[Work], weights: Sequence[int], wholes: Sequence[int
     return [(phase, *portion, part) for phase, portion, part in zip(ordered, portions, parts, strict=True)]
 
 
-def weakest(qualities: Iterable[Quality], of_nothing: Quality = Quality.UNAVAILABLE) -> Quality:
-    """The weakest names the whole; nothing at all is unavailable, unless told otherwise."""
-    return max(qualities, key=_RANK.__getitem__, default=of_nothing)
+def weakest(qualities: Iterable[Quality]) -> Quality:
+    """The weakest names the whole; nothing at all is unavailable."""
+    return max(qualities, key=_RANK.__getitem__, default=Quality.UNAVAILABLE)
+
+
+def weaker(one: Quality, other: Quality) -> Quality:
+    """The weaker of two."""
+    return one if one is other or _RANK[one] > _RANK[other] else other

@@ -5,7 +5,7 @@ import threading
 from typing import Protocol, Self
 
 IDLE_INTERVAL_S = 1.0
-_TOGETHER = 5
+_TOGETHER = 10
 """Readings that are settled together: much of what settling costs, with its locks and the log, comes with each time,
 not with each bill."""
 _log = logging.getLogger(__name__)

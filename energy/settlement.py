@@ -229,14 +229,15 @@ class Channel:
                     within.append((i, each.cpu_ns * part_ns // load_ns, time_ns))
         return spread
 
-    def expect(self, cpu_ns: float, time_ns: float) -> tuple[float, float] | None:
-        """The idle and the active energy that so much CPU time and time on an executor will cost if they are like the
-        latest that were settled; None before there are any."""
+    def rates(self) -> tuple[float, float, float] | None:
+        """Idle energy per nanosecond on an executor, and active energy per nanosecond of CPU time and per nanosecond
+        on an executor, of what was settled last; None before there is any."""
         if self._rate is None:
             return None
         active_uj, weight_ns = self._rate
-        idle_uj = self.idle_uw * time_ns / (NS_PER_S * self._executors) if self._owned else 0.0
-        return idle_uj, active_uj * (cpu_ns if self.by_cpu_time else time_ns) / weight_ns
+        idle = self.idle_uw / (NS_PER_S * self._executors) if self._owned else 0.0
+        active = active_uj / weight_ns
+        return (idle, active, 0.0) if self.by_cpu_time else (idle, 0.0, active)
 
     def expire(self, before_ns: int) -> Iterator[tuple[Reason, int]]:
         """Forget the windows that ended before, and say what no step has taken from them."""

@@ -185,6 +185,7 @@ def test_the_cost_of_metering_is_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_tiny(tmp_path / "model", "classify")
+    monkeypatch.setattr("energy.sampler._TOGETHER", 1)
     monkeypatch.setattr("service.metering_cost._REST_S", 0.3)
     monkeypatch.setattr("service.metering_cost.ROUND_S", 0.1)
     monkeypatch.setattr("service.metering_cost.TURN_S", sys.getswitchinterval())
