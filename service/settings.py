@@ -70,7 +70,10 @@ class Settings(BaseSettings):
         "billed what it cost to find it. 0 computes every text.",
     )
     max_client_batch_size: int = Field(
-        32, ge=1, description="Texts in one request, and examples of a classifier that are computed at once."
+        32,
+        ge=1,
+        description="Texts in one request; of texts to embed and of the examples of a classifier, how many are "
+        "computed at once.",
     )
     max_queue_tokens: int = Field(
         262_144,

@@ -13,6 +13,11 @@ from service.errors import InvalidValue, ModelNotFound
 from service.models import Model, Models
 from service.tasks.base import Encoded, Task, TextRequest, encode_text, scored
 
+MAX_TEXTS = 2048
+"""In one request, as OpenAI has it: whoever fills an index sends hundreds."""
+_LETTERS_A_VECTOR = 100
+"""As many letters take as long to read as a vector takes to be told."""
+
 
 class EmbedRequest(TextRequest):
     """Texts to embed."""
@@ -41,10 +46,15 @@ class Embed(Task[EmbedRequest, EmbedPlan]):
     request = EmbedRequest
     result = Embedding
     says = "vector"
+    most_texts = MAX_TEXTS
+    in_groups = True
     example: ClassVar[Mapping[str, Any]] = {"input": ["A dog runs along the beach."]}
 
     def check(self, manifest: Manifest) -> None:
         """Nothing to add to what every manifest is checked for."""
+
+    def letters(self, request: EmbedRequest) -> int:
+        return super().letters(request) + _LETTERS_A_VECTOR * len(request.input)
 
     def choose(self, request: EmbedRequest, models: Models) -> Model:
         if request.model is None:

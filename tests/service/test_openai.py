@@ -214,6 +214,23 @@ def test_embeddings(api: Any, embedder: str) -> None:
     assert api.models.retrieve(embedder).tasks == []
 
 
+def test_whoever_fills_an_index_sends_hundreds(api: Any, embedder: str, service: Service) -> None:
+    submit, groups = service.engine.submit, []
+
+    def count(model: str, items: Any, key: str) -> Any:
+        groups.append(len(items))
+        return submit(model, items, key)
+
+    service.engine.submit = count
+    texts = [("good " * number + "bad").strip() for number in range(100)]
+    answer = api.embeddings.create(model=embedder, input=texts)
+    assert [each.index for each in answer.data] == list(range(100))
+    assert [each.embedding[0] > 0 for each in answer.data] == [True] * 100
+    assert groups == [32, 32, 32, 4]
+    with pytest.raises(openai.UnprocessableEntityError, match="holds 2049 texts; at most 2048"):
+        api.embeddings.create(model=embedder, input=["good"] * 2049)
+
+
 def test_embeddings_are_for_models_that_make_them(api: Any, address: str, embedder: str) -> None:
     with pytest.raises(openai.UnprocessableEntityError, match="tiny-generate makes no embeddings"):
         api.embeddings.create(model="gpt-4o-mini", input="good")

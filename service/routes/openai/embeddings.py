@@ -75,16 +75,15 @@ def add_embeddings(router: APIRouter) -> None:
 def _tell(receipt: Receipt, body: EmbeddingsRequest) -> dict[str, Any]:
     vectors = [result.vector for result in receipt.results if isinstance(result, Embedding)]
     as_text = body.encoding_format == "base64"
-    return EmbeddingsResponse(
-        data=[
-            EmbeddingObject(index=number, embedding=_base64(vector) if as_text else vector)
-            for number, vector in enumerate(vectors)
-        ],
-        model=receipt.model.name,
-        usage=EmbeddingsUsage(
-            prompt_tokens=receipt.input_tokens, total_tokens=receipt.input_tokens, energy=energy_of(receipt.bill)
-        ),
-    ).model_dump()
+    usage = EmbeddingsUsage(
+        prompt_tokens=receipt.input_tokens, total_tokens=receipt.input_tokens, energy=energy_of(receipt.bill)
+    )
+    # The rest of ``EmbeddingsResponse`` would be made of each number.
+    data = [
+        {"object": "embedding", "index": number, "embedding": _base64(vector) if as_text else vector}
+        for number, vector in enumerate(vectors)
+    ]
+    return {"object": "list", "data": data, "model": receipt.model.name, "usage": usage.model_dump()}
 
 
 def _base64(vector: list[float]) -> str:
