@@ -21,6 +21,9 @@ TURN_S = 0.001
 """How long a thread may keep the interpreter while others want it. By default it is 5 ms, and whatever comes for the
 event loop waits so long, again and again, where executors prepare their steps."""
 
+KEEP_ALIVE_S = 75
+"""How long a connection may be idle: longer than clients and proxies keep theirs (nginx and load balancers 60 s), or
+one is used in the moment in which it is closed, and what was posted is lost."""
 
 _CONNECTIONS_A_ROUND = 16
 """uvloop takes one connection from a socket in each of its rounds. Under load these grow long, and connections would
@@ -57,18 +60,23 @@ def serve(settings: Settings) -> int:
         app = create_app(settings)
         logging.config.dictConfig(_logging(settings.log_level.upper()))
         sys.setswitchinterval(TURN_S)
-        config = uvicorn.Config(
-            app,
-            log_config=None,
-            access_log=False,  # the energy account logs every request, with its bill
-            server_header=False,
-            timeout_graceful_shutdown=max(1, round(settings.drain_timeout_s)),
-        )
-        server = _Server(config, lambda: print(banner(app, listener), flush=True))
+        server = _Server(server_config(app, settings), lambda: print(banner(app, listener), flush=True))
         with ExitStack() as stack:
             others = [stack.enter_context(listener.dup()) for _ in range(_CONNECTIONS_A_ROUND - 1)]
             server.run(sockets=[listener, *others])
     return 0 if server.started else 1
+
+
+def server_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
+    """How connections are held."""
+    return uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,  # the energy account logs every request, with its bill
+        server_header=False,
+        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_graceful_shutdown=max(1, round(settings.drain_timeout_s)),
+    )
 
 
 def banner(app: FastAPI, listener: socket.socket) -> str:

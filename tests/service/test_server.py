@@ -16,7 +16,9 @@ import httpx2 as httpx
 import pytest
 
 import wattle
+from service.app import create_app
 from service.keys import add_key
+from service.server import server_config
 from service.settings import Settings
 from tests.service.fakes import wait_until, write_models
 from tests.tiny import write_tiny
@@ -49,6 +51,11 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for kind in ("classify", "decoder", "bert-span", "encoder-decoder", "bert-prefix-lm"):
         write_tiny(root / kind, kind, max_positions=512 if kind == "decoder" else 64)
     return root
+
+
+def test_idle_connections_are_kept_longer_than_clients_and_proxies_keep_theirs(tiny: Path) -> None:
+    settings = Settings(models=(tiny,))
+    assert server_config(create_app(settings), settings).timeout_keep_alive > 60
 
 
 def test_a_server_answers_and_finishes_what_runs_when_it_is_told_to_stop(tiny: Path, tmp_path: Path) -> None:
