@@ -270,7 +270,8 @@ def adapt(model: Transformer, episode: Episode, how: AdaptRecipe, random: Random
         {"params": list(model.encoder.parameters()), "lr": how.trunk_rate},
         {"params": list(head.parameters()), "lr": how.head_rate},
     ]
-    optimiser = torch.optim.AdamW(groups, weight_decay=0.01)
+    optimiser = torch.optim.AdamW(groups, weight_decay=0.01, fused=True)
+    model.embed.requires_grad_(False)
     model.train()
     n = len(episode.examples)
     order: list[int] = []
@@ -292,7 +293,8 @@ def _last_layer(model: Transformer, texts: Sequence[Ids]) -> Tensor:
 
 def train_prototypical(model: Transformer, problems: Sequence[Problem], study: Study) -> None:
     """Let ``model`` learn vectors whose means tell queries apart (Snell et al. 2017), in place."""
-    optimiser = torch.optim.AdamW(model.encoder.parameters(), lr=study.meta.prototypical_rate)
+    optimiser = torch.optim.AdamW(model.encoder.parameters(), lr=study.meta.prototypical_rate, fused=True)
+    model.embed.requires_grad_(False)
     model.train()
     for episode in _episodes("prototypical", problems, study):
         texts = [ids for ids, _ in (*episode.examples, *episode.queries)]
