@@ -21,7 +21,7 @@ from training.scaling import Scaling, fit_scaling
 from training.train import load_rows
 
 PROPORTIONS: Mapping[Task, str] = {
-    "translate": "translate-en-de",
+    "translate": "translate-en-de-teacher",
     "generate": "generate-en",
     "answer": "answer-en",
     "sentiment": "sentiment-en",

@@ -187,7 +187,7 @@ def test_shipped_recipes_are_valid():
         "summarize-en-dialogues",
         "generate-en",
         "translate-en-de-small",
-        "translate-en-de-greedy",
+        "translate-en-de-teacher",
         "sentiment-en-small",
         "translate-en-zh",
     ]
