@@ -324,6 +324,9 @@ def render(error: Exception) -> JsonResponse:
     elif isinstance(error, Overloaded | DailyBudgetSpent | RateExceeded | TooManyAtOnce):
         headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))
         headers["retry-after-ms"] = str(max(1, math.ceil(error.retry_after_s * 1000)))
+    if isinstance(error, DailyBudgetSpent):
+        # OpenAI's clients wait no longer than a minute, and would try again until they are told not to.
+        headers["x-should-retry"] = "false"
     error = _as_ours(error)
     response = JsonResponse(describe(error).model_dump(), _answer_to(error).status, headers)
     if isinstance(error, Unauthenticated):

@@ -35,6 +35,8 @@ from service.tasks import TASKS
 _NAMES = {"input": "q"}
 _MAX_FIELDS = 64
 """Of a form: more than anybody has a use for."""
+_SURE = 0.5
+"""Probability above which a text is in the target language: of a word or two nobody knows, and they are translated."""
 TRANSLATE = next(task for task in TASKS if task.name == "translate")
 BodyT = TypeVar("BodyT", bound=BaseModel)
 
@@ -78,7 +80,7 @@ class LibreTranslated(BaseModel):
         None, exclude_if=lambda detected: detected is None, description="Where `source` was `auto`."
     )
     alternatives: list[str] | None = Field(None, exclude_if=lambda alternatives: alternatives is None)
-    energy: Energy
+    energy: Energy | None = Field(description="Null where the text is in the target language, and stays as it is.")
 
 
 class LibreLanguage(BaseModel):
@@ -110,12 +112,20 @@ def libretranslate_routes() -> APIRouter:
             text = body.q if isinstance(body.q, str) else "\n".join(body.q)
             detected = await _detect(http, text, body.target)
         source = detected.language if detected else body.source
+        if source == body.target and source in _codes(service_of(http).models):
+            return JsonResponse(_answer(body, _texts(body), detected, None))
         with renaming(_NAMES):
             # What is empty stays so: a list of subtitles has gaps.
             spoken = [text for text in body.q if text.strip()] if isinstance(body.q, list) else body.q
             asked = {"input": spoken or body.q, "source": source, "target": body.target}
             request = request_of(TRANSLATE, {**asked, "energy_budget_j": body.energy_budget_j})
-        return await respond_whole(http, TRANSLATE, request, lambda receipt: _tell(receipt, body, detected), _NAMES)
+
+        def tell(receipt: Receipt) -> dict[str, Any]:
+            written = iter([getattr(result, TRANSLATE.says) for result in receipt.results])
+            texts = [next(written) if text.strip() else "" for text in _texts(body)]
+            return _answer(body, texts, detected, energy_of(receipt.bill))
+
+        return await respond_whole(http, TRANSLATE, request, tell, _NAMES)
 
     @router.post(
         "/detect",
@@ -190,30 +200,35 @@ async def _read(http: Request, kind: type[BodyT]) -> BodyT:
         raise invalid_value(first["type"], str(first["loc"][0]), first["msg"]) from error
 
 
-def _tell(receipt: Receipt, body: LibreTranslation, detected: Detection | None) -> dict[str, Any]:
-    written = iter([getattr(result, TRANSLATE.says) for result in receipt.results])
+def _texts(body: LibreTranslation) -> list[str]:
+    return body.q if isinstance(body.q, list) else [body.q]
+
+
+def _answer(
+    body: LibreTranslation, texts: list[str], detected: Detection | None, energy: Energy | None
+) -> dict[str, Any]:
     several = isinstance(body.q, list)
-    asked = body.q if isinstance(body.q, list) else [body.q]
-    texts = [next(written) if text.strip() else "" for text in asked]
     shown = _shown(detected) if detected else None
     return LibreTranslated(
         translatedText=texts if several else texts[0],
         detectedLanguage=[shown] * len(texts) if several and shown else shown,
         alternatives=None if body.alternatives in (None, 0, "0") else [],
-        energy=energy_of(receipt.bill),
+        energy=energy,
     ).model_dump()
 
 
 async def _detect(http: Request, text: str, target: str | None = None) -> Detection:
-    """The language of ``text``: of those that are translated, into ``target`` if any is.
+    """The language of ``text``: of those that are translated, into ``target`` if any is, or surely ``target`` itself.
 
     Raises ``InvalidValue``, and what the door raises: reading a long text is work.
     """
-    pairs = _pairs(service_of(http).models)
-    among = {source for source, goal in pairs if goal == target} or {code for pair in pairs for code in pair}
+    models = service_of(http).models
+    among = {source for source, goal in _pairs(models) if goal == target} or _codes(models)
     who = caller()
     with service_of(http).door.admit(1, who.tokens, who.key):
-        detected = await asyncio.to_thread(detect, text, among)
+        detected = await asyncio.to_thread(detect, text, among | {code for code in _codes(models) if code == target})
+        if detected is not None and detected.language == target and detected.probability < _SURE:
+            detected = await asyncio.to_thread(detect, text, among)
     if detected is None:
         raise InvalidValue("q", "its language cannot be detected here")
     return detected
@@ -223,6 +238,11 @@ def _pairs(models: Models) -> list[tuple[str, str]]:
     """What is translated into what."""
     languages = (model.manifest.languages for model in models.for_task("translate"))
     return [(source, target) for source, target in languages]
+
+
+def _codes(models: Models) -> set[str]:
+    """The languages that are translated, from or into."""
+    return {code for pair in _pairs(models) for code in pair}
 
 
 def _languages(models: Models) -> list[LibreLanguage]:

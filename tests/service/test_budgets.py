@@ -262,6 +262,7 @@ class TestDailyBudget:
         assert (response.status_code, error["code"], error["type"]) == (429, "daily_budget_spent", "rate_limit_error")
         assert "3 J" in error["message"]
         assert 1 <= int(response.headers["retry-after"]) <= 86_400
+        assert response.headers["x-should-retry"] == "false"
         budget = client.get("/v1/energy/live").json()["budget"]
         assert (budget["limit_j"], budget["spent_j"]) == (3.0, 4.0)
         assert client.post("/v1/energy/estimate", json={"task": "sentiment", "input": "good"}).status_code == 200

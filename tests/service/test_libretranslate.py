@@ -79,6 +79,21 @@ def test_lists_are_translated_in_their_order(client: TestClient, engine: FakeEng
     assert [each["language"] for each in auto["detectedLanguage"]] == ["en", "en"]
 
 
+def test_what_is_in_the_target_language_stays_as_it_is(client: TestClient, engine: FakeEngine) -> None:
+    for q, source, said in (
+        (GERMAN, "auto", GERMAN),
+        ([GERMAN, ""], "auto", [GERMAN, ""]),
+        ("good dog", "de", "good dog"),
+    ):
+        answer = client.post("/translate", json={"q": q, "source": source, "target": "de"}).json()
+        assert (answer["translatedText"], answer["energy"]) == (said, None)
+    assert not engine.items
+    # A word is as much English as German.
+    client.post("/translate", json={"q": "Ball", "source": "auto", "target": "de"})
+    assert len(engine.items) == 1
+    assert client.post("/translate", json={"q": "good", "source": "fr", "target": "fr"}).status_code == 422
+
+
 def test_what_is_empty_in_a_list_stays_so(client: TestClient) -> None:
     answer = client.post(
         "/translate", json={"q": ["", "good dog", " ", "bad"], "source": "auto", "target": "de"}
