@@ -113,21 +113,21 @@ class Requests:
                 self.costs[item.request_id].weaken(Quality.UNAVAILABLE)
             return
         work, duration_ns = step.work, step.ended_ns - step.started_ns
-        wholes = (place.own == "cpu" and step.cpu_ns) or duration_ns, step.cpu_ns, duration_ns * place.is_executor
+        time_ns = duration_ns if place.is_executor else 0
+        load_ns = step.cpu_ns if place.own == "cpu" and step.cpu_ns else duration_ns
         if len(work) <= 1:
-            noted = self._noted(place, step, work[0].phase if work else None, *wholes)
+            noted = self._noted(place, step, work[0].phase if work else None, load_ns, step.cpu_ns, time_ns)
             for item in work:
-                noted.loads[item.request_id] += wholes[0]
+                noted.loads[item.request_id] += load_ns
             return
         weights = weigh(work, self._coefficients.get(step.model, DEFAULTS))
         whole = sum(weights)
         if not whole:
             weights, whole = [1] * len(work), len(work)
-        load_ns = wholes[0]
-        for phase, of_phase, phase_weights, parts in _by_phase(work, weights, wholes):
+        for phase, of_phase, phase_weights, parts in _by_phase(work, weights, (load_ns, step.cpu_ns, time_ns)):
             loads = self._noted(place, step, phase, *parts).loads
             for item, weight in zip(of_phase, phase_weights, strict=True):
-                loads[item[0]] += weight * load_ns // whole
+                loads[item.request_id] += weight * load_ns // whole
 
     def part(self) -> None:
         """What is noted from now on is charged apart from what was noted before."""
@@ -242,17 +242,15 @@ class Requests:
         return number
 
     def _find_place(self, device: str) -> Place:
-        own = device if device.startswith("gpu:") else "cpu"
-        is_executor = device != BESIDE
+        own, is_executor = device if device.startswith("gpu:") else "cpu", device != BESIDE
         for place in self._places.values():
             if (place.own, place.is_executor) == (own, is_executor):
-                break
-        else:
-            burnt = [channel for name, channel in self._channels.items() if name in (own, "cpu", "dram")]
-            if own not in self._channels:
-                burnt = []
-            place = Place(own, tuple(burnt), is_executor, weakest(channel.inferred for channel in burnt))
-            place.learn_rates()
+                self._places[device] = place
+                return place
+        burnt = [channel for name, channel in self._channels.items() if name in (own, "cpu", "dram")]
+        channels = tuple(burnt) if own in self._channels else ()
+        place = Place(own, channels, is_executor, weakest(channel.inferred for channel in channels))
+        place.learn_rates()
         self._places[device] = place
         return place
 
