@@ -146,6 +146,8 @@ class Account:
         }
         self.quality = weakest(channel.quality for channel in self._channels.values())
         """The best that a bill can have here."""
+        self.is_continuous = all(channel.is_continuous for channel in self._channels.values())
+        """Whether nothing is learnt from reading more often than settling."""
         self.awake = threading.Event()
         """Set when there is something to sample."""
         self._steps: deque[Step] = deque()

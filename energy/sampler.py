@@ -17,6 +17,9 @@ class Sampled(Protocol):
     awake: threading.Event
     """Set when something happens that a sample is for."""
 
+    is_continuous: bool
+    """Whether nothing is learnt from reading more often than settling: what is read has no steps, as an estimate."""
+
     @property
     def settles(self) -> bool:
         """Whether something waits for the next sample."""
@@ -50,11 +53,13 @@ class Sampler:
         self._thread.join()
 
     def _run(self) -> None:
+        together = 1 if self._account.is_continuous else _TOGETHER
+        pause_s = self._interval_s * _TOGETHER / together
         readings = 0
         while not self._stop.is_set():
             self._account.awake.clear()
             try:
-                if readings % _TOGETHER:
+                if readings % together:
                     self._account.read()
                 else:
                     self._account.sample()
@@ -63,6 +68,6 @@ class Sampler:
                 _log.exception("the meters were not sampled")
             readings += 1
             # However much happens, never more often than this.
-            if not self._stop.wait(self._interval_s) and not self._account.settles:
+            if not self._stop.wait(pause_s) and not self._account.settles:
                 self._account.awake.wait(IDLE_INTERVAL_S)
                 readings = 0

@@ -123,6 +123,7 @@ class Channel:
         self.idle_uw = idle_uw
         self.by_cpu_time = not first.device.startswith("gpu:")
         self.shared_with_others = self.by_cpu_time and first.quality is not Quality.ESTIMATED
+        self.is_continuous = first.resolution_ns == 0
         self._executors = executors if self.by_cpu_time else 1
         self._idle_known = idle_known
         self._first_uj = first.energy_uj

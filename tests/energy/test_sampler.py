@@ -12,6 +12,7 @@ class Counted:
 
     def __init__(self) -> None:
         self.awake = threading.Event()
+        self.is_continuous = False
         self.settles = False
         self.readings = 0
         self.samples = 0
@@ -40,6 +41,14 @@ def test_samples_again_and_again_while_there_is_something_to_settle() -> None:
         wait(account, 10)
     # In between the meters are read alone.
     assert 9 * (account.samples - 1) <= account.readings <= 9 * account.samples
+
+
+def test_what_has_no_steps_is_read_when_it_is_settled() -> None:
+    account = Counted()
+    account.settles = account.is_continuous = True
+    with Sampler(account, interval_s=0.0001):
+        wait(account, 10)
+    assert account.readings == 0
 
 
 def test_sleeps_when_there_is_nothing_and_wakes_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
