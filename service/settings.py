@@ -114,7 +114,12 @@ class Settings(BaseSettings):
         "commas; `*` is every one.",
     )
     drain_timeout_s: float = Field(30.0, ge=0, description="Seconds that running requests get to finish at shutdown.")
-    threads: int = Field(1, ge=1, description="Threads of each executor, pinned to as many cores.")
+    threads: int = Field(
+        1,
+        ge=1,
+        description="Threads of each executor, pinned to as many cores. More write one text sooner, and serve fewer "
+        "together.",
+    )
     executors: int = Field(
         default_factory=lambda settings: max(1, len(os.sched_getaffinity(0)) // settings["threads"]),
         ge=1,

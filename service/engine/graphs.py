@@ -29,8 +29,10 @@ def open_graph(path: Path, threads: int, device: Device = CPU) -> ort.InferenceS
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    # Threads that spin while they wait take the core from whoever has work, and their energy is nobody's.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # Within a step a thread that slept would wake too late for its part of the next product. Between steps, threads
+    # that spin take the core from whoever has work, and their energy is nobody's.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0" if threads == 1 else "1")
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     # Shapes differ from step to step: a plan of memory for each of them would only pile up.
     options.enable_mem_pattern = False
     keep_products_exact(options)
