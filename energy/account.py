@@ -232,7 +232,9 @@ class Account:
         return None if self._ledger is None else self._ledger.find(request_id)
 
     def totals(self) -> Totals:
-        """All energy counted so far and where it went, in one consistent snapshot."""
+        """All energy counted so far and where it went, in one consistent snapshot. What the meter moves between two of
+        them divided by their time is power, so it is read for each."""
+        self.read()
         with self._settling, self._lock:
             return Totals(
                 meters=tuple(self._balance().values()),

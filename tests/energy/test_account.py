@@ -104,6 +104,17 @@ class TestCounter:
             ("translate", "tiny", Phase.ENCODE, Quality.MEASURED)
         }
 
+    def test_a_snapshot_has_what_the_meter_says_then(self, held: HeldClock, meter: CountingMeter) -> None:
+        account = counted(held, meter)
+        account.sample()
+        counted_uj = []
+        for _ in range(3):
+            held.run(ms=10)
+            meter.energy_uj["cpu"] += 1_000_000
+            [balance] = account.totals().meters
+            counted_uj.append(balance.settled_uj + balance.open_uj)
+        assert counted_uj == [1_000_000, 2_000_000, 3_000_000]
+
     def test_time_between_steps_is_idle_and_the_services_own_work_is_overhead(
         self, held: HeldClock, meter: CountingMeter
     ) -> None:
