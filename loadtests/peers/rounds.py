@@ -76,11 +76,20 @@ def _contenders(plan: Plan, peers: Sequence[Peer], shape: Shape, records: Record
         for variant in peer.variants:
             if shape.kind not in variant.kinds:
                 continue
-            if failure := weights.convert(plan.root, peer, variant, shape):
+            failure = _too_slow(variant, shape, records) or weights.convert(plan.root, peer, variant, shape)
+            if failure:
                 _leave_out(Contender(peer, variant), shape, failure, records)
             else:
                 found.append(Contender(peer, variant))
     return found
+
+
+def _too_slow(variant: Variant, shape: Shape, records: Records) -> str | None:
+    """Why nobody would compute so on this machine: where bfloat16 is imitated, large products take minutes."""
+    rates = records.find("machine")[0]["rates"]
+    if shape.kind == "encode" and variant.arithmetic == "bf16" and rates["bf16"] < rates["fp32"] / 10:
+        return f"bfloat16 products at {rates['bf16'] / 1e9:.1f} GOP/s here, float32 at {rates['fp32'] / 1e9:.0f}"
+    return None
 
 
 def _leave_out(contender: Contender, shape: Shape, reason: str, records: Records) -> None:
