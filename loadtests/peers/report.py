@@ -157,7 +157,7 @@ def _machine(machine: Record) -> str:
 
 {machine["date"]}: {machine["processor"]}, {machine["cores"]} cores ({flags}), last-level cache {cache_mib:.0f} MiB,
 Python {machine["python"]}, {machine["system"]}. Measured before the rounds, on all cores: int8 products
-{rates["int8"] / 1e9:.0f} GOP/s, bf16 {rates["bf16"] / 1e9:.0f}, fp32 {rates["fp32"] / 1e9:.0f}; reads from memory
+{rates["int8"] / 1e9:.0f} GOP/s, bf16 {_number(rates["bf16"] / 1e9)}, fp32 {rates["fp32"] / 1e9:.0f}; reads from memory
 {rates["memory"] / 1e9:.0f} GB/s, from the cache {rates["cache"] / 1e9:.0f}.
 """
 
@@ -176,8 +176,8 @@ def _http(records: Sequence[Record]) -> str:
 Clients in a closed loop, on the same cores as the server, each with a connection that it keeps. LitServe
 {machine["litserve"]} runs the starter's own graphs and tokenizer on ONNX Runtime, at the fastest of its settings for
 each number of clients: workers x threads, and how many texts it computes together. Wattle runs as `make serve` starts
-it, bills and all. The engine alone gets the same texts as token ids, as many at once as there are clients, without
-HTTP. Translation is greedy.
+it, bills and all, with `--max-concurrent-requests 64`. The engine alone gets the same texts as token ids, as many at
+once as there are clients, without HTTP. Translation is greedy.
 """
     ]
     for endpoint in dict.fromkeys(sample["endpoint"] for sample in samples):
