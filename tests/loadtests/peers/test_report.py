@@ -65,6 +65,13 @@ def test_a_row_holds_what_was_measured() -> None:
     assert "Rounds: 3." in page
 
 
+def test_no_share_is_told_of_a_rate_that_was_not_the_machines_most() -> None:
+    slow = MACHINE | {"rates": RATES | {"bf16": 1e6}}
+    page = render([slow, *contender("huggingface", "bf16", [0.8], 1.0), *contender("huggingface", "fp32", [0.8], 1.0)])
+    assert row(page, "Hugging Face bf16")[6] == "-"
+    assert row(page, "Hugging Face fp32")[6].endswith("%")
+
+
 def test_the_fastest_comes_first_and_other_workloads_are_left_out() -> None:
     page = render(RECORDS)
     assert page.index("| CTranslate2") < page.index("| Wattle") < page.index("| Hugging Face")
