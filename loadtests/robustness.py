@@ -100,6 +100,8 @@ class Connection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._answer: asyncio.Future[tuple[int, bytes]] | None = None
         self._received = b""
+        self._left = 0
+        """Connections that were closed here, and whose end is still to be told."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """See ``asyncio.Protocol``."""
@@ -110,6 +112,9 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """See ``asyncio.Protocol``."""
+        if self._left:
+            self._left -= 1
+            return
         self._transport = None
         if self._answer is not None and not self._answer.done():
             self._answer.set_exception(exc or ConnectionResetError("the service closed the connection"))
@@ -146,6 +151,7 @@ class Connection(asyncio.Protocol):
         """Leave, whatever is under way."""
         if self._transport is not None:
             self._transport.abort()
+            self._left += 1
         self._transport = None
 
 
