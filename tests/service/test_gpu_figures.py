@@ -66,7 +66,8 @@ def test_the_figures_of_this_machines_gpu(tmp_path: Path) -> None:
     """`pytest -m gpu -s` prints them, with a short load; `python -m service.gpu_figures` takes minutes."""
     if not gpus(engine_settings(read_settings(state=str(tmp_path), device="auto"))):
         pytest.skip("no GPU that CUDA works on")
-    pynvml = pytest.importorskip("pynvml")
+    import pynvml  # the extra that brings CUDA brings it, too
+
     pynvml.nvmlInit()
     write_tiny(tmp_path / "halves", "decoder", name="halves", scheme="float16")
     lines = list(figures(load_model(tmp_path / "halves"), 0, 10.0, pynvml))
