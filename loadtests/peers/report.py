@@ -17,7 +17,7 @@ from loadtests.peers.summary import (
     spread,
 )
 from loadtests.peers.table import PEERS, Setting, Variant
-from loadtests.peers.workloads import WORKLOADS, Workload
+from loadtests.peers.workloads import SHAPES, WORKLOADS, Workload
 
 _HEAD = """# Benchmarks
 
@@ -257,7 +257,24 @@ def _absent(records: Sequence[Record]) -> str:
         for record in records
         if record["record"] == "absent" and (record["peer"], record["variant"], record["shape"]) not in measured
     )
+    told = {(record["peer"], record["variant"], record["shape"]) for record in records if record["record"] == "absent"}
+    lines |= dict.fromkeys(f"- {name}: not run" for name in _not_run(measured, told))
     return "\n".join(["## Not measured", "", *lines, ""]) if lines else ""
+
+
+def _not_run(measured: set[tuple[str, str, str]], told: set[tuple[str, str, str]]) -> Iterator[str]:
+    """What nobody asked for: models, and of those that were measured who had no part."""
+    shapes = {shape for _, _, shape in measured}
+    away = {peer for peer, variant, _ in told if not variant}
+    for shape in SHAPES.values():
+        if shape.name not in shapes:
+            yield shape.name
+            continue
+        for peer in PEERS.values():
+            for variant in peer.variants:
+                who = (peer.name, variant.name, shape.name)
+                if shape.kind in variant.kinds and peer.name not in away and who not in measured | told:
+                    yield " ".join(who)
 
 
 def _header(*titles: str) -> tuple[str, str]:

@@ -84,6 +84,8 @@ def test_the_machine_the_versions_and_who_is_missing_are_told() -> None:
     assert "- CTranslate2: ctranslate2 1.0" in page
     assert "- openvino int8 minilm: no wheel" in page
     assert "too early" not in page
+    assert "- optimum fp32 translate-6x2-256: not run" in page and "- generate-135m: not run" in page
+    assert "ctranslate2 int8 translate-6x2-256: not run" not in page
 
 
 def http_sample(side: str, per_s: float, answers: dict[str, str] | None) -> dict[str, Any]:
