@@ -43,7 +43,8 @@ All graphs of a folder share ``weights.bin``, in which every array lies once. A 
 - ``blockwise``: rows cut into blocks of ``block_size`` with a scale each (MatMulNBits), of 8 or 4 bits: more exact,
   and faster on a single token.
 
-Token and position embeddings of the last two always have 8 bits.
+Token and position embeddings have 8 bits, in rows or blocks as the matrices; an encoder's may have 4, in blocks of 32
+whatever the scheme, for they are only looked up: no product gets slower by it.
 
 A row gives the same bits alone as in any batch, measured on a CPU with AVX-512, as long as blocks have 64 numbers or
 fewer (of 128, MatMulNBits sums a single row in another order), buffers hold a multiple of ``KEY_BLOCK`` (of a source:
@@ -64,8 +65,8 @@ from models.config import TransformerConfig
 
 WEIGHTS_NAME = "weights.bin"
 _OPSETS = {"": 24, "com.microsoft": 1}
-EMBEDDING_BLOCK = 64
-"""Numbers of a table that share a scale in the blockwise scheme."""
+TABLE_BLOCKS = {8: 64, 4: 32}
+"""Numbers of an embedding that share a scale, by its bits, where it is stored in blocks."""
 _ALIGNMENT = 64
 _FLOAT = ir.DataType.FLOAT
 
@@ -83,15 +84,20 @@ def write_graphs(
     bits: Literal[4, 8] = 8,
     block_size: int = 64,
     peaks: Mapping[str, float] | None = None,
+    table_bits: Literal[4, 8] = 8,
 ) -> list[Path]:
     """Write the graphs of a model and the weights that they share into ``folder``; returns the files written.
 
     ``bits`` and ``block_size`` (a power of two from 16; halved for a matrix whose rows it does not divide) say how
     ``blockwise`` stores the matrices. ``peaks``, by the name of a matrix, say what the absolute values that
-    ``calibrated`` multiplies it with do not exceed: larger ones are cut off. Raises ``ValueError`` where it meets a
-    row that is no multiple of 16, and ``KeyError`` where a weight is missing.
+    ``calibrated`` multiplies it with do not exceed: larger ones are cut off. ``table_bits`` are those of embeddings; 4
+    are for encoders. Raises ``ValueError`` where they are asked of another model and where a row is no multiple of 16,
+    and ``KeyError`` where a weight is missing.
     """
-    return _write(folder, config, _Store(folder / WEIGHTS_NAME, weights, scheme, bits, block_size, peaks or {}))
+    if table_bits == 4 and config.architecture != "encoder":
+        raise ValueError("embeddings that are multiplied with too, as a decoder's are, have 8 bits")
+    store = _Store(folder / WEIGHTS_NAME, weights, scheme, bits, block_size, peaks or {}, table_bits)
+    return _write(folder, config, store)
 
 
 def write_observed(folder: Path, config: TransformerConfig, weights: Mapping[str, NDArray[np.float32]]) -> list[Path]:
@@ -100,7 +106,7 @@ def write_observed(folder: Path, config: TransformerConfig, weights: Mapping[str
     Their further outputs ``peaks.{name}`` (m,) are the largest absolute values of the rows that the matrix ``name`` is
     multiplied with.
     """
-    store = _Store(folder / WEIGHTS_NAME, weights, "none", 8, EMBEDDING_BLOCK, {}, observed=True)
+    store = _Store(folder / WEIGHTS_NAME, weights, "none", 8, 64, {}, observed=True)
     return _write(folder, config, store)
 
 
@@ -180,6 +186,7 @@ class _Store:
         bits: int,
         block_size: int,
         peaks: Mapping[str, float],
+        table_bits: Literal[4, 8] = 8,
         *,
         observed: bool = False,
     ) -> None:
@@ -188,7 +195,7 @@ class _Store:
         self.observed = observed
         self.float_type = ir.DataType.FLOAT16 if scheme == "float16" else ir.DataType.FLOAT
         """Of hidden states, and of weights that are not quantised."""
-        self._bits, self._block_size = bits, block_size
+        self._bits, self._block_size, self.table_bits = bits, block_size, table_bits
         self._path, self._file = path, path.open("wb")
         self._offsets: dict[str, int] = {}
         self._blocks: dict[str, _Blocks] = {}
@@ -215,8 +222,8 @@ class _Store:
         return self._quantised(name, self._bits, self._block_size)
 
     def table(self, name: str) -> _Blocks:
-        """An embedding, which always has 8 bits."""
-        return self._quantised(name, 8, EMBEDDING_BLOCK)
+        """An embedding."""
+        return self._quantised(name, self.table_bits, TABLE_BLOCKS[self.table_bits])
 
     def rows(self, name: str, *, transposed: bool = False) -> _Rows:
         """A matrix with a scale per row."""
@@ -445,7 +452,7 @@ class _Graph:
         """Rows ``ids`` (m,) of the embedding ``table`` (n, d)."""
         if self.store.scheme in ("none", "float16"):
             return self.op("Gather", self.weight(table), ids)
-        if self.store.by_rows:
+        if self.store.by_rows and self.store.table_bits == 8:
             rows = self.store.rows(table)
             codes, scales = (self.op("Gather", self._initializer(part), ids) for part in (rows.codes, rows.scales))
             return self.op("DequantizeLinear", codes, scales, axis=0)

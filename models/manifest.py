@@ -73,6 +73,8 @@ class Quantisation(_Part):
     bits: int = 32
     block_size: int = 0
     """Of the blockwise scheme."""
+    table_bits: int = 8
+    """Of embeddings, where the scheme stores them in whole numbers."""
     parity_max_error: float | None = None
     """Largest absolute difference of the logits to the fp32 graph on the parity batch."""
     parity_cosine: float | None = None

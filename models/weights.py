@@ -36,8 +36,8 @@ def read_weights(folder: Path, stored: Quantisation) -> dict[str, Floats]:
             codes = array.T if kind == ".T" else array
             weights[name] = np.ascontiguousarray(codes * arrays[f"{name}.scales"][:, None])
         elif kind == ".flat" or f"{key}.flat" not in arrays:
-            # What the graphs look up lies flat in them, and has 8 bits whatever the rest has.
-            bits = 8 if kind == ".flat" else stored.bits
+            # What the graphs look up lies flat in them.
+            bits = stored.table_bits if kind == ".flat" else stored.bits
             weights[name] = _joined(array, arrays[f"{name}.scales"], bits)
     return weights
 

@@ -43,9 +43,10 @@ def write_card(folder: Path, manifest: Manifest) -> None:
             "calibrated": "with a scale for each output, and scales of activations that are fixed",
             "blockwise": f"in blocks of {stored.block_size}",
         }
+        tables = ", and embeddings with 4" if stored.table_bits == 4 else ""
         lines.append(
-            f"- Stored with {stored.bits} bits a weight {scales[stored.scheme]}; against float32 the logits' cosine "
-            f"is {stored.parity_cosine}, their largest difference {stored.parity_max_error}"
+            f"- Stored with {stored.bits} bits a weight {scales[stored.scheme]}{tables}; against float32 the "
+            f"logits' cosine is {stored.parity_cosine}, their largest difference {stored.parity_max_error}"
         )
     lines += ["", "## Scores", ""]
     if manifest.scores:

@@ -113,7 +113,7 @@ def write_model(model: Finished, how: Storage, describe: Callable[[Quantisation]
             raise TrainingError(f"{name}: the float32 graph differs from PyTorch by {found.max_error:.2g}")
         bar.update()
         stored = write_quantised(folder, model, how)
-        model.tokenizer.save(str(folder / "tokenizer.json"))
+        model.tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
         manifest = describe(stored)
         write_card(folder, manifest)
         manifest = write_manifest(folder, manifest)
@@ -128,12 +128,13 @@ def write_quantised(folder: Path, model: Finished, how: Storage) -> Quantisation
     """Write the graphs as ``how`` says, and how far their logits on the model's batch are from its reference."""
     config, weights = model.config, model.weights
     peaks = fixed_peaks(config, weights, model.texts) if how.scheme == "calibrated" else {}
-    write_graphs(folder, config, weights, how.scheme, how.bits, how.block_size, peaks)
+    write_graphs(folder, config, weights, how.scheme, how.bits, how.block_size, peaks, how.table_bits)
     found = compare(Graphs(folder, config).logits(model.batch), model.reference)
     return Quantisation(
         scheme=how.scheme,
         bits=how.bits_per_weight,
         block_size=how.block_size if how.scheme == "blockwise" else 0,
+        table_bits=how.table_bits,
         parity_max_error=round(found.max_error, 6),
         parity_cosine=round(found.cosine, 6),
     )

@@ -12,14 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from models.graph import EMBEDDING_BLOCK, fitting_block_size
+from models.graph import TABLE_BLOCKS, fitting_block_size
 from models.transformer import Transformer
 from training.recipe import Storage
 
 _PLAIN = ("head.out.weight", "head.extract.weight")
 """Matrices of a few rows, which every scheme leaves in float32."""
 _TABLES = ("embed.token.weight", "embed.position.weight")
-"""What is looked up, with 8 bits whatever the rest has; the first is also multiplied with, as the output of words."""
+"""What is looked up; a decoder multiplies with the first too, as the output of words."""
 
 
 def fake_rows(x: Tensor) -> Tensor:
@@ -75,9 +75,10 @@ class FakeQuantised(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     def _stored(self, weight: Tensor) -> Tensor:
-        if self.how.scheme != "blockwise":
+        is_table = id(weight) in self.tables
+        if self.how.scheme != "blockwise" and not (is_table and self.how.table_bits == 4):
             return fake_rows(weight)
-        bits = 8 if id(weight) in self.tables else self.how.bits
+        bits = self.how.table_bits if is_table else self.how.bits
         return fake_blocks(weight, bits, self._block_size(weight))
 
     def _inputs(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -87,5 +88,6 @@ class FakeQuantised(TorchFunctionMode):
         return fake_rows(x.reshape(*x.shape[:-1], -1, self._block_size(weight))).flatten(-2)
 
     def _block_size(self, weight: Tensor) -> int:
-        wanted = EMBEDDING_BLOCK if id(weight) in self.tables else self.how.block_size
+        is_table = id(weight) in self.tables
+        wanted = TABLE_BLOCKS[self.how.table_bits] if is_table else self.how.block_size
         return fitting_block_size(weight.size(1), wanted)

@@ -173,8 +173,8 @@ def _median(rounds: Sequence[Evaluation]) -> tuple[float | None, str]:
 def quantise(folder: Path, recipe: Recipe, data: Path, how: Storage, out: Path) -> Manifest:
     """Write the model in ``folder`` into ``out``, stored as ``how`` says.
 
-    Its manifest says how far it is from the same weights in float32, on samples of the recipe's data; scores are left
-    out, as nobody has measured them.
+    Its embeddings keep their bits. The manifest says how far it is from the same weights in float32, on samples of the
+    recipe's data; scores are left out, as nobody has measured them.
     """
     manifest = load_manifest(folder)
     weights = read_weights(folder, manifest.quantisation)
@@ -188,7 +188,7 @@ def quantise(folder: Path, recipe: Recipe, data: Path, how: Storage, out: Path) 
     shutil.copy(folder / "tokenizer.json", out)
     texts = one_by_one(samples)
     model = Finished(manifest.name, manifest.config, weights, tokenizer, batch, reference, texts)
-    stored = write_quantised(out, model, how)
+    stored = write_quantised(out, model, how.model_copy(update={"table_bits": manifest.quantisation.table_bits}))
     changed = manifest.model_copy(update={"quantisation": stored, "scores": ()})
     write_card(out, changed)
     return write_manifest(out, changed)

@@ -235,6 +235,8 @@ class Storage(_Part):
     """Of the blockwise scheme, as the block size."""
     block_size: int = 64
     """Weights of the blockwise scheme that share a scale."""
+    table_bits: Literal[4, 8] = 8
+    """Of embeddings; 4, in blocks of 32, for encoders only: decoders multiply with theirs too."""
 
     @property
     def bits_per_weight(self) -> int:
@@ -378,6 +380,14 @@ class Recipe(_Part):
         if self.fit.quantise_last and self.export.scheme in ("none", "float16"):
             raise ValueError(
                 f"fit.quantise_last: export.scheme is {self.export.scheme!r}, so there are no codes to train for"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _small_tables(self) -> Self:
+        if self.export.table_bits == 4 and self.model.architecture != "encoder":
+            raise ValueError(
+                f"export.table_bits: a {self.model.architecture} multiplies with its embeddings, which have 8 bits"
             )
         return self
 

@@ -1,5 +1,7 @@
 """What training feels is what the graphs compute, and nothing stays behind."""
 
+from itertools import product
+
 import numpy as np
 import pytest
 import torch
@@ -24,6 +26,7 @@ WAYS = [
     Storage(scheme="blockwise", bits=8, block_size=32),
     Storage(scheme="blockwise", bits=4, block_size=16),
 ]
+SMALL_TABLES = Storage(scheme="rowwise", table_bits=4)
 
 
 @given(WEIGHTS)
@@ -46,14 +49,17 @@ def test_gradients_pass_as_if_nothing_were_rounded():
         assert torch.equal(gradient, torch.arange(32.0).expand(2, 32))
 
 
-@pytest.mark.parametrize("kind", ["classify", "bert-span", "decoder", "encoder-decoder"])
-@pytest.mark.parametrize("how", WAYS, ids=lambda how: f"{how.scheme}{how.bits}")
+@pytest.mark.parametrize(
+    ("kind", "how"),
+    [*product(["classify", "bert-span", "decoder", "encoder-decoder"], WAYS), ("bert-span", SMALL_TABLES)],
+    ids=lambda each: each if isinstance(each, str) else f"{each.scheme}{each.bits}-{each.table_bits}",
+)
 def test_a_model_computes_as_its_quantised_graph(tmp_path, kind, how):
     config = tiny_config(kind)
     model = tiny_transformer(config)
     ids = torch.tensor([[7, 9, 11, 30], [8, 90, 12, 0]])
     batch = {"ids": ids, "lengths": torch.tensor([4, 3]), "target": ids[:, :3], "target_lengths": torch.tensor([3, 2])}
-    write_graphs(tmp_path, config, weights_of(model), how.scheme, how.bits, how.block_size)
+    write_graphs(tmp_path, config, weights_of(model), how.scheme, how.bits, how.block_size, table_bits=how.table_bits)
     exact, graph = torch_logits(model, batch), Graphs(tmp_path, config).logits(batch)
     with FakeQuantised(model, how):
         found = torch_logits(model, batch)

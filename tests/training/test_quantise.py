@@ -42,6 +42,26 @@ def test_weights_come_back_as_they_were_stored(tmp_path, kind, how, error):
         assert np.abs(found[name] - weight).max() <= error * np.abs(weight).max() * 1.001
 
 
+@pytest.mark.parametrize("scheme", ["rowwise", "calibrated", "blockwise"])
+def test_embeddings_of_four_bits(tmp_path, scheme):
+    config = tiny_config("bert-classify")
+    weights = weights_of(tiny_transformer(config))
+    sizes = {}
+    for bits in (8, 4):
+        folder = tmp_path / str(bits)
+        folder.mkdir()
+        write_graphs(folder, config, weights, scheme, table_bits=bits)
+        sizes[bits] = (folder / "weights.bin").stat().st_size
+        found = read_weights(folder, Quantisation(scheme=scheme, bits=8, table_bits=bits))
+        for name, weight in weights.items():
+            is_table = name in ("embed.token.weight", "embed.position.weight")
+            error = 1 / 8 if bits == 4 and is_table else 1 / 127
+            assert np.abs(found[name] - weight).max() <= error * np.abs(weight).max() * 1.001
+    assert sizes[4] < 0.9 * sizes[8]
+    with pytest.raises(ValueError, match="a decoder's are, have 8 bits"):
+        write_graphs(tmp_path, tiny_config("decoder"), {}, scheme, table_bits=4)
+
+
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory, data):
     root = tmp_path_factory.mktemp("quantise")
