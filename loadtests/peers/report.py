@@ -140,7 +140,8 @@ def _table(workload: Workload, rows: Sequence[_Row], machine: Record) -> str:
         ]
         lines.append(f"| {' | '.join(cells)} |")
     rounds = min(row.speed.count for row in rows)
-    return "\n".join([*lines, "", f"Rounds: {rounds}.", ""])
+    length = f" {workload.new_tokens} tokens are written over {workload.source_tokens}." if workload.new_tokens else ""
+    return "\n".join([*lines, "", f"Rounds: {rounds}.{length}", ""])
 
 
 def _ceiling(row: _Row, machine: Record) -> str:

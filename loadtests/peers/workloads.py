@@ -110,17 +110,19 @@ def _translations(shape: Shape) -> list[Workload]:
     ]
 
 
-def _generations(shape: Shape) -> list[Workload]:
+def _generations(shape: Shape, new_tokens: int) -> list[Workload]:
     return [
-        Workload(f"{shape.name} {at_once}", shape, at_once, source_tokens=64, new_tokens=64) for at_once in (1, 4, 8)
+        Workload(f"{shape.name} {at_once}", shape, at_once, source_tokens=64, new_tokens=new_tokens)
+        for at_once in (1, 4, 8)
     ]
 
 
 WORKLOADS = (
     *_translations(SHAPES["translate-6x6-512"]),
     *_translations(SHAPES["translate-6x2-256"]),
-    *_generations(SHAPES["generate-135m"]),
-    *_generations(SHAPES["generate-25m"]),
+    # Half as many, so that the slowest peers are done in reasonable time.
+    *_generations(SHAPES["generate-135m"], new_tokens=32),
+    *_generations(SHAPES["generate-25m"], new_tokens=64),
     *(Workload(f"minilm ragged {at_once}", SHAPES["minilm"], at_once) for at_once in (1, 8, 16, 128)),
     Workload("minilm 32x128", SHAPES["minilm"], 32, source_tokens=128),
 )

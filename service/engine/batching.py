@@ -21,12 +21,18 @@ def padded_width(length: int) -> int:
     return -(-length // _MULTIPLE) * _MULTIPLE
 
 
-def form_batch(lengths: Sequence[int], most: int, max_tokens: int, padding_share: float = PADDING_SHARE) -> list[int]:
+def form_batch(
+    lengths: Sequence[int],
+    most: int,
+    max_tokens: int,
+    padding_share: float = PADDING_SHARE,
+    share_tokens: float = math.inf,
+) -> list[int]:
     """Choose up to ``most`` of the waiting sequences: the first, which has waited longest, and others of its length.
 
     Neighbours in order of length join, the nearest first, as long as padding is no more than about ``padding_share``
-    of the real tokens and both together no more than ``max_tokens``; a sequence over that goes alone. Returns their
-    places, in rising order.
+    of the real tokens and both together no more than ``max_tokens``; a sequence over that goes alone. They stop where
+    the real tokens are nearest to ``share_tokens``. Returns their places, in rising order.
     """
     order = sorted(range(len(lengths)), key=lambda place: (lengths[place], place))
     low = order.index(0)
@@ -38,6 +44,8 @@ def form_batch(lengths: Sequence[int], most: int, max_tokens: int, padding_share
         shorter = longest - lengths[order[low - 1]] if low > 0 else math.inf
         longer = (lengths[order[high]] - longest) * count if high < len(order) else math.inf
         joining = lengths[order[high if longer <= shorter else low - 1]]
+        if total + joining - share_tokens > share_tokens - total:
+            break
         longest, total = max(longest, joining), total + joining
         padding = longest * (count + 1) - total
         if padding > padding_share * total + _STEP_IN_TOKENS * count:
@@ -52,8 +60,8 @@ def form_batch(lengths: Sequence[int], most: int, max_tokens: int, padding_share
 
 
 def fair_share(waiting: int, running_here: int, running: int, executors: int) -> int:
-    """How many waiting items an executor may take so that all executors end up with equally many.
+    """How much of what waits an executor may take so that all executors end up with equally much.
 
-    ``running`` counts the items of all executors, ``running_here`` those of the one that asks.
+    ``running`` is what all executors have, ``running_here`` what the one has that asks; in items or in tokens.
     """
     return max(0, -(-(waiting + running) // executors) - running_here)

@@ -156,7 +156,7 @@ class Engine:
                 rows = rows_that_fit(model, self._settings)
                 with self._changed:
                     for executor in self._executors:
-                        executor.running[key] = 0
+                        executor.running[key] = ()
                     self._waiting[key], self._rows[key] = [], rows
             warm = [
                 self._send(executor, partial(self._adopt, executor, workers, models))
@@ -223,7 +223,7 @@ class Engine:
     def running(self) -> int:
         """Items that are being computed."""
         with self._changed:
-            return sum(sum(executor.running.values()) for executor in self._executors)
+            return sum(len(jobs) for executor in self._executors for jobs in executor.running.values())
 
     def drain(self, timeout_s: float) -> None:
         """Refuse new work from now on; returns when what was accepted is done, or after ``timeout_s``."""
@@ -288,19 +288,21 @@ class Engine:
     def _hand_over(self, executor: Executor, model: str) -> bool:
         """Let the worker of ``model`` take waiting jobs, if it can begin any."""
         self._drop_cancelled(model)
-        waiting = self._waiting[model]
-        running = sum(each.running[model] for each in self._executors)
+        waiting, worker = self._waiting[model], executor.workers[model]
+        if not waiting:
+            return False
+        running = sum(worker.load(each.running[model]) for each in self._executors)
         executors = sum(model in each.workers for each in self._executors)
-        share = fair_share(len(waiting), executor.running[model], running, executors)
-        if not waiting or not share:
+        share = fair_share(worker.load(waiting), worker.load(executor.running[model]), running, executors)
+        if not share:
             return False
         shared = len(self._backlog.by_key) > 1
         window = self._turns.first(waiting, _SHARED_WINDOW) if shared else waiting[:_WINDOW]
-        taken = set(executor.workers[model].take(window, share))
+        taken = set(worker.take(window, share))
         self._waiting[model] = [job for job in waiting if job not in taken]
         for key, tokens in self._leave(taken):
             self._turns.charge(key, tokens)
-        executor.running[model] += len(taken)
+        executor.running[model] = (*executor.running[model], *taken)
         return bool(taken)
 
     def _step(self, executor: Executor, model: str) -> None:
@@ -321,7 +323,7 @@ class Engine:
             new_tokens = sum(job.tokens for job in turn.jobs if job.started_ns == step.started_ns)
             elapsed_s = (step.ended_ns - step.started_ns) / _NS_PER_S
         with self._changed:
-            executor.running[model] = len(worker.jobs)
+            executor.running[model] = worker.jobs
             for key, tokens in written:
                 self._turns.charge(key, tokens)
             self._backlog.stepped(new_tokens, elapsed_s / len(self._executors))

@@ -41,7 +41,7 @@ class Executor:
         self.device = device
         self.workers: dict[str, Worker] = {}
         """By the key under which a model is loaded."""
-        self.running: dict[str, int] = {}
+        self.running: dict[str, Sequence[Job]] = {}
         """Jobs that each model's worker has; guarded by the engine's lock."""
         self.errands: deque[Errand] = deque()
         """What the device's thread is to do between two steps; guarded by the engine's lock."""

@@ -73,8 +73,11 @@ class Worker(Protocol):
     def busy(self) -> bool:
         """Whether it has a step to run even without new jobs."""
 
-    def take(self, waiting: Sequence[Job], most: int) -> list[Job]:
-        """Which of the ``waiting`` jobs, up to ``most``, it can begin now; they must not be offered again."""
+    def load(self, jobs: Sequence[Job]) -> int:
+        """How much work ``jobs`` are, in the unit in which executors divide it among them."""
+
+    def take(self, waiting: Sequence[Job], share: int) -> list[Job]:
+        """Which of the ``waiting`` jobs it can begin now, a load of about ``share``; they must not come again."""
 
     def turn(self) -> Turn | None:
         """The next step; None where all jobs were cancelled meanwhile."""
@@ -100,10 +103,14 @@ class EncodeWorker:
         """See ``Worker``."""
         return False
 
-    def take(self, waiting: Sequence[Job], most: int) -> list[Job]:
+    def load(self, jobs: Sequence[Job]) -> int:
+        """See ``Worker``. Tokens: all of them are computed in one step, and who has more of them ends later."""
+        return sum(job.tokens for job in jobs)
+
+    def take(self, waiting: Sequence[Job], share: int) -> list[Job]:
         """See ``Worker``."""
         lengths = [job.tokens for job in waiting]
-        places = form_batch(lengths, most, self._max_batch_tokens, PACKED_PADDING_SHARE)
+        places = form_batch(lengths, len(lengths), self._max_batch_tokens, PACKED_PADDING_SHARE, share)
         self._jobs = [waiting[place] for place in places]
         return self._jobs
 
@@ -174,8 +181,12 @@ class WriteWorker:
         """See ``Worker``."""
         return self._reader is not None or any(lane.keys for lane in self._lanes.values())
 
-    def take(self, waiting: Sequence[Job], most: int) -> list[Job]:
-        """See ``Worker``."""
+    def load(self, jobs: Sequence[Job]) -> int:
+        """See ``Worker``. Texts: each of them takes part in every step until it ends."""
+        return len(jobs)
+
+    def take(self, waiting: Sequence[Job], share: int) -> list[Job]:
+        """See ``Worker``; never more than ``share``."""
         self._new = []
         free = self._limits.rows - sum(job.rows for job in self.jobs)
         known = {job: self._known(job) for job in waiting} if self._reads_in_pieces else {}
@@ -196,8 +207,8 @@ class WriteWorker:
             return [first]
         # Those who begin together go into one lane.
         alike = [job for job in candidates if job.rows == first.rows and job not in slow][: free // first.rows]
-        share = PADDING_SHARE if self._graphs.source is None else PACKED_PADDING_SHARE
-        chosen = form_batch([job.tokens for job in alike], most, self._limits.batch_tokens, share)
+        padding_share = PADDING_SHARE if self._graphs.source is None else PACKED_PADDING_SHARE
+        chosen = form_batch([job.tokens for job in alike], share, self._limits.batch_tokens, padding_share)
         self._new = [alike[place] for place in chosen]
         return self._new
 

@@ -33,6 +33,14 @@ def test_one_over_the_budget_goes_alone() -> None:
     assert form_batch([500, 500], most=8, max_tokens=100) == [0]
 
 
+def test_a_share_is_met_as_nearly_as_whole_texts_do() -> None:
+    lengths = [11, 5, 21, 14, 15, 35, 7, 26]
+    # With the one of 21 they are 73 tokens, without it 52.
+    assert form_batch(lengths, most=8, max_tokens=512, padding_share=1.0, share_tokens=67) == [0, 1, 2, 3, 4, 6]
+    assert form_batch(lengths, most=8, max_tokens=512, padding_share=1.0, share_tokens=62) == [0, 1, 3, 4, 6]
+    assert form_batch([35, 5], most=8, max_tokens=512, padding_share=1.0, share_tokens=20) == [0]
+
+
 @given(
     lengths=st.lists(st.integers(1, 600), min_size=1, max_size=60),
     most=st.integers(1, 40),

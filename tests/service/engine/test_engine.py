@@ -241,6 +241,15 @@ def test_a_known_beginning_is_not_read_again(models: dict[str, Loaded], name: st
     assert read == [38, 5, 6, 7, 1, 1, 1, 1]
 
 
+def test_executors_divide_the_tokens_of_what_waits(models: dict[str, Loaded]) -> None:
+    steps = Steps()
+    items = [EncodeItem(f"{length}", ids(length, length)) for length in (11, 5, 21, 14, 15, 35, 7, 26)]
+    with engine(models, ["classify"], steps, executors=2) as running:
+        results(running.submit("classify", items))
+    # Of 134 tokens, the two longest of eight texts are nearly half.
+    assert sum(work.tokens for work in steps.worked[0].work) in (73, 61)
+
+
 def test_what_several_items_read_is_read_once(models: dict[str, Loaded]) -> None:
     """A source that many start from, as when a client asks for several texts."""
     item = write(1, 9, temperature=1.0)

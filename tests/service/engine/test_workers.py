@@ -176,7 +176,7 @@ def test_any_schedule_writes_what_each_prompt_gives_alone(
             jobs.append(job(prompt, max_tokens=max_tokens, beams=3 if is_beam else 1))
             waiting.append(jobs[-1])
         if waiting:
-            taken = worker.take(waiting, most=data.draw(st.integers(1, 4)))
+            taken = worker.take(waiting, share=data.draw(st.integers(1, 4)))
             waiting = [each for each in waiting if each not in taken]
         if worker.jobs and data.draw(st.integers(0, 9)) == 0:
             data.draw(st.sampled_from(worker.jobs)).ticket.future.cancel()
@@ -196,21 +196,21 @@ def test_any_schedule_writes_what_each_prompt_gives_alone(
 def test_a_job_that_needs_many_rows_is_not_overtaken() -> None:
     worker = worker_of("decoder")
     first, wide, narrow = job([7] * 3), job([8] * 3, beams=6), job([9] * 3)
-    assert worker.take([first], most=9) == [first]
+    assert worker.take([first], share=9) == [first]
     step(worker)
-    assert worker.take([wide, narrow], most=9) == []
+    assert worker.take([wide, narrow], share=9) == []
     while worker.busy:
         step(worker)
-    assert worker.take([wide, narrow], most=9) == [wide]
+    assert worker.take([wide, narrow], share=9) == [wide]
 
 
 def test_a_failed_prompt_leaves_those_who_write_alone() -> None:
     graphs = ListGraphs(reads_sources=False)
     worker = worker_of("decoder", graphs)
     early, late = job([7, 8], max_tokens=6), job([9, 10])
-    worker.take([early], most=9)
+    worker.take([early], share=9)
     step(worker)
-    worker.take([late], most=9)
+    worker.take([late], share=9)
     turn = worker.turn()
     assert turn is not None and turn.jobs == (late,)
     graphs.fails = True
@@ -229,7 +229,7 @@ def test_a_failed_step_frees_its_rows() -> None:
     graphs = ListGraphs(reads_sources=False)
     worker = worker_of("decoder", graphs)
     for each in (job([7, 8]), job([7, 9], beams=2)):
-        worker.take([each], most=9)
+        worker.take([each], share=9)
         step(worker)
     turn = worker.turn()
     assert turn is not None
@@ -244,12 +244,12 @@ def test_a_long_prompt_takes_turns_with_those_who_write() -> None:
     graphs = ListGraphs(reads_sources=False)
     worker = worker_of("decoder", graphs, piece_tokens=4)
     early, long = job([7, 8], max_tokens=6), job(list(range(6, 17)), max_tokens=3, beams=2)
-    worker.take([early], most=9)
+    worker.take([early], share=9)
     step(worker)
-    assert worker.take([long], most=9) == [long]
+    assert worker.take([long], share=9) == [long]
     # Nobody else's long prompt meanwhile, and no rows beyond those that it will need.
-    assert worker.take([job([6] * 9)], most=9) == []
-    assert worker.take([job([7], beams=4)], most=9) == []
+    assert worker.take([job([6] * 9)], share=9) == []
+    assert worker.take([job([7], beams=4)], share=9) == []
     turns = []
     while long in worker.jobs and not any(work.phase is Phase.DECODE and work.tokens == 2 for work in turns[-1:]):
         turn = worker.turn()
@@ -264,7 +264,7 @@ def test_a_long_prompt_that_fails_or_is_cancelled_is_forgotten() -> None:
     worker = worker_of("decoder", graphs)
     for fails in (True, False):
         long = job([7] * 20)
-        worker.take([long], most=9)
+        worker.take([long], share=9)
         step(worker)
         turn = worker.turn()
         assert turn is not None
@@ -284,7 +284,7 @@ def test_lanes_take_turns() -> None:
     worker = worker_of("decoder")
     plain, wide = job([7, 8], max_tokens=6), job([7, 9], max_tokens=6, beams=2)
     for each in (plain, wide):
-        assert worker.take([each], most=9) == [each]
+        assert worker.take([each], share=9) == [each]
         step(worker)
     order = []
     while len(order) < 4:
@@ -299,7 +299,7 @@ def test_documents_are_scored_and_gone_in_one_step() -> None:
     worker = worker_of("prefix-lm")
     document = Job(ExtractItem("x", (7, 8, 9)), submitted_ns=0)
     text = job([7, 8])
-    worker.take([document, text], most=9)
+    worker.take([document, text], share=9)
     turn = worker.turn()
     assert turn is not None
     assert [(work.phase, work.tokens) for work in turn.work] == [(Phase.PREFILL, 3), (Phase.PREFILL, 2)]
