@@ -334,16 +334,17 @@ class BeamGraph:
 
     def likeliest(self, logits: Logits, count: int) -> tuple[Floats, Ids]:
         """Log probabilities and words ``(rows, count)``, best first."""
-        binding = self._session.io_binding()
-        value = logits.value if isinstance(logits, DeviceLogits) else None
-        if value is None:
-            value = ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(logits))
-        binding.bind_ortvalue_input("logits", value)
-        binding.bind_cpu_input("count", np.array([count], dtype=np.int64))
-        for name in ("log_probabilities", "words"):
-            binding.bind_output(name)
-        self._session.run_with_iobinding(binding)
-        scores, words = binding.copy_outputs_to_cpu()
+        names, counts = ["log_probabilities", "words"], np.array([count], dtype=np.int64)
+        if isinstance(logits, DeviceLogits) and logits.value is not None:
+            binding = self._session.io_binding()
+            binding.bind_ortvalue_input("logits", logits.value)
+            binding.bind_cpu_input("count", counts)
+            for name in names:
+                binding.bind_output(name)
+            self._session.run_with_iobinding(binding)
+            scores, words = binding.copy_outputs_to_cpu()
+        else:
+            scores, words = self._session.run(names, {"logits": np.asarray(logits), "count": counts})
         return scores, words
 
 

@@ -113,10 +113,10 @@ class PlainLane(_Places[KeyT]):
 class BeamLane(_Places[KeyT]):
     """Texts that are written by beam search, a row for each beam."""
 
-    def __init__(self, decoder: DecoderGraph, likeliest: BeamGraph, eos: int | None, n_texts: int, max_tokens: int):
+    def __init__(self, decoder: DecoderGraph, likeliest: BeamGraph, eos: int | None) -> None:
         super().__init__(decoder)
         self._likeliest = likeliest
-        self._beams = Beams(decoder.beams, eos, n_texts, max_tokens)
+        self._beams = Beams(decoder.beams, eos)
         self._texts: list[New] = []
 
     def begin(self, keys: Sequence[KeyT], texts: Sequence[New], logits: Logits | None) -> list[tuple[KeyT, Outcome]]:
@@ -125,19 +125,14 @@ class BeamLane(_Places[KeyT]):
         self.keys += keys
         self._texts += texts
         for new in texts:
-            self._beams.join(new.max_tokens, new.sampling.length_penalty)
+            self._beams.join(new.max_tokens, new.sampling.length_penalty, new.bos)
         if logits is None:
             return []
         return self._advance(first, np.repeat(logits, self._beams.width, axis=0))
 
     def write(self) -> list[tuple[KeyT, Outcome]]:
         """See ``Lane``."""
-        width = self._beams.width
-        next_ids = self._beams.next_ids
-        for place, new in enumerate(self._texts):
-            if not self._beams.length(place):
-                next_ids[place * width : (place + 1) * width] = new.bos
-        return self._advance(0, self.decoder.step(next_ids))
+        return self._advance(0, self.decoder.step(self._beams.next_ids))
 
     def leave(self, key: KeyT) -> None:
         """See ``Lane``."""
@@ -154,7 +149,7 @@ class BeamLane(_Places[KeyT]):
                     logits[row, repeating_tokens(ids, new.sampling.no_repeat_ngram)] = -np.inf
         scores, words = self._likeliest.likeliest(logits, 2 * width)
         read = self.decoder.positions[first * width : len(self.keys) * width : width]
-        copies, over = self._beams.advance(first, scores, words, read)
+        copies, over = self._beams.advance(first, scores, words, read.tolist())
         outcomes: dict[int, Outcome] = {place: _written(best, "length") for place, best in over.items()}
         for place in range(first, len(self.keys)):
             if place not in over and (outcome := self._stop(place)) is not None:

@@ -315,13 +315,11 @@ class WriteWorker:
 
     def _lane(self, beams: int) -> Lane[Job]:
         if beams not in self._lanes:
-            n_texts = self._limits.rows // beams
-            decoder = self._graphs.decoder(n_texts, beams)
+            decoder = self._graphs.decoder(self._limits.rows // beams, beams)
             if beams == 1:
                 self._lanes[beams] = PlainLane(decoder)
             else:
-                config, eos = self._manifest.config, self._manifest.special_ids.eos
-                self._lanes[beams] = BeamLane(decoder, self._graphs.beams, eos, n_texts, config.max_positions)
+                self._lanes[beams] = BeamLane(decoder, self._graphs.beams, self._manifest.special_ids.eos)
         return self._lanes[beams]
 
     def _drop(self, jobs: Sequence[Job]) -> None:

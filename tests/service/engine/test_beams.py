@@ -32,8 +32,8 @@ def language(seed: int) -> Language:
 class Searches:
     """Beams whose rows hold what they have read, copied as ``Beams`` says."""
 
-    def __init__(self, width: int, n_texts: int, max_tokens: int) -> None:
-        self.beams = Beams(width, EOS, n_texts, max_tokens)
+    def __init__(self, width: int) -> None:
+        self.beams = Beams(width, EOS)
         self.width = width
         self.rows: list[list[int]] = []
         self.languages: list[Language] = []
@@ -66,7 +66,7 @@ class Searches:
         log_probabilities = np.stack(given)
         words = np.argsort(-log_probabilities, axis=1, kind="stable")[:, : 2 * self.width]
         scores = np.take_along_axis(log_probabilities, words, 1)
-        read = np.array([len(self.rows[text * self.width]) for text in range(len(self.languages))])
+        read = [len(self.rows[text * self.width]) for text in range(len(self.languages))]
         copies, self.over = self.beams.advance(0, scores, words, read)
         for copy in copies:
             source, target = self.rows[copy.source], self.rows[copy.target]
@@ -76,7 +76,7 @@ class Searches:
 
     def read(self) -> None:
         """Let every row read its text's last word; what it has read then is its text."""
-        for row, word in zip(self.rows, self.beams.next_ids.tolist(), strict=True):
+        for row, word in zip(self.rows, self.beams.next_ids, strict=True):
             row.append(word)
         for text in range(len(self.languages)):
             rows = self.rows[text * self.width : (text + 1) * self.width]
@@ -84,7 +84,7 @@ class Searches:
 
 
 def search(after: Language, width: int, penalty: float, max_tokens: int) -> Hypothesis:
-    searches = Searches(width, 1, max_tokens)
+    searches = Searches(width)
     searches.join(after, max_tokens, penalty)
     while True:
         searches.step()
@@ -132,7 +132,7 @@ def test_a_score_is_that_of_its_text(seed: int, width: int) -> None:
 @given(st.lists(st.one_of(st.integers(0, 40), st.integers(-9, -1)), max_size=25), st.integers(2, 4))
 def test_searches_side_by_side_find_what_each_finds_alone(events: list[int], width: int) -> None:
     """Positive: a search of that seed joins; negative: one leaves before its end. Rows read, and copies are right."""
-    searches = Searches(width, 4, 3)
+    searches = Searches(width)
     seeds: list[int] = []
     for event in [*events, *[-100] * 12]:
         if event >= 0 and len(seeds) < 4:
@@ -163,7 +163,7 @@ def fixed(*rows: list[float]) -> list[NDArray[np.float32]]:
 
 
 def alone(width: int = 2, max_tokens: int = 100, penalty: float = 1.0) -> Searches:
-    searches = Searches(width, 1, max_tokens)
+    searches = Searches(width)
     searches.join({}, max_tokens, penalty)
     return searches
 
@@ -217,8 +217,8 @@ def test_an_end_that_is_not_among_the_best_is_not_explored() -> None:
 
 
 def test_without_an_end_of_text_every_word_is_one() -> None:
-    beams = Beams(2, None, 1, 5)
+    beams = Beams(2, None)
     beams.join(5, 1.0)
     even = np.log(np.full((2, 4), 0.25, dtype=np.float32))
-    beams.advance(0, even, np.array([[0, 1, 2, 3]] * 2), np.array([0]))
+    beams.advance(0, even, np.array([[0, 1, 2, 3]] * 2), [0])
     assert sorted(beams.written(0)) == [[0], [1]]
