@@ -57,12 +57,10 @@ class Caller:
             _require(self.rates.requests, 1, "requests")
             self.rates.requests.take(1)
 
-    @contextmanager
-    def counting(self, number: int) -> Iterator["Count"]:
+    def count(self, number: int) -> "Count":
         """Count work as a ``number`` of requests, of which the knock was one. Raises ``RateExceeded``."""
         if self.rates is None:
-            yield Count(None, 0)
-            return
+            return Count(None, 0)
         requests, tokens = self.rates.requests, self.rates.tokens
         # As if it had not knocked: where it is refused, it costs nothing.
         requests.take(-1)
@@ -70,7 +68,7 @@ class Caller:
         _require(tokens, self.tokens, "tokens")
         requests.take(number)
         tokens.take(self.tokens)
-        yield Count(tokens, self.tokens)
+        return Count(tokens, self.tokens)
 
 
 @dataclass(slots=True)

@@ -38,6 +38,7 @@ from service.knowledge.bases import Knowledge
 from service.knowledge.documents import Document
 from service.knowledge.ingest import Progress
 from service.knowledge.store import Passage
+from service.mailbox import Mailbox
 from service.metrics import UJ_PER_J, Metrics
 from service.models import Model, Models
 from service.repository import Repository
@@ -79,6 +80,12 @@ class Charge:
     """What does the work: the name of a model, or of the index of the knowledge bases."""
     bill: Bill = field(init=False)
     input_tokens: int = 0
+    output_tokens: int = 0
+    """Tokens written."""
+    queue_ms: float = 0.0
+    """From submission to the first step of any of its items."""
+    compute_ms: float = 0.0
+    """From the first step to the end of the last item; for a single item, the time of its steps."""
     outputs: Sequence[Output] = ()
     results: Sequence[BaseModel] = ()
     computed_s: float | None = None
@@ -87,21 +94,14 @@ class Charge:
     def __post_init__(self) -> None:
         self.bill = Bill(self.request_id, None, None, None, Quality.UNAVAILABLE, settled=False)
 
-    @property
-    def output_tokens(self) -> int:
-        """Tokens written."""
-        return sum(len(output.output_ids) for output in self.outputs if isinstance(output, WriteOutput))
-
-    @property
-    def queue_ms(self) -> float:
-        """From submission to the first step of any of its items."""
-        return min((output.timing.queue_ns for output in self.outputs), default=0) / NS_PER_MS
-
-    @property
-    def compute_ms(self) -> float:
-        """From the first step to the end of the last item; for a single item, the time of its steps."""
-        ends = (output.timing.queue_ns + output.timing.compute_ns for output in self.outputs)
-        return max(ends, default=0) / NS_PER_MS - self.queue_ms
+    def computed(self, outputs: Sequence[Output]) -> None:
+        """The engine has done all items."""
+        self.outputs, self.computed_s = outputs, time.monotonic()
+        self.output_tokens = sum(len(output.output_ids) for output in outputs if isinstance(output, WriteOutput))
+        timings = [output.timing for output in outputs]
+        self.queue_ms = min((timing.queue_ns for timing in timings), default=0) / NS_PER_MS
+        ends_ns = max((timing.queue_ns + timing.compute_ns for timing in timings), default=0)
+        self.compute_ms = ends_ns / NS_PER_MS - self.queue_ms
 
 
 @dataclass(slots=True)
@@ -149,6 +149,7 @@ class Service:
     knowledge: Knowledge
     classifiers: Classifiers
     desk: Desk = field(default_factory=Desk)
+    mailbox: Mailbox = field(default_factory=Mailbox)
     tracing: Tracing | None = None
     log_texts: bool = False
 
@@ -181,11 +182,10 @@ class Service:
                 receipt.input_tokens = sum(len(item.input_ids) for item in encoded.items)
                 # A text that its client breaks off counts as if it had been written to its end.
                 count.correct(receipt.input_tokens + _most_written(encoded.items))
-                encoded = replace(encoded, items=self._foresee(task, request, model, encoded.items, request_id))
+                encoded = Encoded(self._foresee(task, request, model, encoded.items, request_id), encoded.plan)
                 items = encoded.items if listener is None else await _overheard(task, encoded, model, listener)
                 told = None if listener is None else _Told(task, encoded.plan, receipt, listener)
-                receipt.outputs = await self._compute(model, items, at_once if task.in_groups else len(items), told)
-                receipt.computed_s = time.monotonic()
+                receipt.computed(await self._compute(model, items, at_once if task.in_groups else len(items), told))
                 count.correct(receipt.input_tokens + receipt.output_tokens)
                 self.books.predictor.wrote(request_id, to_learn(receipt.outputs))
                 decode = partial(task.decode, encoded.plan, model, receipt.outputs)
@@ -212,8 +212,8 @@ class Service:
         Raises ``Overloaded``, ``TooManyAtOnce`` and ``RateExceeded``.
         """
         who = caller()
-        counting = who.counting(texts if requests is None else requests)
-        with self.door.admit(texts, who.tokens, who.key), counting as count:
+        with self.door.admit(texts, who.tokens, who.key):
+            count = who.count(texts if requests is None else requests)
             try:
                 yield count
             except (Overloaded, EngineClosed):
@@ -351,12 +351,12 @@ class Service:
             before_ns = time.monotonic_ns() - started_ns if first else 0
             async with self._submitted(model, items[first : first + at_once], is_patient=first > 0) as tickets:
                 if told is None:
-                    outputs += [_delayed(output, before_ns) for output in await _outputs(tickets)]
+                    outputs += [_delayed(output, before_ns) for output in await self._outputs(tickets)]
                     continue
                 if not first:
                     told.accepted()
                 for ticket in tickets:
-                    outputs.append(_delayed(await asyncio.wrap_future(ticket.future), before_ns))
+                    outputs.append(_delayed(await self.mailbox.wait(ticket.future), before_ns))
                     told.done(outputs)
         return outputs
 
@@ -378,6 +378,11 @@ class Service:
             # Where one item has failed or nobody waits any longer, the others' rows are free at once.
             for ticket in tickets:
                 ticket.future.cancel()
+
+    async def _outputs(self, tickets: Sequence[Ticket]) -> list[Output]:
+        if len(tickets) == 1:
+            return [await self.mailbox.wait(tickets[0].future)]
+        return await asyncio.gather(*(self.mailbox.wait(ticket.future) for ticket in tickets))
 
     @contextmanager
     def _billed(self, charge: ChargeT) -> Iterator[ChargeT]:
@@ -443,12 +448,6 @@ async def _overheard(task: Task[Any, Any], encoded: Encoded[Any], model: Model, 
 
 def _most_written(items: Sequence[Item]) -> int:
     return sum(item.sampling.max_tokens for item in items if isinstance(item, WriteItem))
-
-
-async def _outputs(tickets: Sequence[Ticket]) -> list[Output]:
-    if len(tickets) == 1:
-        return [await asyncio.wrap_future(tickets[0].future)]
-    return await asyncio.gather(*(asyncio.wrap_future(ticket.future) for ticket in tickets))
 
 
 def _delayed(output: Output, before_ns: int) -> Output:

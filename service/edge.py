@@ -6,14 +6,13 @@ many as soon as they come.
 """
 
 import logging
+import os
 import re
-import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
-from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.caller import Caller, calling
@@ -64,9 +63,10 @@ class Edge:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request_id = f"req-{uuid.uuid4().hex}"
+        request_id = f"req-{os.urandom(16).hex()}"
         scope.setdefault("state", {})["request_id"] = request_id
-        headers = Headers(scope=scope)
+        # The first of several of one name counts.
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in reversed(scope["headers"])}
         callers = headers.get("x-request-id", "")
         shown = callers if _SANE_ID.fullmatch(callers) else request_id
         posts = scope["method"] == "POST"
@@ -77,7 +77,7 @@ class Edge:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
-                message["headers"] = list(_dressed(message.get("headers", ()), shown))
+                message["headers"] = _dressed(message.get("headers", ()), shown)
             await send(message)
 
         try:
@@ -96,7 +96,7 @@ class Edge:
             place = self._door.admit(1, key=who.key) if posts else nullcontext()
             # HEAD is answered as GET is (RFC 9110); the server leaves out the body.
             asked = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
-            with place, calling(replace(who, body_bytes=len(body))):
+            with place, calling(Caller(who.key, who.rates, who.timeout_s, len(body))):
                 await self._app(asked, _replay(body, receive), send_dressed)
         except Exception as error:
             if not is_foreseen(error):
@@ -105,20 +105,21 @@ class Edge:
                 raise
             await render(error)(scope, receive, send_dressed)
 
-    def _check_headers(self, scope: Scope, headers: Headers) -> None:
+    def _check_headers(self, scope: Scope, headers: Mapping[str, str]) -> None:
         """Raise ``HeadersTooLarge``, and ``MalformedBody`` for what RFC 9112 or we cannot read."""
-        size = sum(len(name) + len(value) for name, value in scope["headers"])
-        size += len(scope.get("raw_path") or b"") + len(scope.get("query_string") or b"")
+        size, hosts = len(scope.get("raw_path") or b"") + len(scope.get("query_string") or b""), 0
+        for name, value in scope["headers"]:
+            size += len(name) + len(value)
+            hosts += name == b"host"
         if size > self._bounds.header_bytes:
             raise HeadersTooLarge(self._bounds.header_bytes)
-        hosts = len(headers.getlist("host"))
         if hosts > 1 or (not hosts and scope.get("http_version") == "1.1"):
             raise MalformedBody("a request needs the header host, once")
         coding = headers.get("content-encoding") or "identity"
         if coding.lower() != "identity":
             raise MalformedBody(f"the content-encoding {coding} is not read; send the body as it is")
 
-    async def _read(self, headers: Headers, receive: Receive) -> bytes | None:
+    async def _read(self, headers: Mapping[str, str], receive: Receive) -> bytes | None:
         """The whole body, or None if the caller has gone.
 
         Raises ``BodyTooLarge`` as soon as that is known, and ``MalformedBody`` for JSON that is nested too deeply.
@@ -154,15 +155,13 @@ def nesting(body: bytes | bytearray, enough: int) -> int:
     return int(np.where(opens, 1, -1).cumsum().max(initial=0))
 
 
-def _dressed(headers: Iterable[tuple[bytes, bytes]], request_id: str) -> Iterator[tuple[bytes, bytes]]:
+def _dressed(headers: Iterable[tuple[bytes, bytes]], request_id: str) -> list[tuple[bytes, bytes]]:
     """An answer's headers with those that every answer has."""
-    told = set()
-    for header in headers:
-        told.add(header[0])
-        if header[0] != b"x-request-id":
-            yield header
-    yield b"x-request-id", request_id.encode("latin-1")
-    yield from (header for header in _SECURITY if header[0] not in told)
+    dressed = [header for header in headers if header[0] != b"x-request-id"]
+    told = {header[0] for header in dressed}
+    dressed.append((b"x-request-id", request_id.encode("latin-1")))
+    dressed += [header for header in _SECURITY if header[0] not in told]
+    return dressed
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

@@ -7,11 +7,9 @@ import base64
 import json
 import math
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, Literal
 from urllib.parse import parse_qsl
-
-from starlette.datastructures import Headers
 
 from service.caller import Caller, Rates
 from service.engine.types import Overloaded
@@ -67,11 +65,11 @@ class Gate:
         """Whether there are keys."""
         return self._keyring is not None
 
-    def waits_for_body(self, path: str, headers: Headers) -> bool:
+    def waits_for_body(self, path: str, headers: Mapping[str, str]) -> bool:
         """Whether the key may still come in the body."""
         return self.guards and path in KEY_IN_BODY and not any(_secrets(headers))
 
-    def admit(self, method: str, path: str, headers: Headers, body: bytes = b"") -> Caller:
+    def admit(self, method: str, path: str, headers: Mapping[str, str], body: bytes = b"") -> Caller:
         """Who asks. Raises ``Unauthenticated``, ``AdminOnly``, ``RateExceeded``, and ``InvalidValue`` for a wrong
         header. ``body`` is read only where ``waits_for_body`` says so.
         """
@@ -132,7 +130,7 @@ def is_public(path: str, public: Collection[str] = PUBLIC) -> bool:
     )
 
 
-def _secrets(headers: Headers) -> Iterable[str]:
+def _secrets(headers: Mapping[str, str]) -> Iterable[str]:
     """What a request's headers bring as a key."""
     scheme, _, given = headers.get("authorization", "").partition(" ")
     if scheme.lower() == "bearer" and given.strip():
@@ -152,7 +150,7 @@ def _password(credentials: str) -> str:
         return ""
 
 
-def _secret_in(headers: Headers, body: bytes) -> str | None:
+def _secret_in(headers: Mapping[str, str], body: bytes) -> str | None:
     """LibreTranslate's ``api_key``; None where a body has none, or cannot be read: its route says so."""
     try:
         if headers.get("content-type", "").startswith("application/json"):
@@ -165,7 +163,7 @@ def _secret_in(headers: Headers, body: bytes) -> str | None:
     return secret if isinstance(secret, str) and secret else None
 
 
-def _timeout(headers: Headers) -> float | None:
+def _timeout(headers: Mapping[str, str]) -> float | None:
     told = headers.get(_TIMEOUT_HEADER)
     if told is None:
         return None

@@ -3,6 +3,7 @@
 Names follow text-embeddings-inference; joules end in ``_joules_total``, as Kepler's do.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Generic, TypeVar
 
@@ -27,6 +28,9 @@ _TOKENS = (8, 32, 128, 512, 1024, 2048, 4096, 8192, 16384)
 
 
 MetricT = TypeVar("MetricT", bound=MetricWrapperBase)
+T = TypeVar("T")
+_TOGETHER = 32
+"""Of steps and of requests, how many are counted at once."""
 
 
 class _Labelled(Generic[MetricT]):
@@ -51,6 +55,9 @@ class Metrics:
         # Another gauge per counter, which nobody asks for.
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self._registry = CollectorRegistry()
+        self._steps: deque[Step] = deque()
+        self._over: deque[tuple[Charge, str, float]] = deque()
+        """What is still to be counted: one by one, between other work, counting takes three times as long."""
         by_model = ("task", "model")
         self._requests = _Labelled(
             Counter("wattle_request_count", "Requests that are over.", (*by_model, "status"), registry=self._registry)
@@ -145,12 +152,29 @@ class Metrics:
         """Count a step of the engine; one without work is a warm-up."""
         if not step.work:
             return
+        self._steps.append(step)
+        if len(self._steps) >= _TOGETHER:
+            self._count()
+
+    def request_over(self, charge: "Charge", status: str, elapsed_s: float) -> None:
+        """Count a request, however it ended."""
+        self._over.append((charge, status, elapsed_s))
+        if len(self._over) >= _TOGETHER:
+            self._count()
+
+    def _count(self) -> None:
+        """Count what is left to be counted."""
+        for step in _taken(self._steps):
+            self._count_step(step)
+        for over in _taken(self._over):
+            self._count_request(*over)
+
+    def _count_step(self, step: Step) -> None:
         tokens = step.padding_tokens + sum(work.tokens for work in step.work)
         self._batch_size(step.model).observe(len(step.work))
         self._batch_tokens(step.model).observe(tokens)
 
-    def request_over(self, charge: "Charge", status: str, elapsed_s: float) -> None:
-        """Count a request, however it ended."""
+    def _count_request(self, charge: "Charge", status: str, elapsed_s: float) -> None:
         labels = (charge.task, charge.worker)
         self._requests(*labels, status).inc()
         self._duration(*labels).observe(elapsed_s)
@@ -170,10 +194,20 @@ class Metrics:
 
     def exposition(self) -> bytes:
         """Everything, in Prometheus' text format."""
+        self._count()
         return generate_latest(self._registry)
 
     def _histogram(self, name: str, documentation: str, buckets: tuple[float, ...]) -> _Labelled[Histogram]:
         return _Labelled(Histogram(name, documentation, ("task", "model"), buckets=buckets, registry=self._registry))
+
+
+def _taken(waiting: deque[T]) -> Iterator[T]:
+    """All that waits, which others may be taking as well."""
+    while True:
+        try:
+            yield waiting.popleft()
+        except IndexError:
+            return
 
 
 class _Live(Collector):
