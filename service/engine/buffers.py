@@ -45,8 +45,10 @@ class Buffers:
 
         Where no row is kept, arrays much larger than ``tokens`` shrink.
         """
+        if used and tokens <= self.capacity:
+            return False
         wanted = self._fitting(tokens)
-        if tokens <= self.capacity and (used or self.capacity <= 2 * wanted):
+        if tokens <= self.capacity <= 2 * wanted:
             return False
         kept = min(self.capacity, wanted)
         for name, array in self.arrays.items():

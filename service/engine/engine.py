@@ -287,7 +287,8 @@ class Engine:
 
     def _hand_over(self, executor: Executor, model: str) -> bool:
         """Let the worker of ``model`` take waiting jobs, if it can begin any."""
-        self._drop_cancelled(model)
+        if self._waiting[model]:
+            self._drop_cancelled(model)
         waiting, worker = self._waiting[model], executor.workers[model]
         if not waiting:
             return False
@@ -327,7 +328,7 @@ class Engine:
             for key, tokens in written:
                 self._turns.charge(key, tokens)
             self._backlog.stepped(new_tokens, elapsed_s / len(self._executors))
-            if self._is_idle():
+            if not executor.running[model] and self._is_idle():
                 self._changed.notify_all()
 
     def _record(self, step: Step) -> None:
