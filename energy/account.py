@@ -10,9 +10,10 @@ and ``sample``, which a thread of its own calls (``energy.sampler``).
 import logging
 import threading
 import time
-from collections import Counter, defaultdict, deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import orjson
 
@@ -24,9 +25,9 @@ from energy.ledger import Ledger
 from energy.meters.base import Meter
 from energy.meters.observe import observe_idle
 from energy.owner import Owner
-from energy.requests import Cost, Requests, weaker, weakest
-from energy.settlement import HORIZON_NS, Channel, Claim, Reason
-from energy.types import Bill, Part, Phase, Quality, RequestRecord, SettledRecord, Step
+from energy.requests import Cost, Noted, Requests, weaker, weakest
+from energy.settlement import BESIDE, HORIZON_NS, Channel, Claim, Reason
+from energy.types import Bill, Load, Phase, Quality, RequestRecord, SettledRecord, Step
 
 _log = logging.getLogger(__name__)
 _requests_log = logging.getLogger("wattle.requests")
@@ -40,8 +41,9 @@ _KEPT_AFTER_NS = NS_PER_S // 4
 provisional one."""
 _NOTHING = Claim(0, 0, Quality.MEASURED)
 """Expected besides what has been charged, once that is all."""
-_FREE = Cost()
+_FREE = Cost((), 0, 0, 0.0, None)
 """Of a request that nothing has been charged to."""
+NOTHING_BESIDE: Mapping[Phase, int] = MappingProxyType({})
 _ALARM_SHARE = 100
 """A residual above a hundredth of what the meter counted is an alarm."""
 _ALARM_INTERVAL_NS = 60 * NS_PER_S
@@ -96,8 +98,7 @@ class _Over:
 
     record: RequestRecord
     time_s: float
-    final_from_ns: int
-    kept_from_ns: int
+    closed_ns: int
     kept: bool = False
     """Whether the ledger has a bill of it, final or not."""
 
@@ -152,6 +153,8 @@ class Account:
         """Set when there is something to sample."""
         self._steps: deque[Step] = deque()
         """As executors record them: appending takes no lock, and after a step hardly anything is in the caches."""
+        self._closed: deque[tuple[RequestRecord, float, int, Mapping[Phase, int]]] = deque()
+        """As the event loop closes requests, likewise: the time in both ways, and what was taken beside executors."""
         self._settling = threading.Lock()
         """Held by whoever reads meters and settles; guards the channels."""
         self._alarmed_ns: int | None = None
@@ -160,19 +163,19 @@ class Account:
         self._requests = Requests(self._channels.values(), executors, {} if coefficients is None else coefficients)
         """Running ones, and those that are over but not settled."""
         self._over: dict[str, _Over] = {}
-        self._attributed: defaultdict[str, Counter[int]] = defaultdict(Counter)
-        """By task and by the number of what was charged."""
         self._unattributed: Counter[tuple[str, Reason]] = Counter()
 
     @property
     def settles(self) -> bool:
         """Whether something waits for a reading."""
-        return bool(self._steps or self._requests.waiting or self._over)
+        return bool(self._steps or self._closed or self._requests.waiting or self._over)
 
     def record(self, step: Step) -> None:
         """A step has just ended; it is charged to its requests with one of the next samples."""
+        is_first = not self._steps
         self._steps.append(step)
-        self.wake()
+        if is_first:
+            self.wake()
 
     def wake(self) -> None:
         """Sample soon: a reading close to the start of a step makes its figure sharp."""
@@ -206,20 +209,27 @@ class Account:
             self._note()
             return self._provisional(request_id)
 
-    def close(self, record: RequestRecord) -> Bill:
+    def close(
+        self,
+        record: RequestRecord,
+        beside_ns: Mapping[Phase, int] = NOTHING_BESIDE,
+        loads: Sequence[Load] | None = None,
+    ) -> Bill:
         """The request is over: what it probably cost. It is settled with the next samples.
 
-        The final bill then goes to the ledger and the log, and ``find`` returns it.
+        The final bill then goes to the ledger and the log, and ``find`` returns it. ``beside_ns`` is CPU time beside
+        the executors that no step was recorded of: little, as it is charged as if it had been spent only now. Whoever
+        knows all ``loads`` of the request's steps spares a look into the books, which takes longer.
         """
-        now_ns = self._clock.monotonic_ns()
-        final_from_ns = now_ns if record.status in _NEVER_LATE else now_ns + HORIZON_NS
-        over = _Over(record, self._clock.unix_s(), final_from_ns, now_ns + _KEPT_AFTER_NS)
-        with self._lock:
-            self._note()
-            self._over[record.request_id] = over
-            bill = self._provisional(record.request_id)
-        self.wake()
-        return bill
+        is_first = not self._closed
+        self._closed.append((record, self._clock.unix_s(), self._clock.monotonic_ns(), beside_ns))
+        if is_first:
+            self.wake()
+        if loads is None:
+            return self.bill(record.request_id)
+        if beside_ns:
+            loads = [*loads, Load(BESIDE, sum(beside_ns.values()), 0)]
+        return self._bill(record.request_id, _FREE, self._requests.expect(loads))
 
     def find(self, request_id: str) -> SettledRecord | None:
         """A request that is over, with its bill; None where it is unknown, still running, or forgotten.
@@ -227,6 +237,7 @@ class Account:
         Raises ``LedgerUnreadable`` where only the ledger could tell, and cannot be read.
         """
         with self._lock:
+            self._note()
             if request_id in self._over:
                 return self._over_record(request_id)
         return None if self._ledger is None else self._ledger.find(request_id)
@@ -251,8 +262,9 @@ class Account:
             time.sleep(_LAST_INTERVAL_S)
             self.sample()
         with self._settling, self._lock:
+            self._note()
             self._requests.lose_all()
-            finished = [self._settle(request_id) for request_id in list(self._over)]
+            finished = self._settle(list(self._over.values()))
         self._publish(finished, ())
         if self._owner is not None:
             self._owner.close()
@@ -260,7 +272,11 @@ class Account:
             self._ledger.close()
 
     def _note(self) -> None:
-        """Put the steps that have been recorded on the books of their requests."""
+        """Put what happened on the books: ends of requests first, for their steps were recorded before them."""
+        while self._closed:
+            record, time_s, closed_ns, beside_ns = self._closed.popleft()
+            self._over[record.request_id] = _Over(record, time_s, closed_ns)
+            self._requests.note_beside(record, closed_ns, beside_ns)
         while self._steps:
             self._requests.note(self._steps.popleft())
 
@@ -281,6 +297,7 @@ class Account:
         """Let the steps that the readings cover take their energy, and give it to their requests."""
         horizon_ns = now_ns - HORIZON_NS
         covered = self._requests.covered(horizon_ns)
+        every_claim: list[tuple[Noted, Claim]] = []
         for device, channel in self._channels.items():
             burning = [noted for noted in covered if channel in noted.place.channels]
             if burning:
@@ -288,51 +305,45 @@ class Account:
                 warm_uj = sum(claim.idle_uj + claim.active_uj for noted, claim in claims if noted.phase is None)
                 self._unattributed[device, Reason.WARM_UP] += warm_uj
                 self._requests.charge(device, claims)
+                every_claim += claims
             for reason, energy_uj in channel.expire(horizon_ns):
                 self._unattributed[device, reason] += energy_uj
-        self._requests.learn_rates()
+        self._requests.learn_rates(covered, every_claim)
         if self._carbon.assumptions.embodied_kg is not None:
             self._requests.occupy(covered)
 
     def _finish(self, now_ns: int) -> tuple[list[SettledRecord], list[SettledRecord]]:
         """The requests whose bills are final, and those that the ledger gets with a provisional one."""
-        finished, open_records = [], []
-        for request_id, over in list(self._over.items()):
-            if over.final_from_ns <= now_ns and not self._requests.waits(request_id):
-                finished.append(self._settle(request_id))
-            elif not over.kept and over.kept_from_ns <= now_ns:
+        final, open_records = [], []
+        waiting = self._requests.waiting_names()
+        for request_id, over in self._over.items():
+            open_ns = now_ns - over.closed_ns
+            late_ns = 0 if over.record.status in _NEVER_LATE else HORIZON_NS
+            if open_ns >= late_ns and request_id not in waiting:
+                final.append(over)
+            elif not over.kept and open_ns >= _KEPT_AFTER_NS:
                 open_records.append(self._over_record(request_id))
                 over.kept = True
-        return finished, open_records
+        return self._settle(final), open_records
 
-    def _settle(self, request_id: str) -> SettledRecord:
-        """Move a request that is over to the totals."""
-        over, cost = self._over.pop(request_id), self._requests.costs.pop(request_id, _FREE)
-        attributed = self._attributed[over.record.task]
-        for number, energy_uj in cost.charges.items():
-            attributed[number] += energy_uj
-        bill = self._bill(request_id, cost, _NOTHING, self._requests.parts(cost), settled=True)
-        return SettledRecord(over.record, bill, over.time_s, self._carbon.assumptions)
+    def _settle(self, final: Sequence[_Over]) -> list[SettledRecord]:
+        """Move requests that are over to the totals."""
+        records, carbon = [], self._carbon.assumptions
+        for over, cost in zip(final, self._requests.settle([over.record for over in final]), strict=True):
+            del self._over[over.record.request_id]
+            bill = self._bill(over.record.request_id, cost, _NOTHING, settled=True)
+            records.append(SettledRecord(over.record, bill, over.time_s, carbon))
+        return records
 
     def _provisional(self, request_id: str) -> Bill:
-        return self._bill(request_id, self._cost(request_id), self._requests.expect(request_id))
+        cost, expected = self._requests.cost(request_id), self._requests.expect_waiting(request_id)
+        return self._bill(request_id, cost, expected)
 
     def _over_record(self, request_id: str) -> SettledRecord:
-        over, cost = self._over[request_id], self._cost(request_id)
-        bill = self._bill(request_id, cost, self._requests.expect(request_id), self._requests.parts(cost))
-        return SettledRecord(over.record, bill, over.time_s, self._carbon.assumptions)
+        over = self._over[request_id]
+        return SettledRecord(over.record, self._provisional(request_id), over.time_s, self._carbon.assumptions)
 
-    def _cost(self, request_id: str) -> Cost:
-        return self._requests.costs.get(request_id, _FREE)
-
-    def _bill(
-        self,
-        request_id: str,
-        cost: Cost,
-        expected: Claim | None,
-        parts: tuple[Part, ...] = (),
-        settled: bool = False,
-    ) -> Bill:
+    def _bill(self, request_id: str, cost: Cost, expected: Claim | None, settled: bool = False) -> Bill:
         """What has been charged and what is ``expected`` besides, if anybody knows."""
         quality = Quality.UNAVAILABLE
         if expected is not None:
@@ -342,12 +353,11 @@ class Account:
         active_uj = cost.active_uj + expected.active_uj
         allocated_uj = cost.allocated_uj + expected.active_uj + expected.idle_uj
         gco2e = self._carbon.gco2e(allocated_uj, cost.machine_ns)
-        return Bill(request_id, active_uj, allocated_uj, gco2e, quality, settled, parts)
+        return Bill(request_id, active_uj, allocated_uj, gco2e, quality, settled, cost.parts)
 
     def _attributions(self) -> Iterator[Attributed]:
-        for task, charges in self._attributed.items():
-            for (device, model, phase, quality), energy_uj in self._requests.charges(charges):
-                yield Attributed(device, model, task, phase, quality, energy_uj)
+        for (device, phase, model, quality), task, energy_uj in self._requests.attributed():
+            yield Attributed(device, model, task, phase, quality, energy_uj)
 
     def _balance(self) -> dict[str, MeterTotal]:
         """Where what each device counted is, by device."""

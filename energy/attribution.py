@@ -4,8 +4,7 @@ A step of n requests costs ``F + m * sum(work)``. Request i is charged ``F/n + m
 value of that affine cost, rescaled so that the charges sum to the energy that the meter saw.
 """
 
-from collections import defaultdict
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -34,8 +33,6 @@ class Coefficients:
 
 
 DEFAULTS = Coefficients()
-_FINE = 1 << 10
-"""Parts of a microjoule, to which what a request is charged for one of several steps is rounded."""
 
 
 def weigh(work: Sequence[Work], coefficients: Coefficients) -> list[int]:
@@ -49,6 +46,20 @@ def weigh(work: Sequence[Work], coefficients: Coefficients) -> list[int]:
     ]
 
 
+def share_load(load_ns: int, work: Sequence[Work], coefficients: Coefficients) -> list[int]:
+    """What falls to each entry of the load of a step, rounded down to nanoseconds."""
+    if len(work) <= 1:
+        return [load_ns] * len(work)
+    weights = weigh(work, coefficients)
+    whole = sum(weights)
+    return [load_ns * weight // whole for weight in weights] if whole else [load_ns // len(work)] * len(work)
+
+
+def charge(energy_uj: int, shares: Mapping[Key, int]) -> dict[Key, int]:
+    """What each key is charged for its share of some energy, in microjoules that sum to it exactly."""
+    return dict(zip(shares, split(energy_uj, list(shares.values()), list(shares)), strict=True)) if energy_uj else {}
+
+
 def split(total: int, weights: Sequence[int], keys: Sequence[Any]) -> list[int]:
     """Share ``total`` in proportion to ``weights``, in whole units that sum to it exactly (largest remainder).
 
@@ -60,10 +71,11 @@ def split(total: int, weights: Sequence[int], keys: Sequence[Any]) -> list[int]:
     whole = sum(weights)
     if not whole:
         weights, whole = [1] * len(weights), len(weights)
-    shares = [total * weight // whole for weight in weights]
+    parts = [divmod(total * weight, whole) for weight in weights]
+    shares = [share for share, _ in parts]
     left = total - sum(shares)
     if left:
-        remainders = [total * weight % whole for weight in weights]
+        remainders = [remainder for _, remainder in parts]
         least = sorted(remainders)[-left]
         above = [i for i, remainder in enumerate(remainders) if remainder > least]
         tied = [i for i, remainder in enumerate(remainders) if remainder == least]
@@ -72,22 +84,3 @@ def split(total: int, weights: Sequence[int], keys: Sequence[Any]) -> list[int]:
         for i in (*above, *tied[: left - len(above)]):
             shares[i] += 1
     return shares
-
-
-def charge(claims: Iterable[tuple[int, Mapping[Key, int]]]) -> dict[Key, int]:
-    """What each key is charged for some steps, in microjoules that sum to the steps' exactly.
-
-    A step is its energy in microjoules and the shares of those who pay it. Energy is rounded once, over all steps,
-    and not in each of them.
-    """
-    claims = [(energy_uj, shares) for energy_uj, shares in claims if energy_uj]
-    if len(claims) == 1:
-        ((total, weights),) = claims
-    else:
-        total, weights = 0, defaultdict(int)
-        for energy_uj, shares in claims:
-            total += energy_uj
-            whole, fine = sum(shares.values()) or 1, energy_uj * _FINE
-            for key, share in shares.items():
-                weights[key] += fine * share // whole
-    return dict(zip(weights, split(total, list(weights.values()), list(weights)), strict=True))

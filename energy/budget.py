@@ -61,8 +61,7 @@ class DailyBudgets:
         """Count bills for everyone and for their keys; those that are not known count nothing."""
         with self._lock:
             self._turn()
-            for record in records:
-                request, bill, time_s = record.request, record.bill, record.time_s
+            for request, bill, time_s, _ in records:
                 if bill.allocated_uj is not None:
                     self._spend(EVERYONE, bill.allocated_uj, time_s)
                     if request.key is not None:

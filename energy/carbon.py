@@ -56,15 +56,12 @@ class Carbon:
         """
         label, intensity, source = _grid(zone)
         self.assumptions = CarbonAssumptions(label, intensity, source, pue, embodied_kg, life_years, machine_share)
+        self._g_per_uj = pue * intensity / _UJ_PER_KWH
+        self._g_per_ns = (embodied_kg or 0.0) * 1000 * machine_share / (life_years * _S_PER_YEAR * NS_PER_S)
 
     def gco2e(self, allocated_uj: int, machine_ns: float) -> float:
         """Grams for this much energy and for this much time of all executors."""
-        known = self.assumptions
-        operational_g = allocated_uj / _UJ_PER_KWH * known.pue * known.gco2e_per_kwh
-        if known.embodied_kg is None:
-            return operational_g
-        life_ns = known.life_years * _S_PER_YEAR * NS_PER_S
-        return operational_g + known.embodied_kg * 1000 * known.machine_share * machine_ns / life_ns
+        return allocated_uj * self._g_per_uj + machine_ns * self._g_per_ns
 
 
 def _grid(zone: str | None) -> tuple[str, float, str]:

@@ -22,6 +22,7 @@ MAX_WAITING = 10_000
 _INTERVAL_S = 0.5
 _S_PER_DAY = 86_400.0
 _MB = 1_000_000
+_PAGES = "SELECT * FROM pragma_page_size, pragma_page_count, pragma_freelist_count"
 _SHRUNK = 0.9
 """Of the allowed size, what is kept when it is exceeded, so that forgetting is rare."""
 _log = logging.getLogger(__name__)
@@ -189,9 +190,7 @@ class Ledger:
 
     def _shrink(self, database: sqlite3.Connection) -> None:
         """Forget the oldest records of a file that has grown too large, and give free pages back to the disk."""
-        size, pages, free = (
-            database.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_size", "page_count", "freelist_count")
-        )
+        size, pages, free = database.execute(_PAGES).fetchone()
         if size * pages <= self._max_bytes:
             return
         kept = self._max_bytes * _SHRUNK / (size * (pages - free))

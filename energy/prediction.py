@@ -191,24 +191,12 @@ class Predictor:
             if request_id in self._followed:
                 self._followed[request_id].written = written
 
-    def settled(self, record: SettledRecord) -> float | None:
-        """Learn from a bill; returns the relative error of its prediction, None where there was none."""
+    def settled(self, records: Iterable[SettledRecord]) -> list[tuple[SettledRecord, float]]:
+        """Learn from bills; returns those that had been predicted, with the relative error of that."""
         with self._lock:
-            followed = self._followed.pop(record.request.request_id, None)
-            if followed is None:
-                return None
-            self._count[followed.key] -= 1
-            figures = _figures(record.bill)
-            if followed.written is None or figures is None:
-                return None
-            history = self._learn(record, figures, followed.texts, followed.written)
-            if followed.forecast is None or not followed.forecast.allocated_uj:
-                return None
-            ratio = figures[1] / followed.forecast.allocated_uj
-            relative_error = abs(1 / ratio - 1)
-            history.billed_over_predicted.add(ratio)
-            history.relative_errors.add(relative_error)
-            return relative_error
+            followed = [(record, self._followed.pop(record.bill.request_id, None)) for record in records]
+            errors = [(record, self._compare(record, its)) for record, its in followed if its is not None]
+        return [(record, error) for record, error in errors if error is not None]
 
     def learn_past(self, records: Iterable[SettledRecord]) -> None:
         """Learn from the bills of an earlier process, oldest first, each as if it had been for a single text."""
@@ -218,6 +206,21 @@ class Predictor:
                 if request.status == "ok" and request.input_tokens and figures is not None:
                     text = Text(request.input_tokens, request.output_tokens)
                     self._learn(record, figures, [text], [Written(request.output_tokens, ended=True)])
+
+    def _compare(self, record: SettledRecord, followed: _Followed) -> float | None:
+        """Learn from a bill; returns the relative error of its prediction, None where there was none."""
+        self._count[followed.key] -= 1
+        figures = _figures(record.bill)
+        if followed.written is None or figures is None:
+            return None
+        history = self._learn(record, figures, followed.texts, followed.written)
+        if followed.forecast is None or not followed.forecast.allocated_uj:
+            return None
+        ratio = figures[1] / followed.forecast.allocated_uj
+        relative_error = abs(1 / ratio - 1)
+        history.billed_over_predicted.add(ratio)
+        history.relative_errors.add(relative_error)
+        return relative_error
 
     def _learn(
         self, record: SettledRecord, figures: Sequence[float], texts: Sequence[Text], written: Sequence[Written]

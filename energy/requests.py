@@ -6,14 +6,16 @@ between two readings, or that was running when the last stretches were settled, 
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from operator import itemgetter
+from typing import Any, NamedTuple, TypeVar
 
-from energy.attribution import DEFAULTS, Coefficients, charge, split, weigh
+from energy.attribution import DEFAULTS, Coefficients, charge, share_load, split
 from energy.settlement import BESIDE, Channel, Claim, Stretch
-from energy.types import Part, Phase, Quality, Step, Work
+from energy.types import Load, Part, Phase, Quality, RequestRecord, Step, Work
 
+T = TypeVar("T", int, float)
 _RANK = {quality: rank for rank, quality in enumerate(Quality)}
 
 
@@ -21,15 +23,40 @@ class Charged(NamedTuple):
     """What a charge is for."""
 
     device: str
-    model: str
     phase: Phase
+    model: str
     quality: Quality
+
+
+@dataclass(slots=True, eq=False)
+class Column:
+    """All charges for one thing, in microjoules: as many look-ups as requests, and no objects for each of them."""
+
+    open_uj: dict[str, int] = field(default_factory=dict)
+    """By request, as long as it is not settled."""
+    settled_uj: Counter[str] = field(default_factory=Counter)
+    """By task."""
+
+
+class Cost(NamedTuple):
+    """One request's."""
+
+    parts: tuple[Part, ...]
+    allocated_uj: int
+    """The sum of them."""
+    active_uj: int
+    machine_ns: float
+    """Time of the whole machine, of which an executor is a part."""
+    quality: Quality | None
+    """None as long as nothing has been charged."""
 
 
 @dataclass(slots=True, eq=False)
 class Place:
     """Where steps run."""
 
+    device: str
+    """A step's, of several that are the same to a meter."""
     own: str
     """The metered device."""
     channels: tuple[Channel, ...]
@@ -37,14 +64,9 @@ class Place:
     is_executor: bool
     inferred: Quality
     """Of what is expected there."""
-    rates: tuple[float, ...] | None = None
-    """What is expected: of all channels together, see ``Channel.rates``."""
-
-    def learn_rates(self) -> None:
-        """Expect what was settled last."""
-        rates = [channel.rates() for channel in self.channels]
-        if None not in rates:
-            self.rates = tuple(map(sum, zip(*rates, strict=True)))
+    rates: tuple[float, float] | None = None
+    """Of all channels together, as settled last: idle energy per nanosecond on an executor, and active energy per
+    nanosecond of load, in microjoules."""
 
 
 @dataclass(slots=True, eq=False)
@@ -55,38 +77,15 @@ class Noted(Stretch):
     model: str
     phase: Phase | None
     """None of a step without requests."""
-    load_ns: int
+    load_ns: int = 0
     loads: defaultdict[str, int] = field(default_factory=lambda: defaultdict(int))
-    """By request, what is its part of that."""
-
-
-@dataclass(slots=True)
-class Cost:
-    """One request's."""
-
-    charges: dict[int, int] = field(default_factory=dict)
-    """Allocated energy by the number of a ``Charged``."""
-    active_uj: int = 0
-    machine_ns: float = 0.0
-    """Time of the whole machine, of which an executor is a part."""
-    quality: Quality | None = None
-    """None as long as nothing has been charged."""
-
-    @property
-    def allocated_uj(self) -> int:
-        """All that has been charged."""
-        return sum(self.charges.values())
-
-    def weaken(self, quality: Quality) -> None:
-        """Lower the quality to ``quality`` where that is worse."""
-        self.quality = weaker(self.quality or quality, quality)
+    """By request, what falls to it of that."""
 
 
 class Requests:
     """The open requests; whoever calls holds the account's lock."""
 
     def __init__(self, channels: Iterable[Channel], executors: int, coefficients: Mapping[str, Coefficients]) -> None:
-        self.costs: defaultdict[str, Cost] = defaultdict(Cost)
         self.waiting: list[Noted] = []
         """What waits for a reading."""
         self._executors = executors
@@ -99,35 +98,42 @@ class Requests:
         self._settled_ns = self._read_ns()
         self.window_ns = 0
         """What began since then and took less than that may go there."""
-        self._numbers: dict[Charged, int] = {}
-        self._charged: list[Charged] = []
-        """What each number is for: as a key, a number costs a tenth of what it stands for."""
-        self._kinds: list[tuple[str, Phase]] = []
-        """The device and the phase of each."""
+        self._columns: dict[Charged, Column] = {}
+        """In the order of devices and phases."""
+        self._active_uj: dict[str, int] = {}
+        """By open request."""
+        self._machine_ns: dict[str, float] = {}
+        """Likewise."""
 
     def note(self, step: Step) -> None:
         """Put a step on the books; where its device has no meter, the bills of its requests are unknown."""
         place = self._places.get(step.device) or self._find_place(step.device)
         if not place.channels:
             for item in step.work:
-                self.costs[item.request_id].weaken(Quality.UNAVAILABLE)
+                self._lose(place, step.model, item.phase, [item.request_id])
             return
-        work, duration_ns = step.work, step.ended_ns - step.started_ns
-        time_ns = duration_ns if place.is_executor else 0
-        load_ns = step.cpu_ns if place.own == "cpu" and step.cpu_ns else duration_ns
-        if len(work) <= 1:
-            noted = self._noted(place, step, work[0].phase if work else None, load_ns, step.cpu_ns, time_ns)
-            for item in work:
-                noted.loads[item.request_id] += load_ns
-            return
-        weights = weigh(work, self._coefficients.get(step.model, DEFAULTS))
-        whole = sum(weights)
-        if not whole:
-            weights, whole = [1] * len(work), len(work)
-        for phase, of_phase, phase_weights, parts in _by_phase(work, weights, (load_ns, step.cpu_ns, time_ns)):
-            loads = self._noted(place, step, phase, *parts).loads
-            for item, weight in zip(of_phase, phase_weights, strict=True):
-                loads[item.request_id] += weight * load_ns // whole
+        time_ns = step.ended_ns - step.started_ns if place.is_executor else 0
+        loads_ns = share_load(step.load_ns, step.work, self._coefficients.get(step.model, DEFAULTS))
+        for phase, work, work_loads_ns, (load_ns, cpu_ns, own_time_ns) in _by_phase(step, loads_ns, time_ns):
+            noted = self._noted(place, step.model, phase, step.started_ns, step.ended_ns)
+            noted.load_ns += load_ns
+            noted.cpu_ns += cpu_ns
+            noted.time_ns += own_time_ns
+            loads = noted.loads
+            for item, load_ns in zip(work, work_loads_ns, strict=True):
+                loads[item.request_id] += load_ns
+
+    def note_beside(self, record: RequestRecord, ended_ns: int, beside_ns: Mapping[Phase, int]) -> None:
+        """Put CPU time that a request took beside the executors, by phase, on the books."""
+        place = self._places.get(BESIDE) or self._find_place(BESIDE)
+        for phase, cpu_ns in beside_ns.items():
+            if not place.channels:
+                self._lose(place, record.model, phase, [record.request_id])
+                continue
+            noted = self._noted(place, record.model, phase, ended_ns - cpu_ns, ended_ns)
+            noted.load_ns += cpu_ns
+            noted.cpu_ns += cpu_ns
+            noted.loads[record.request_id] += cpu_ns
 
     def part(self) -> None:
         """What is noted from now on is charged apart from what was noted before."""
@@ -145,101 +151,133 @@ class Requests:
             elif noted.ended_ns >= horizon_ns:
                 waiting.append(noted)
             else:
-                self._lose(noted)
+                self._lose(noted.place, noted.model, noted.phase, noted.loads)
         self.waiting = waiting
         return covered
 
-    def learn_rates(self) -> None:
-        """From now on, expect what was settled last."""
-        for place in self._places.values():
-            place.learn_rates()
+    def learn_rates(self, covered: Sequence[Noted], claims: Sequence[tuple[Noted, Claim]]) -> None:
+        """From now on expect what was settled last: what ``covered`` took from all devices."""
+        unknown = {noted.place for noted, claim in claims if claim.quality is Quality.UNAVAILABLE}
+        sums = {noted.place: [0, 0, 0, 0] for noted in covered}
+        for noted in covered:
+            sums[noted.place][0] += noted.load_ns
+            sums[noted.place][1] += noted.time_ns
+        for noted, claim in claims:
+            sums[noted.place][2] += claim.idle_uj
+            sums[noted.place][3] += claim.active_uj
+        for place, (load_ns, time_ns, idle_uj, active_uj) in sums.items():
+            if load_ns and place not in unknown:
+                place.rates = idle_uj / (time_ns or 1), active_uj / load_ns
 
-    def waits(self, name: str) -> bool:
-        """Whether a request has a share of something that waits for a reading."""
-        return any(name in noted.loads for noted in self.waiting)
+    def waiting_names(self) -> set[str]:
+        """The requests that have a share of something that waits for a reading."""
+        return set().union(*[noted.loads for noted in self.waiting])
 
     def charge(self, device: str, claims: Iterable[tuple[Noted, Claim]]) -> None:
         """Share what steps took from one device among their requests.
 
         Idle energy is shared as active energy is: a step lasts as long as its work makes it last.
         """
-        groups: dict[Charged, list[tuple[Claim, Mapping[str, int]]]] = {}
         for noted, claim in claims:
             if noted.phase is None:
                 continue
-            if claim.active_uj or claim.idle_uj:
-                charged = Charged(device, noted.model, noted.phase, claim.quality)
-                groups.setdefault(charged, []).append((claim, noted.loads))
-            else:
-                for name in noted.loads:
-                    self.costs[name].weaken(claim.quality)
-        for charged, shared in groups.items():
-            number = self._number(charged)
-            active_uj = charge([(claim.active_uj, loads) for claim, loads in shared])
-            for name, energy_uj in active_uj.items():
-                self.costs[name].active_uj += energy_uj
-            for charges in (active_uj, charge([(claim.idle_uj, loads) for claim, loads in shared])):
-                for name, energy_uj in charges.items():
-                    cost = self.costs[name]
-                    cost.charges[number] = cost.charges.get(number, 0) + energy_uj
-                    if cost.quality is not charged.quality:
-                        cost.weaken(charged.quality)
+            charged = Charged(device, noted.phase, noted.model, claim.quality)
+            active_uj = charge(claim.active_uj, noted.loads)
+            idle_uj = charge(claim.idle_uj, noted.loads)
+            _add(self._active_uj, active_uj)
+            self._charge(charged, active_uj)
+            self._charge(charged, idle_uj)
+            if not (active_uj or idle_uj):
+                # What costs nothing is known no better than what does.
+                self._charge(charged, dict.fromkeys(noted.loads, 0))
 
     def occupy(self, covered: Sequence[Noted]) -> None:
         """Share the machine's time that steps took."""
-        for name, time_ns in charge([(noted.time_ns, noted.loads) for noted in covered if noted.loads]).items():
-            self.costs[name].machine_ns += time_ns / self._executors
+        for noted in covered:
+            shares_ns = charge(noted.time_ns, noted.loads) if noted.loads else {}
+            _add(self._machine_ns, {name: time_ns / self._executors for name, time_ns in shares_ns.items()})
 
     def lose_all(self) -> None:
         """What waits will never have a reading."""
         for noted in self.waiting:
-            self._lose(noted)
+            self._lose(noted.place, noted.model, noted.phase, noted.loads)
         self.waiting = []
 
-    def expect(self, name: str) -> Claim | None:
+    def expect_waiting(self, name: str) -> Claim | None:
         """What a request will probably pay for what waits for a reading; None where there is nothing to judge by."""
-        idle_uj, active_uj, quality = 0.0, 0.0, Quality.MEASURED
+        loads = []
         for noted in self.waiting:
-            load_ns = noted.loads.get(name)
-            if load_ns is not None:
-                place = noted.place
-                if place.rates is None:
-                    return None
-                idle, by_cpu_time, by_time = place.rates
-                share = load_ns / (noted.load_ns or 1)
-                idle_uj += share * noted.time_ns * idle
-                active_uj += share * (noted.cpu_ns * by_cpu_time + noted.time_ns * by_time)
+            if name in noted.loads:
+                load_ns = noted.loads[name]
+                loads.append(Load(noted.place.device, load_ns, noted.time_ns * load_ns // (noted.load_ns or 1)))
+        return self.expect(loads)
+
+    def expect(self, loads: Iterable[Load]) -> Claim | None:
+        """What these loads will probably cost; None where there is nothing to judge by. Takes no lock."""
+        idle_uj, active_uj, quality = 0.0, 0.0, Quality.MEASURED
+        for device, load_ns, time_ns in loads:
+            place = self._places.get(device)
+            if place is None or place.rates is None:
+                return None
+            idle, active = place.rates
+            idle_uj += time_ns * idle
+            active_uj += load_ns * active
+            if place.inferred is not quality:
                 quality = weaker(quality, place.inferred)
         return Claim(round(idle_uj), round(active_uj), quality)
 
-    def charges(self, charges: Mapping[int, int]) -> list[tuple[Charged, int]]:
-        """What has been charged for what."""
-        return [(self._charged[number], energy_uj) for number, energy_uj in charges.items()]
+    def cost(self, name: str) -> Cost:
+        """What a request has been charged so far."""
+        return self._collect(name, self._open_columns(), dict.get)
 
-    def parts(self, cost: Cost) -> tuple[Part, ...]:
-        """What has been charged, by device and phase."""
-        parts: list[Part] = []
-        for device, phase, energy_uj in sorted([(*self._kinds[number], uj) for number, uj in cost.charges.items()]):
-            if parts and parts[-1][:2] == (device, phase):
-                energy_uj += parts.pop().energy_uj
-            parts.append(Part(device, phase, energy_uj))
-        return tuple(parts)
+    def settle(self, records: Iterable[RequestRecord]) -> list[Cost]:
+        """What these requests have been charged; they are no longer open, and that counts for their tasks."""
+        columns = self._open_columns()
+        return [self._collect(record.request_id, columns, dict.pop, record.task) for record in records]
+
+    def attributed(self) -> Iterator[tuple[Charged, str, int]]:
+        """What settled requests were charged for what, by task."""
+        for charged, column in self._columns.items():
+            for task, energy_uj in column.settled_uj.items():
+                yield charged, task, energy_uj
 
     def open_uj(self) -> Counter[str]:
         """What has been charged and is not settled, by device."""
         total: Counter[str] = Counter()
-        for cost in self.costs.values():
-            for charged, energy_uj in self.charges(cost.charges):
-                total[charged.device] += energy_uj
+        for charged, column in self._columns.items():
+            total[charged.device] += sum(column.open_uj.values())
         return total
 
-    def _number(self, charged: Charged) -> int:
-        number = self._numbers.get(charged)
-        if number is None:
-            number = self._numbers[charged] = len(self._charged)
-            self._charged.append(charged)
-            self._kinds.append((charged.device, charged.phase))
-        return number
+    def _charge(self, charged: Charged, amounts_uj: Mapping[str, int]) -> None:
+        if charged not in self._columns:
+            self._columns = dict(sorted([*self._columns.items(), (charged, Column())], key=itemgetter(0)))
+        _add(self._columns[charged].open_uj, amounts_uj)
+
+    def _open_columns(self) -> list[tuple[Charged, Column]]:
+        return [(charged, column) for charged, column in self._columns.items() if column.open_uj]
+
+    def _collect(
+        self, name: str, columns: Sequence[tuple[Charged, Column]], take: Callable[..., Any], task: str | None = None
+    ) -> Cost:
+        """What ``columns`` have of a request, by device and phase; ``take`` leaves it there or not."""
+        parts: list[Part] = []
+        allocated_uj = 0
+        quality: Quality | None = None
+        for (device, phase, _, its_quality), column in columns:
+            energy_uj = take(column.open_uj, name, None)
+            if energy_uj is None:
+                continue
+            if its_quality is not quality:
+                quality = weaker(quality or its_quality, its_quality)
+            if energy_uj:
+                allocated_uj += energy_uj
+                if task is not None:
+                    column.settled_uj[task] += energy_uj
+                if parts and parts[-1].phase is phase and parts[-1].device == device:
+                    energy_uj += parts.pop().energy_uj
+                parts.append(Part(device, phase, energy_uj))
+        active_uj, machine_ns = take(self._active_uj, name, 0), take(self._machine_ns, name, 0.0)
+        return Cost(tuple(parts), allocated_uj, active_uj, machine_ns, quality)
 
     def _find_place(self, device: str) -> Place:
         own, is_executor = device if device.startswith("gpu:") else "cpu", device != BESIDE
@@ -249,59 +287,59 @@ class Requests:
                 return place
         burnt = [channel for name, channel in self._channels.items() if name in (own, "cpu", "dram")]
         channels = tuple(burnt) if own in self._channels else ()
-        place = Place(own, channels, is_executor, weakest(channel.inferred for channel in channels))
-        place.learn_rates()
+        place = Place(device, own, channels, is_executor, weakest(channel.inferred for channel in channels))
         self._places[device] = place
         return place
 
-    def _noted(self, place: Place, step: Step, phase: Phase | None, load_ns: int, cpu_ns: int, time_ns: int) -> Noted:
-        """What a phase of a step is charged with; the step took so much for it."""
-        key = place, step.model, phase
-        started_ns, ended_ns = step.started_ns, step.ended_ns
+    def _noted(self, place: Place, model: str, phase: Phase | None, started_ns: int, ended_ns: int) -> Noted:
+        """What a phase of a step is charged with; whoever calls adds what the step took."""
+        key = place, model, phase
         is_short = started_ns > self._settled_ns and ended_ns - started_ns < self.window_ns
         noted = self._together.get(key) if is_short else None
         if noted is None:
-            noted = Noted(started_ns, ended_ns, cpu_ns, time_ns, 1, place, step.model, phase, load_ns)
+            noted = Noted(started_ns, ended_ns, 0, 0, 0, place, model, phase)
             self.waiting.append(noted)
             if is_short:
                 self._together[key] = noted
-            return noted
-        if started_ns < noted.started_ns:
+        elif started_ns < noted.started_ns:
             noted.started_ns = started_ns
         if ended_ns > noted.ended_ns:
             noted.ended_ns = ended_ns
-        noted.cpu_ns += cpu_ns
-        noted.time_ns += time_ns
         noted.steps += 1
-        noted.load_ns += load_ns
         return noted
 
     def _read_ns(self) -> int:
         """The latest reading."""
         return max((channel.read_ns for channel in self._channels.values()), default=0)
 
-    def _lose(self, noted: Noted) -> None:
-        for name in noted.loads:
-            self.costs[name].weaken(Quality.UNAVAILABLE)
+    def _lose(self, place: Place, model: str, phase: Phase | None, names: Iterable[str]) -> None:
+        """Some energy of these requests will never be known."""
+        if phase is not None:
+            self._charge(Charged(place.own, phase, model, Quality.UNAVAILABLE), dict.fromkeys(names, 0))
 
 
-_Portion = tuple[Phase, Sequence[Work], Sequence[int], Sequence[int]]
-"""A phase, the work in it, the weights of that, and what falls to it of some quantities of the step."""
+_Portion = tuple[Phase | None, Sequence[Work], Sequence[int], Sequence[int]]
+"""A phase, the work in it, the loads of that, and what falls to it of the step's load, CPU time and time."""
 
 
-def _by_phase(work: Sequence[Work], weights: Sequence[int], wholes: Sequence[int]) -> list[_Portion]:
+def _by_phase(step: Step, loads_ns: Sequence[int], time_ns: int) -> list[_Portion]:
     """What a step did in each phase; nearly always there is one."""
-    phases = {item.phase for item in work}
-    if len(phases) == 1:
-        return [(work[0].phase, work, weights, wholes)]
-    ordered = sorted(phases)
+    work, wholes = step.work, (step.load_ns, step.cpu_ns, time_ns)
+    phase = work[0].phase if work else None
+    if all([item.phase is phase for item in work]):
+        return [(phase, work, loads_ns, wholes)]
     portions = []
-    for phase in ordered:
-        pairs = [(item, weight) for item, weight in zip(work, weights, strict=True) if item.phase is phase]
-        portions.append(([item for item, _ in pairs], [weight for _, weight in pairs]))
-    sums = [sum(mine) for _, mine in portions]
-    parts = zip(*[split(whole, sums, ordered) for whole in wholes], strict=True)
-    return [(phase, *portion, part) for phase, portion, part in zip(ordered, portions, parts, strict=True)]
+    for phase in sorted({item.phase for item in work}):
+        pairs = [(item, load_ns) for item, load_ns in zip(work, loads_ns, strict=True) if item.phase is phase]
+        portions.append((phase, [item for item, _ in pairs], [load_ns for _, load_ns in pairs]))
+    phases, sums = [phase for phase, _, _ in portions], [sum(mine) for _, _, mine in portions]
+    parts = zip(*[split(whole, sums, phases) for whole in wholes], strict=True)
+    return [(*portion, part) for portion, part in zip(portions, parts, strict=True)]
+
+
+def _add(totals: dict[str, T], amounts: Mapping[str, T]) -> None:
+    for name, amount in amounts.items():
+        totals[name] = totals.get(name, 0) + amount
 
 
 def weakest(qualities: Iterable[Quality]) -> Quality:

@@ -130,8 +130,6 @@ class Channel:
         self._last = first
         self._last_process_ns = process_ns
         self._windows: deque[_Window] = deque()
-        self._rate: tuple[int, int] | None = None
-        self._owned = True
 
     @property
     def meter_uj(self) -> int:
@@ -176,7 +174,6 @@ class Channel:
         )
         self._last = reading
         self._last_process_ns = process_ns
-        self._owned = owned
 
     def settle(self, stretches: Sequence[Stretch]) -> list[Claim]:
         """Give each of ``stretches``, which the readings cover, its energy."""
@@ -197,9 +194,6 @@ class Channel:
                 loads_ns = [cpu_ns if self.by_cpu_time else time_ns for _, cpu_ns, time_ns in within]
                 for (i, _, _), active in zip(within, window.share_active(loads_ns), strict=True):
                     active_uj[i] += active
-        weight_ns = sum([each.cpu_ns if self.by_cpu_time else each.time_ns for each in stretches])
-        if weight_ns:
-            self._rate = (sum(active_uj), weight_ns)
         qualities = self._qualities(stretches, longest_ns)
         for i in unknown:
             qualities[i] = Quality.UNAVAILABLE
@@ -229,16 +223,6 @@ class Channel:
                     time_ns = each.time_ns * overlap_ns // (each.ended_ns - each.started_ns)
                     within.append((i, each.cpu_ns * part_ns // load_ns, time_ns))
         return spread
-
-    def rates(self) -> tuple[float, float, float] | None:
-        """Idle energy per nanosecond on an executor, and active energy per nanosecond of CPU time and per nanosecond
-        on an executor, of what was settled last; None before there is any."""
-        if self._rate is None:
-            return None
-        active_uj, weight_ns = self._rate
-        idle = self.idle_uw / (NS_PER_S * self._executors) if self._owned else 0.0
-        active = active_uj / weight_ns
-        return (idle, active, 0.0) if self.by_cpu_time else (idle, 0.0, active)
 
     def expire(self, before_ns: int) -> Iterator[tuple[Reason, int]]:
         """Forget the windows that ended before, and say what no step has taken from them."""

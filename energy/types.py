@@ -60,6 +60,23 @@ class Step:
     work: tuple[Work, ...]
     padding_tokens: int = 0
 
+    @property
+    def load_ns(self) -> int:
+        """What its energy is shared by: on a processor CPU time, on a GPU time."""
+        duration_ns = self.ended_ns - self.started_ns
+        return duration_ns if self.device.startswith("gpu:") else self.cpu_ns or duration_ns
+
+
+class Load(NamedTuple):
+    """What falls to one request of some steps on one device."""
+
+    device: str
+    """As in ``Step``."""
+    load_ns: int
+    """Of their loads."""
+    time_ns: int
+    """Of their time on an executor; none beside them."""
+
 
 class Part(NamedTuple):
     """Allocated energy of a request on one metered device in one phase."""

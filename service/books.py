@@ -51,10 +51,8 @@ class Books:
         """Enter final bills."""
         self._daily_budgets.settled(records)
         self.live.settled(records)
-        for record in records:
-            relative_error = self.predictor.settled(record)
-            if relative_error is not None:
-                self._metrics.predicted(record.request, relative_error)
+        for record, relative_error in self.predictor.settled(records):
+            self._metrics.predicted(record.request, relative_error)
 
     def today(self) -> Standing | None:
         """Where the service stands in its daily budget; None where it has none."""

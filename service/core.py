@@ -15,7 +15,7 @@ from energy.account import Account
 from energy.ledger import Ledger
 from energy.prediction import Forecast
 from energy.settlement import BESIDE
-from energy.types import Bill, Phase, Quality, RequestRecord, Step, Work
+from energy.types import Bill, Load, Phase, Quality, RequestRecord, Step, Work
 from service.books import Books
 from service.budgets import keep_within, to_learn, to_predict
 from service.caller import Count, caller
@@ -90,6 +90,10 @@ class Charge:
     results: Sequence[BaseModel] = ()
     computed_s: float | None = None
     """When the engine was done (monotonic clock)."""
+    beside_ns: dict[Phase, int] = field(default_factory=dict)
+    """CPU time of what was short and beside the engine."""
+    loads: Sequence[Load] | None = None
+    """What fell to it of all steps that were recorded, once that is known."""
 
     def __post_init__(self) -> None:
         self.bill = Bill(self.request_id, None, None, None, Quality.UNAVAILABLE, settled=False)
@@ -191,6 +195,10 @@ class Service:
                 decode = partial(task.decode, encoded.plan, model, receipt.outputs)
                 is_short = is_short and receipt.output_tokens <= _SHORT_TOKENS
                 receipt.results = await self._beside(receipt, Phase.POST, decode, is_short=is_short)
+                if is_short and grounded is request:
+                    receipt.loads = [
+                        output.timing.load for output in receipt.outputs if output.timing.load is not None
+                    ]
         self._tell_texts(request_id, results=lambda: [result.model_dump() for result in receipt.results])
         return receipt
 
@@ -321,10 +329,10 @@ class Service:
         return min(self.max_client_batch_size, (key and key.concurrency) or self.max_client_batch_size)
 
     async def _beside(self, receipt: Receipt, phase: Phase, work: Callable[[], T], *, is_short: bool) -> T:
-        """Do ``work``, unless it is short on a thread of the pool, and record its CPU time as a step beside the
-        executors."""
+        """Do ``work`` and keep its CPU time: where it is short, which is charged in the end; else it is done on a
+        thread of the pool, and recorded as a step beside the executors."""
 
-        def timed() -> T:
+        def recorded() -> T:
             started_ns, cpu_ns = time.monotonic_ns(), time.thread_time_ns()
             try:
                 return work()
@@ -334,9 +342,13 @@ class Service:
                 self.account.record(Step(BESIDE, receipt.model.name, started_ns, time.monotonic_ns(), cpu_ns, done))
 
         if not is_short:
-            return await asyncio.to_thread(timed)
+            return await asyncio.to_thread(recorded)
         await self.desk.turn()
-        return timed()
+        cpu_ns = time.thread_time_ns()
+        try:
+            return work()
+        finally:
+            receipt.beside_ns[phase] = time.thread_time_ns() - cpu_ns
 
     async def _compute(
         self, model: Model, items: Sequence[Item], at_once: int, told: "_Told | None" = None
@@ -413,7 +425,9 @@ class Service:
                     queue_ms=charge.queue_ms,
                     compute_ms=charge.compute_ms,
                     key=key,
-                )
+                ),
+                charge.beside_ns,
+                charge.loads,
             )
             self.metrics.request_over(charge, status, time.monotonic() - started_s)
             if self.tracing is not None:

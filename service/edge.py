@@ -8,6 +8,7 @@ many as soon as they come.
 import logging
 import os
 import re
+import time
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -63,7 +64,8 @@ class Edge:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request_id = f"req-{os.urandom(16).hex()}"
+        # In the order of time, as a UUID of version 7: the ledger's index grows at its end alone, at half the cost.
+        request_id = f"req-{time.time_ns() // 1_000_000:012x}{os.urandom(10).hex()}"
         scope.setdefault("state", {})["request_id"] = request_id
         # The first of several of one name counts.
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in reversed(scope["headers"])}

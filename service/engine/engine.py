@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any, Literal, Protocol
 
 from energy.settlement import BESIDE
-from energy.types import Step
+from energy.types import Load, Step
 from models.manifest import Manifest
 from service.engine.backlog import Backlog
 from service.engine.batching import fair_share
@@ -318,7 +318,7 @@ class Engine:
             for job, result in ended:
                 if isinstance(result, Written):
                     written.append((job.key, len(result.ids) * job.rows))
-                output = _answer(job, result)
+                output = _answer(job, result, executor.device)
                 if output is not None:
                     self._reuse.keep(model, job.item, output)
             new_tokens = sum(job.tokens for job in turn.jobs if job.started_ns == step.started_ns)
@@ -390,14 +390,15 @@ def _check(item: Item, manifest: Manifest, max_rows: int) -> None:
         raise ValueError(f"a token id is not one of the {config.vocab_size} that {manifest.name} knows")
 
 
-def _answer(job: Job, result: Result) -> Output | None:
-    """Answer whoever waits; returns the output, if it is one and somebody waited."""
+def _answer(job: Job, result: Result, device: str = "") -> Output | None:
+    """Answer whoever waits, on ``device`` for a while; returns the output, if it is one and somebody waited."""
     future = job.ticket.future
     # From here on it cannot be cancelled any more; False where it already is.
     if not future.set_running_or_notify_cancel():
         return None
     started_ns = job.submitted_ns if job.started_ns is None else job.started_ns
-    timing = Timing(started_ns - job.submitted_ns, job.compute_ns)
+    load = Load(device, round(job.load_ns), round(job.time_ns))
+    timing = Timing(started_ns - job.submitted_ns, job.compute_ns, load)
     output: Output
     match result:
         case Exception():

@@ -8,6 +8,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from energy.types import Load
+
 FinishReason = Literal["stop", "length", "energy_budget"]
 ShouldStop = Callable[[Sequence[int]], bool | FinishReason]
 """Called on the executor with the ids written so far; True (stop strings) or a reason ends the text. A beam search
@@ -77,6 +79,8 @@ class Timing:
     """From submission to the item's first step."""
     compute_ns: int
     """Sum of the durations of the steps that the item took part in."""
+    load: Load | None = None
+    """What fell to it of those; None where nothing was computed."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,6 +31,9 @@ class Job:
     ticket: Ticket = field(default_factory=Ticket)
     started_ns: int | None = None
     compute_ns: int = 0
+    load_ns: float = 0.0
+    time_ns: float = 0.0
+    """What falls to it of its steps' loads and time, by the default weights: good for a first figure."""
 
     @property
     def tokens(self) -> int:

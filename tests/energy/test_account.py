@@ -19,7 +19,7 @@ from energy.meters.estimator import Estimator, PowerModel
 from energy.meters.observe import observe_idle
 from energy.sampler import Sampler
 from energy.settlement import HORIZON_NS, Reason
-from energy.types import Bill, Part, Phase, Quality, RequestRecord, Step, Work
+from energy.types import Bill, Load, Part, Phase, Quality, RequestRecord, Step, Work
 from tests.energy.fakes import MS, Book, CountingMeter, HeldClock, S, encode, step
 
 ALONE = Neighbours(Path("/nonexistent"))
@@ -261,6 +261,7 @@ class TestCounter:
             held.run(ms=10, cpu_ms=10)
             meter.energy_uj["cpu"] += moved_uj
             account.record(step(held, 10, encode(name)))
+            assert account.bill(name).allocated_uj is None  # nor is anything expected from what stood still
             account.sample()
         stood, moved = bill_of(account, "stood"), bill_of(account, "moved")
         assert (stood.allocated_uj, stood.quality, stood.settled) == (None, Quality.UNAVAILABLE, True)
@@ -343,6 +344,44 @@ class TestEstimate:
         account.sample()
         assert account.totals().attributed == ()
         assert account.totals().meters[0].open_uj == 3 * (276_000 + 148_000)
+
+    def test_who_knows_its_loads_has_the_same_bill_without_a_look_into_the_books(
+        self, held: HeldClock, account: Account
+    ) -> None:
+        for _ in range(2):
+            held.run(ms=100, cpu_ms=100)
+            account.record(step(held, 100, encode("a", 22), encode("b", 6)))
+            account.sample()
+        for name, load_ns in (("a", 150 * MS), ("b", 50 * MS)):  # F is four tokens: 2 + 22 and 2 + 6 of 32
+            told = account.bill(name)
+            bill = account.close(over(name), loads=[Load("cpu:0", load_ns, load_ns)])
+            assert (bill.active_uj, bill.allocated_uj) == (
+                pytest.approx(told.active_uj, abs=2),
+                pytest.approx(told.allocated_uj, abs=2),
+            )
+            assert (bill.quality, bill.settled) == (Quality.ESTIMATED, False)
+        # Of a device on which nothing has run yet, nothing can be expected.
+        assert account.close(over("c"), loads=[Load("gpu:0", 5, 5)]).allocated_uj is None
+
+    def test_what_is_short_beside_the_executors_is_charged_in_the_end(self, held: HeldClock, account: Account) -> None:
+        for name in "ab":
+            # It was tokenised long before.
+            held.run(ms=HORIZON_NS // MS + 1, cpu_ms=10)
+            account.sample()
+            held.run(ms=100, cpu_ms=90)
+            account.record(step(held, 100, encode(name), cpu_ms=80))
+            bill = account.close(over(name), {Phase.PREPROCESS: 6 * MS, Phase.POST: 4 * MS})
+            assert (bill.allocated_uj is None) == (name == "a")  # nothing had been settled to judge by
+            account.sample()
+        found = account.find("b")
+        assert found is not None and found.bill.settled
+        assert {part.phase: part.energy_uj for part in found.bill.parts} == {
+            Phase.ENCODE: 8 * 27_600 + 74_000,
+            Phase.POST: 4 * 2_760,
+            Phase.PREPROCESS: 6 * 2_760,
+        }
+        assert bill.active_uj == pytest.approx(found.bill.active_uj, abs=2)
+        check_balance(everything_settled(held, account))
 
     def test_cancelled_work_stays_on_the_request_that_caused_it(self, held: HeldClock, account: Account) -> None:
         held.run(ms=100, cpu_ms=100)

@@ -174,11 +174,8 @@ class SnapshotRequests(Requests):
     def charge(self, device: str, claims: Iterable[tuple[Noted, Claim]]) -> None:
         for noted, claim in claims:
             if noted.phase is not None:
-                number = self._number(Charged(device, noted.model, noted.phase, claim.quality))
-                for name in noted.loads:
-                    cost = self.costs[name]
-                    cost.charges[number] = cost.charges.get(number, 0) + claim.active_uj + claim.idle_uj
-                    cost.weaken(claim.quality)
+                charged = Charged(device, noted.phase, noted.model, claim.quality)
+                self._charge(charged, dict.fromkeys(noted.loads, claim.active_uj + claim.idle_uj))
 
 
 @pytest.mark.parametrize("wrong", [("Channel", ForgetfulChannel), ("Requests", SnapshotRequests)])

@@ -48,7 +48,8 @@ def run(
     request_id = f"req-{number}"
     forecast = predictor.begin(request_id, "translate", "tiny", texts)
     predictor.wrote(request_id, [Written(length, ended=True) for length in lengths])
-    return forecast, predictor.settled(record(request_id, round(cost_uj(texts, lengths) * factor)))
+    compared = predictor.settled([record(request_id, round(cost_uj(texts, lengths) * factor))])
+    return forecast, compared[0][1] if compared else None
 
 
 def test_nothing_is_predicted_before_there_is_a_bill() -> None:
@@ -130,7 +131,7 @@ def test_a_text_cut_at_its_limit_does_not_teach_that_texts_are_short() -> None:
         request_id = f"req-{number}"
         predictor.begin(request_id, "translate", "tiny", [Text(20, 5)])
         predictor.wrote(request_id, [Written(5, ended=False)])
-        predictor.settled(record(request_id, cost_uj([Text(20)], [5])))
+        predictor.settled([record(request_id, cost_uj([Text(20)], [5]))])
     forecast = predictor.predict("translate", "tiny", [Text(20, 100)])
     assert forecast is not None and forecast.output_tokens == 40
 
@@ -142,7 +143,7 @@ def test_what_was_not_computed_or_not_billed_teaches_nothing(how: str) -> None:
         predictor.begin("req-0", "translate", "tiny", [Text(9)])
     if how == "unknown":
         predictor.wrote("req-0", [Written(0, ended=True)])
-    assert predictor.settled(record("req-0", None if how == "unknown" else 500)) is None
+    assert predictor.settled([record("req-0", None if how == "unknown" else 500)]) == []
     assert predictor.predict("translate", "tiny", [Text(9)]) is None
 
 

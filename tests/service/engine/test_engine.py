@@ -17,7 +17,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from energy.types import Phase, Step
+from energy.attribution import DEFAULTS, weigh
+from energy.types import Load, Phase, Step
 from models.graph import KEY_BLOCK, Scheme
 from models.manifest import ArtefactError, Manifest
 from service.engine import buffers
@@ -447,6 +448,20 @@ def test_an_output_says_where_its_time_went(models: dict[str, Loaded]) -> None:
         [output] = results(running.submit("decoder", [write(0, 9)]))
     assert output.timing.compute_ns == sum(step.ended_ns - step.started_ns for step in steps.worked)
     assert 0 < output.timing.queue_ns <= steps.worked[0].started_ns - submitted_ns
+
+
+def test_an_output_says_what_fell_to_it_of_the_loads_of_its_steps(models: dict[str, Loaded]) -> None:
+    steps = Steps()
+    with engine(models, ["decoder"], steps) as running:
+        outputs = results(running.submit("decoder", [write(0, 9), write(1, 4)]))
+    for number, output in enumerate(outputs):
+        load_ns = time_ns = 0.0
+        for step in steps.worked:
+            weights = dict(zip((item.request_id for item in step.work), weigh(step.work, DEFAULTS), strict=True))
+            share = weights.get(f"request-{number}", 0) / sum(weights.values())
+            load_ns += share * step.load_ns
+            time_ns += share * (step.ended_ns - step.started_ns)
+        assert output.timing.load == Load("cpu:0", pytest.approx(load_ns, abs=1), pytest.approx(time_ns, abs=1))
 
 
 def test_a_step_is_recorded_before_its_items_are_answered(models: dict[str, Loaded]) -> None:
