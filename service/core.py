@@ -41,6 +41,7 @@ from service.knowledge.store import Passage
 from service.mailbox import Mailbox
 from service.metrics import UJ_PER_J, Metrics
 from service.models import Model, Models
+from service.pace import Pace
 from service.repository import Repository
 from service.streaming import Transcript, overhear
 from service.tasks.base import Encoded, Task, TaskRequest
@@ -154,6 +155,7 @@ class Service:
     classifiers: Classifiers
     desk: Desk = field(default_factory=Desk)
     mailbox: Mailbox = field(default_factory=Mailbox)
+    pace: Pace = field(default_factory=Pace)
     tracing: Tracing | None = None
     log_texts: bool = False
 
@@ -344,11 +346,12 @@ class Service:
         if not is_short:
             return await asyncio.to_thread(recorded)
         await self.desk.turn()
-        cpu_ns = time.thread_time_ns()
+        kind = (receipt.task, receipt.model.name, phase)
+        self.pace.begin(kind)
         try:
             return work()
         finally:
-            receipt.beside_ns[phase] = time.thread_time_ns() - cpu_ns
+            receipt.beside_ns[phase] = self.pace.end(kind)
 
     async def _compute(
         self, model: Model, items: Sequence[Item], at_once: int, told: "_Told | None" = None
