@@ -17,10 +17,12 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "service": ("energy", "models.manifest", "models.config", "models.processor", "models.sentences", "models.heads"),
     "loadtests": ("energy.charts", "energy.sheet"),  # speaks HTTP, and draws its pages with the same plots
 }
-# Engines are compared with engines, so these run ours without HTTP, in processes of their own.
+# Engines are compared with engines, so these run ours without HTTP, in processes of their own; or our
+# module in PyTorch, as somebody else would serve it.
 EXCEPTIONS: dict[str, tuple[str, ...]] = {
     "loadtests/peers/wattle_worker.py": ("service.engine", "models.manifest"),
     "loadtests/peers/engine_loop.py": ("service.engine", "models.manifest"),
+    "loadtests/peers/litserve_torch.py": ("models.manifest", "models.transformer", "models.weights"),
 }
 # What serving loads must stay light.
 HEAVY = ("torch", "transformers")

@@ -63,7 +63,16 @@ ENVIRONMENTS: Mapping[str, Environment] = {
             "onnx-ir==1.1.0",
         ),
     ),
-    "http": Environment(("litserve==0.2.19", "onnxruntime==1.32.0", "tokenizers==0.23.3", "numpy==2.4.6")),
+    "http": Environment(
+        (
+            "litserve==0.2.19",
+            "onnxruntime==1.32.0",
+            "tokenizers==0.23.3",
+            "torch==2.13.0",
+            "onnx-ir==1.1.0",
+            "numpy==2.4.6",
+        ),
+    ),
 }
 
 

@@ -35,6 +35,8 @@ _SECONDS = 2.5
 _QUICK_SECONDS = 1.0
 ENGINE = "engine"
 """The side that is no server."""
+LITSERVE = {"litserve": "litserve_server", "litserve torch": "litserve_torch"}
+"""Modules of the sides that LitServe serves."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +64,19 @@ class Endpoint:
     """For Wattle beside the text; LitServe's side has no others."""
     answer: Callable[[Any], str]
     """What Wattle's body says."""
+    sides: tuple[str, ...] = ("wattle", "litserve")
+    """The servers that are asked."""
 
 
 ENDPOINTS = (
-    Endpoint("sentiment", "sentiment-en", "/v1/sentiment", {}, lambda body: str(body["results"][0]["label"])),
+    Endpoint(
+        "sentiment",
+        "sentiment-en",
+        "/v1/sentiment",
+        {},
+        lambda body: str(body["results"][0]["label"]),
+        sides=("wattle", *LITSERVE),
+    ),
     Endpoint(
         "translation", "translate-en-de", "/v1/translate", {"beams": 1}, lambda body: str(body["results"][0]["text"])
     ),
@@ -155,9 +166,7 @@ def measure(root: Path, rounds: int, records: Records, machine: Record, *, quick
         records.add("http machine", litserve=version_of("http", "litserve"), **machine)
     for endpoint in ENDPOINTS:
         try:
-            best = {
-                side: _best(root, side, endpoint, seconds, records, quick=quick) for side in ("wattle", "litserve")
-            }
+            best = {side: _best(root, side, endpoint, seconds, records, quick=quick) for side in endpoint.sides}
             _rounds(root, endpoint, best, rounds, seconds, records)
         except WorkerFailed as error:
             records.add("absent", peer="http", variant="", shape=endpoint.name, reason=str(error))
@@ -228,7 +237,7 @@ def _rounds(
 
 def _start(root: Path, side: str, endpoint: Endpoint, setting: Setting) -> Server:
     port = _free_port()
-    log = root / "logs" / f"{side}-server.log"
+    log = root / "logs" / f"{side.replace(' ', '-')}-server.log"
     log.parent.mkdir(exist_ok=True)
     starter = _starter(endpoint)
     if side == "wattle":
@@ -248,7 +257,7 @@ def _start(root: Path, side: str, endpoint: Endpoint, setting: Setting) -> Serve
         ledger = Path(tempfile.mkdtemp(dir=root)) / "ledger.sqlite"
         return Server(command, port, log, {"WATTLE_LEDGER": str(ledger), "WATTLE_LOG_LEVEL": "warning"})
     numbers = [str(port), str(setting.workers), str(setting.threads), str(setting.batch)]
-    command = [str(python_of(root, "http")), "-m", "loadtests.peers.litserve_server", str(starter), *numbers]
+    command = [str(python_of(root, "http")), "-m", f"loadtests.peers.{LITSERVE[side]}", str(starter), *numbers]
     return Server(command, port, log, {"OMP_NUM_THREADS": str(setting.threads), "TOKENIZERS_PARALLELISM": "false"})
 
 

@@ -32,14 +32,14 @@ class Starter(litserve.LitAPI):  # type: ignore[misc]
         self._folder, self._threads = folder, threads
 
     def setup(self, device: str) -> None:
-        """Load the graphs, in the worker's process."""
+        """Load everything, in the worker's process."""
         self._manifest = json.loads((self._folder / "manifest.json").read_text())
         self._tokenizer = Tokenizer.from_file(str(self._folder / "tokenizer.json"))
         self._tokenizer.no_padding()
         self._tokenizer.enable_truncation(self._manifest["max_input_tokens"])
         self._pad = self._manifest["special_ids"]["pad"]
-        names = ("encoder", "decoder") if self._manifest["tasks"] == ["translate"] else ("model",)
-        self._sessions = {name: _session(self._folder / f"{name}.onnx", self._threads) for name in names}
+        self._writes = self._manifest["tasks"] == ["translate"]
+        self._open()
 
     def decode_request(self, request: dict[str, Any]) -> str:
         """The text."""
@@ -53,11 +53,9 @@ class Starter(litserve.LitAPI):  # type: ignore[misc]
         """Labels or texts, one for each row."""
         if isinstance(rows, str):  # LitServe hands over the text itself where it does not batch
             return self.predict(self.batch([rows]))[0]  # type: ignore[no-any-return]
-        if "model" in self._sessions:
-            logits = self._encode("model", rows)["logits"]
-            return [self._manifest["labels"][place] for place in logits.argmax(-1)]
-        texts = self._translate(rows)
-        return self._tokenizer.decode_batch(texts)
+        if self._writes:
+            return self._tokenizer.decode_batch(self._translate(rows))
+        return [self._manifest["labels"][place] for place in self._logits(rows).argmax(-1)]
 
     def unbatch(self, output: list[Any]) -> list[Any]:
         """Each row's own."""
@@ -67,17 +65,31 @@ class Starter(litserve.LitAPI):  # type: ignore[misc]
         """The answer's body."""
         return {"output": output}
 
+    def _open(self) -> None:
+        """Load what computes."""
+        names = ("encoder", "decoder") if self._writes else ("model",)
+        self._sessions = {name: _session(self._folder / f"{name}.onnx", self._threads) for name in names}
+
+    def _logits(self, rows: Sequence[Sequence[int]]) -> NDArray[np.float32]:
+        """Of the labels, ``(rows, labels)``."""
+        return self._encode("model", rows)["logits"]
+
     def _encode(self, name: str, rows: Sequence[Sequence[int]]) -> dict[str, NDArray[np.float32]]:
-        width = -(-max(map(len, rows)) // 4) * 4
-        ids = np.full((len(rows), width), self._pad, np.int64)
-        for number, row in enumerate(rows):
-            ids[number, : len(row)] = row
+        ids, lengths = self._padded(rows)
         session = self._sessions[name]
-        feeds = {"input_ids": ids, "lengths": np.array([len(row) for row in rows])}
+        feeds = {"input_ids": ids, "lengths": lengths}
         if any(each.name == "token_types" for each in session.get_inputs()):
             feeds["token_types"] = np.zeros_like(ids)
         outputs = [output.name for output in session.get_outputs()]
         return dict(zip(outputs, session.run(outputs, feeds), strict=True))
+
+    def _padded(self, rows: Sequence[Sequence[int]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Right-padded ids ``(rows, width)``, and how many of each row are its own."""
+        width = -(-max(map(len, rows)) // 4) * 4
+        ids = np.full((len(rows), width), self._pad, np.int64)
+        for number, row in enumerate(rows):
+            ids[number, : len(row)] = row
+        return ids, np.array([len(row) for row in rows])
 
     def _translate(self, rows: Sequence[Sequence[int]]) -> list[list[int]]:
         """Greedy; the keys and values are updated in place."""
@@ -136,10 +148,10 @@ def _session(path: Path, threads: int) -> ort.InferenceSession:
     )
 
 
-def main() -> None:
+def main(kind: type[Starter] = Starter) -> None:
     """Serve until a signal comes."""
     folder, port, workers, threads, batch = sys.argv[1:]
-    api = Starter(Path(folder), int(threads), int(batch))
+    api = kind(Path(folder), int(threads), int(batch))
     server = litserve.LitServer(api, accelerator="cpu", workers_per_device=int(workers), timeout=120)
     server.run(host="127.0.0.1", port=int(port), generate_client_file=False, log_level="warning")
 

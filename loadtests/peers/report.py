@@ -49,7 +49,12 @@ _READING = f"""## How to read the tables
 
 _LAST = ("ceiling", "J/query", "foreign")
 _ENDS = ("same answers", "J/query", "foreign")
-_SIDES = {"wattle": "Wattle", "litserve": "LitServe", "engine": "Wattle's engine alone"}
+_SIDES = {
+    "wattle": "Wattle",
+    "litserve": "LitServe",
+    "litserve torch": "LitServe, PyTorch fp32",
+    "engine": "Wattle's engine alone",
+}
 _HTTP_TITLE = "## Through HTTP"
 _VERSIONS_TITLE = "## Versions"
 
@@ -179,9 +184,10 @@ def _http(records: Sequence[Record]) -> str:
 
 Clients in a closed loop, on the same cores as the server, each with a connection that it keeps. LitServe
 {machine["litserve"]} runs the starter's own graphs and tokenizer on ONNX Runtime, at the fastest of its settings for
-each number of clients: workers x threads, and how many texts it computes together. Wattle runs as `make serve` starts
-it, bills and all, with `--max-concurrent-requests 64`. The engine alone gets the same texts as token ids, as many at
-once as there are clients, without HTTP. Translation is greedy.
+each number of clients: workers x threads, and how many texts it computes together; for sentiment also the same
+weights in PyTorch, float32. Wattle runs as `make serve` starts it, bills and all, with
+`--max-concurrent-requests 64`. The engine alone gets the same texts as token ids, as many at once as there are
+clients, without HTTP. Translation is greedy.
 """
     ]
     for endpoint in dict.fromkeys(sample["endpoint"] for sample in samples):
@@ -189,7 +195,7 @@ once as there are clients, without HTTP. Translation is greedy.
         lines = [
             f"### {endpoint} through HTTP",
             "",
-            *_header(*titles, "ratio to LitServe", "of the engine", "CPU ms/request", *_ENDS),
+            *_header(*titles, "Wattle's ratio to it", "CPU ms/request", *_ENDS),
         ]
         for clients in dict.fromkeys(sample["clients"] for sample in samples):
             found = [each for each in samples if (each["endpoint"], each["clients"]) == (endpoint, clients)]
@@ -201,14 +207,13 @@ once as there are clients, without HTTP. Translation is greedy.
 
 def _http_rows(samples: Sequence[Record]) -> Iterator[str]:
     sides = {side: [each for each in samples if each["side"] == side] for side in _SIDES}
-    if not all(sides.values()):
+    sides = {side: found for side, found in sides.items() if found}
+    if not {"wattle", "litserve", "engine"} <= sides.keys():
         return
     speeds = {side: spread([each["per_s"] for each in found]) for side, found in sides.items()}
-    asked = ("wattle", "litserve")
-    answers = {side: {k: v for each in sides[side] for k, v in each["answers"].items()} for side in asked}
-    same = same_share(answers["wattle"], answers["litserve"])
+    ours = _answers(sides["wattle"])
     for side, found in sides.items():
-        speed, ours = speeds[side], side == "wattle"
+        speed, same = speeds[side], same_share(ours, _answers(found))
         foreign = spread([each["foreign_cores"] for each in found])
         cells = [
             str(found[0]["clients"]),
@@ -218,14 +223,18 @@ def _http_rows(samples: Sequence[Record]) -> Iterator[str]:
             _number(spread([each["p50_s"] for each in found]).median * 1e3),
             _number(spread([each["p95_s"] for each in found]).median * 1e3),
             found[0]["setting"],
-            f"**{_number(speed.median / speeds['litserve'].median)}**" if ours else "",
-            f"{speed.median / speeds['engine'].median:.0%}" if ours else "",
+            "" if side == "wattle" else f"**{_number(speeds['wattle'].median / speed.median)}**",
             _number(spread([each["server_cpu_s"] for each in found]).median * 1e3),
-            f"{same:.0%}" if ours and same is not None else "",
+            "" if side == "wattle" or same is None else f"{same:.0%}",
             f"{_number(spread([each['joules'] for each in found]).median)} {found[0]['quality']}",
             f"{foreign.median:.2f} ({foreign.most:.2f})",
         ]
         yield f"| {' | '.join(cells)} |"
+
+
+def _answers(samples: Sequence[Record]) -> dict[str, str]:
+    """What a server answered to each body; the engine answers nobody."""
+    return {body: answer for each in samples for body, answer in each.get("answers", {}).items()}
 
 
 def _part(page: str, title: str) -> str:

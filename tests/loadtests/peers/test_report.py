@@ -120,15 +120,17 @@ SERVERS = [
     HTTP_MACHINE,
     http_sample("wattle", 300, {"0": "positive", "1": "neutral"}),
     http_sample("litserve", 200, {"0": "positive", "1": "negative"}),
+    http_sample("litserve torch", 100, {"0": "positive", "1": "neutral"}),
     http_sample("engine", 400, None),
 ]
 
 
 def test_servers_stand_side_by_side_and_beside_the_engine() -> None:
     page = render(SERVERS)
-    assert row(page, "8 | Wattle |")[2:11] == ["300", "300 to 300", "10", "20", "2 x 1", "**1.5**", "75%", "4", "50%"]
-    assert row(page, "8 | LitServe")[7:9] == ["", ""]
-    assert row(page, "8 | Wattle's engine alone")[2] == "400"
+    assert row(page, "8 | Wattle |")[2:10] == ["300", "300 to 300", "10", "20", "2 x 1", "", "4", ""]
+    assert row(page, "8 | LitServe |")[7:10] == ["**1.5**", "4", "50%"]
+    assert row(page, "8 | LitServe, PyTorch fp32")[7:10] == ["**3**", "4", "100%"]
+    assert row(page, "8 | Wattle's engine alone")[2:10:5] == ["400", "**0.75**"]
     assert "LitServe\n0.2 runs" in page and "another, 2 cores" in page
 
 
