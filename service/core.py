@@ -364,7 +364,8 @@ class Service:
         started_ns = time.monotonic_ns()
         for first in range(0, len(items), max(1, at_once)):
             before_ns = time.monotonic_ns() - started_ns if first else 0
-            async with self._submitted(model, items[first : first + at_once], is_patient=first > 0) as tickets:
+            tickets = await self._submit(model, items[first : first + at_once], is_patient=first > 0)
+            try:
                 if told is None:
                     outputs += [_delayed(output, before_ns) for output in await self._outputs(tickets)]
                     continue
@@ -373,26 +374,20 @@ class Service:
                 for ticket in tickets:
                     outputs.append(_delayed(await self.mailbox.wait(ticket.future), before_ns))
                     told.done(outputs)
+            finally:
+                # Where one item has failed or nobody waits any longer, the others' rows are free at once.
+                for ticket in tickets:
+                    ticket.future.cancel()
         return outputs
 
-    @asynccontextmanager
-    async def _submitted(
-        self, model: Model, items: Sequence[Item], *, is_patient: bool
-    ) -> AsyncIterator[list[Ticket]]:
+    async def _submit(self, model: Model, items: Sequence[Item], *, is_patient: bool) -> list[Ticket]:
         while True:
             try:
-                tickets = self.engine.submit(model.key, items, caller().name or "")
-                break
+                return self.engine.submit(model.key, items, caller().name or "")
             except Overloaded as overload:
                 if not is_patient:
                     raise
                 await asyncio.sleep(overload.retry_after_s)
-        try:
-            yield tickets
-        finally:
-            # Where one item has failed or nobody waits any longer, the others' rows are free at once.
-            for ticket in tickets:
-                ticket.future.cancel()
 
     async def _outputs(self, tickets: Sequence[Ticket]) -> list[Output]:
         if len(tickets) == 1:

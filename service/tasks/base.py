@@ -208,14 +208,18 @@ def encode_readable(
     model: Model, text: str, *, param: str, truncate: bool, keep: Literal["start", "end"] = "start"
 ) -> tuple[int, ...] | None:
     """As ``encode_text``, but None for a text without a single token."""
-    encoding = model.tokenizer.encode(text, add_special_tokens=False)
-    if not encoding.ids:
-        return None
     special = model.tokenizer.num_special_tokens_to_add(is_pair=False)
-    allowed = model.manifest.max_input_tokens - special
-    refuse_longer(len(encoding.ids), allowed, param=param, truncate=truncate)
-    encoding.truncate(allowed, direction="right" if keep == "start" else "left")
-    return tuple(model.tokenizer.post_process(encoding).ids)
+    encoding, allowed = model.tokenizer.encode(text), model.manifest.max_input_tokens - special
+    tokens = len(encoding) - special
+    if not tokens:
+        return None
+    if tokens > allowed:
+        refuse_longer(tokens, allowed, param=param, truncate=truncate)
+        # What is cut is cut without them.
+        encoding = model.tokenizer.encode(text, add_special_tokens=False)
+        encoding.truncate(allowed, direction="right" if keep == "start" else "left")
+        encoding = model.tokenizer.post_process(encoding)
+    return tuple(encoding.ids)
 
 
 def refuse_longer(tokens: int, allowed: int, *, param: str, truncate: bool) -> None:
