@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
-_TIMED = 16
+TIMED = 64
 """Of the pieces of a kind, one of so many is measured."""
 _LATEST = 0.25
 """Weight of the latest in the moving average."""
@@ -32,7 +32,7 @@ class Pace:
     def begin(self, kind: Hashable) -> None:
         """A piece begins."""
         known = self._kinds.setdefault(kind, _Kind())
-        self._began_ns = self._clock_ns() if known.begun % _TIMED == 0 else None
+        self._began_ns = self._clock_ns() if known.begun % TIMED == 0 else None
         known.begun += 1
 
     def end(self, kind: Hashable) -> int:

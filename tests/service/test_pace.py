@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from service.pace import Pace
+from service.pace import TIMED, Pace
 
 
 def test_what_is_not_measured_takes_what_others_of_its_kind_took() -> None:
@@ -19,10 +19,10 @@ def test_what_is_not_measured_takes_what_others_of_its_kind_took() -> None:
     times = clock()
     pace = Pace(lambda: next(times))
     took_ns = []
-    for _ in range(17):
+    for _ in range(TIMED + 1):
         pace.begin("short")
         took_ns.append(pace.end("short"))
-    assert took_ns == [100] * 16 + [125]
+    assert took_ns == [100] * TIMED + [125]
     assert len(asked) == 4
 
 
