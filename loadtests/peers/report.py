@@ -183,8 +183,8 @@ def _http(records: Sequence[Record]) -> str:
 {machine["date"]}: {machine["processor"]}, {machine["cores"]} cores, Python {machine["python"]}, {machine["system"]}.
 
 Clients in a closed loop, on the same cores as the server, each with a connection that it keeps. LitServe
-{machine["litserve"]} runs the starter's own graphs and tokenizer on ONNX Runtime, at the fastest of its settings for
-each number of clients: workers x threads, and how many texts it computes together; for sentiment also the same
+{machine["litserve"]} runs the starter's own graphs and tokenizer on ONNX Runtime, at the fastest of the settings tried
+for each number of clients: workers x threads, and how many texts it computes together; for sentiment also the same
 weights in PyTorch, float32. Wattle runs as `make serve` starts it, bills and all, with
 `--max-concurrent-requests 64`. The engine alone gets the same texts as token ids, as many at once as there are
 clients, without HTTP. Translation is greedy.
