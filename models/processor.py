@@ -13,12 +13,13 @@ class SessionOptions(Protocol):
         """Set ``key`` to ``value``."""
 
 
-def keep_products_exact(options: SessionOptions) -> None:
-    """Make a session's 8-bit products right on every processor.
+def keep_products_exact(options: SessionOptions, weight_bits: int = 8) -> None:
+    """Make a session's products of 8-bit activations right on every processor.
 
-    Where the processor can't, ONNX Runtime can, at half the speed; elsewhere the switch would only cost that half.
+    Where the processor can't, ONNX Runtime can, more slowly; elsewhere the switch would only cost that. Weights of 7
+    bits never need it: 2 x 255 x 63 is still a number of 16 bits.
     """
-    if not _multiplies_8_bits_exactly():
+    if weight_bits != 7 and not _multiplies_8_bits_exactly():
         options.add_session_config_entry("session.x64quantprecision", "1")
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from models.graph import TABLE_BLOCKS, fitting_block_size
+from models.graph import TABLE_BLOCKS, fitting_block_size, most_code
 from models.transformer import Transformer
 from training.recipe import Storage
 
@@ -22,10 +22,10 @@ _TABLES = ("embed.token.weight", "embed.position.weight")
 """What is looked up; a decoder multiplies with the first too, as the output of words."""
 
 
-def fake_rows(x: Tensor) -> Tensor:
-    """``x`` as codes of -127 to 127, with a scale for each row of the last axis, stand for it."""
+def fake_rows(x: Tensor, bits: int = 8) -> Tensor:
+    """``x`` as codes of ``bits``, with a scale for each row of the last axis, stand for it."""
     peak = x.detach().abs().amax(-1, keepdim=True)
-    scale = torch.where(peak == 0, 1.0, peak / 127)
+    scale = torch.where(peak == 0, 1.0, peak / most_code(bits))
     return _straight_through(x, (x / scale).round() * scale)
 
 
@@ -77,7 +77,7 @@ class FakeQuantised(TorchFunctionMode):
     def _stored(self, weight: Tensor) -> Tensor:
         is_table = id(weight) in self.tables
         if self.how.scheme != "blockwise" and not (is_table and self.how.table_bits == 4):
-            return fake_rows(weight)
+            return fake_rows(weight, self.how.bits)
         bits = self.how.table_bits if is_table else self.how.bits
         return fake_blocks(weight, bits, self._block_size(weight))
 

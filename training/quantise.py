@@ -33,6 +33,7 @@ WAYS = (
     Storage(scheme="none"),
     Storage(scheme="rowwise"),
     Storage(scheme="calibrated"),
+    Storage(scheme="calibrated", bits=7),
     Storage(scheme="blockwise", bits=8, block_size=64),
     Storage(scheme="blockwise", bits=4, block_size=32),
 )

@@ -15,7 +15,7 @@ class Variant:
     name: str
     kinds: tuple[Kind, ...]
     bits: int
-    """Of a stored weight: what a step has to read."""
+    """That a stored weight takes: what a step has to read."""
     arithmetic: str
     """Whose rate is its ceiling: ``fp32``, ``bf16`` or ``int8``."""
     artefact: str
@@ -58,6 +58,7 @@ PEERS = {
             (
                 Variant("rowwise", _ALL, 8, "int8", "wattle-rowwise"),
                 Variant("calibrated", _ALL, 8, "int8", "wattle-calibrated"),
+                Variant("calibrated 7 bits", _ALL, 8, "int8", "wattle-calibrated7"),
                 Variant("blockwise", ("encode", "generate"), 8, "int8", "wattle-blockwise8"),
                 Variant("blockwise 4 bits", ("generate",), 4, "int8", "wattle-blockwise4"),
             ),

@@ -68,9 +68,9 @@ def _commands(root: Path, artefact: str, shape: Shape, out: Path) -> Iterator[li
         return [str(python_of(root, environment)), "-m", name]
 
     match artefact:
-        case "wattle-rowwise" | "wattle-calibrated" | "wattle-blockwise8" | "wattle-blockwise4":
-            scheme = artefact.removeprefix("wattle-").rstrip("48")
-            bits = "4" if artefact.endswith("4") else "8"
+        case "wattle-rowwise" | "wattle-calibrated" | "wattle-calibrated7" | "wattle-blockwise8" | "wattle-blockwise4":
+            scheme = artefact.removeprefix("wattle-").rstrip("478")
+            bits = artefact[-1] if artefact[-1].isdigit() else "8"
             flags = ["--out", str(out.parent), "--name", out.name, "--scheme", scheme, "--bits", bits]
             if scheme == "calibrated":
                 flags += ["--texts", str(root / "models" / "calibration.txt")]

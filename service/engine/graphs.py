@@ -21,8 +21,8 @@ from service.engine.devices import CPU, Device, DeviceLogits, DeviceRows, Logits
 Ids = NDArray[np.int64]
 
 
-def open_graph(path: Path, threads: int, device: Device = CPU) -> ort.InferenceSession:
-    """Load a graph onto ``device``.
+def open_graph(path: Path, threads: int, device: Device = CPU, weight_bits: int = 8) -> ort.InferenceSession:
+    """Load a graph, whose weights have ``weight_bits``, onto ``device``.
 
     A session of one thread may be run by several threads at once: each computes on its own.
     """
@@ -35,7 +35,7 @@ def open_graph(path: Path, threads: int, device: Device = CPU) -> ort.InferenceS
     options.add_session_config_entry("session.force_spinning_stop", "1")
     # Shapes differ from step to step: a plan of memory for each of them would only pile up.
     options.enable_mem_pattern = False
-    keep_products_exact(options)
+    keep_products_exact(options, weight_bits)
     return ort.InferenceSession(
         path,
         options,

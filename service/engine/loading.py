@@ -141,7 +141,7 @@ def _open(
     def session(name: str) -> ort.InferenceSession:
         path = model.folder / name
         if path not in sessions:
-            sessions[path] = open_graph(path, settings.threads, device)
+            sessions[path] = open_graph(path, settings.threads, device, manifest.quantisation.bits)
         return sessions[path]
 
     pad_id = manifest.special_ids.pad

@@ -23,16 +23,18 @@ from training.train import train
 WEIGHTS = arrays.arrays(np.float32, (3, 32), elements=st.floats(-4, 4, width=32, allow_subnormal=False))
 WAYS = [
     Storage(scheme="rowwise"),
+    Storage(scheme="rowwise", bits=7),
     Storage(scheme="blockwise", bits=8, block_size=32),
     Storage(scheme="blockwise", bits=4, block_size=16),
 ]
 SMALL_TABLES = Storage(scheme="rowwise", table_bits=4)
 
 
-@given(WEIGHTS)
-def test_rows_are_what_their_codes_stand_for(weight):
-    codes, scales = quantize_rows(weight)
-    assert np.allclose(fake_rows(torch.from_numpy(weight)).numpy(), codes * scales[:, None], atol=1e-6)
+@given(WEIGHTS, st.sampled_from([7, 8]))
+def test_rows_are_what_their_codes_stand_for(weight, bits):
+    codes, scales = quantize_rows(weight, bits)
+    assert np.allclose(fake_rows(torch.from_numpy(weight), bits).numpy(), codes * scales[:, None], atol=1e-6)
+    assert np.abs(codes).max() <= {7: 63, 8: 127}[bits]
 
 
 @given(WEIGHTS, st.sampled_from([4, 8]))

@@ -26,6 +26,7 @@ from training.train import train
         (Storage(scheme="none"), 0.0),
         # Half a step; a whole one where blocks cut off what lies above their highest code.
         (Storage(scheme="rowwise"), 0.5 / 127),
+        (Storage(scheme="rowwise", bits=7), 0.5 / 63),
         (Storage(scheme="calibrated"), 0.5 / 127),
         (Storage(scheme="blockwise", block_size=32), 1 / 128),
         (Storage(scheme="blockwise", bits=4, block_size=16), 1 / 8),
@@ -109,7 +110,7 @@ def test_every_way_is_measured_and_told(tmp_path, data, exported, capsys):
     run_quantising([folder], meter.serve, Settings(data=data, recipe=str(path), write=True))
     manifest = load_manifest(folder)
     assert [variant.scheme for variant in manifest.variants] == [how.scheme for how in WAYS]
-    assert [variant.active_j_per_query for variant in manifest.variants] == [4, 1, 1, 1, 0.5]
+    assert [variant.active_j_per_query for variant in manifest.variants] == [4, 1, 1, 7 / 8, 1, 0.5]
     assert all(variant.scores[0].metric == "sacreBLEU" for variant in manifest.variants)
     sizes = [variant.size_mb for variant in manifest.variants]
     assert sizes[0] == max(sizes)
@@ -162,7 +163,7 @@ def test_models_take_turns_at_the_same_queries_and_a_disturbed_round_counts_for_
         assert [bits for _, bits, _ in a_round] == [32, 8, 8, 8, 4] * 2
         assert len({texts for _, _, texts in a_round}) == 1
     for each in (folder, twin):
-        assert [variant.active_j_per_query for variant in load_manifest(each).variants] == [4, 1, 1, 1, 0.5]
+        assert [variant.active_j_per_query for variant in load_manifest(each).variants] == [4, 1, 1, 7 / 8, 1, 0.5]
 
 
 def test_a_bill_without_a_figure_makes_the_figure_unknown(tmp_path, data, exported):
