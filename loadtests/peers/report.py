@@ -41,7 +41,8 @@ _READING = f"""## How to read the tables
 - **J/query**: joules per text. `measured` is the processor's counter; `estimated` is CPU seconds x
   ({CORE_BUSY_W:g} - {CORE_IDLE_W:g}) W + elapsed seconds x {CORE_IDLE_W:g} W per core, alike for all.
 - **Foreign**: cores that other programs used meanwhile, median (most): above 0.2 a figure is doubtful.
-- **Calibrated**: scales of activations fixed on half of the sentences, as OpenVINO's int8 has them.
+- **Calibrated**: scales of activations fixed on half of the sentences, as OpenVINO's int8 has them. **7 bits**: of
+  weights, whose products need no exact mode on processors without VNNI.
 - Encoders: the mean over the tokens, texts of similar length in one batch, by every side.
 - Every written text has its full length: the end-of-text token cannot win.
 """
@@ -269,6 +270,10 @@ def _absent(records: Sequence[Record]) -> str:
     )
     told = {(record["peer"], record["variant"], record["shape"]) for record in records if record["record"] == "absent"}
     lines |= dict.fromkeys(f"- {name}: not run" for name in _not_run(measured, told))
+    run = {record["workload"] for record in records if record["record"] == "sample"}
+    shapes = {shape for _, _, shape in measured}
+    missing = [each.name for each in WORKLOADS if each.shape.name in shapes and each.name not in run]
+    lines |= dict.fromkeys(f"- {name}: not run" for name in missing)
     return "\n".join(["## Not measured", "", *lines, ""]) if lines else ""
 
 
