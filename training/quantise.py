@@ -77,7 +77,7 @@ class Candidate:
 def variants(
     subjects: Sequence[Subject], data: Path, serve: Serve, limit: int | None
 ) -> Iterator[tuple[Subject, Variant]]:
-    """Store each model in each of ``WAYS`` and serve them all; have them scored, then measured in turns.
+    """Store each model's matrices in each of ``WAYS`` and serve them all; have them scored, then measured in turns.
 
     All ways start from the same weights, those that a model's own codes stand for. ``limit`` is of the rows of a set
     that are scored. The subjects must have the same task and sets, in whatever settings: only what answered the same
@@ -88,6 +88,7 @@ def variants(
         candidates = []
         for number, (subject, how) in enumerate(product(subjects, WAYS)):
             out = Path(scratch) / str(number)
+            how = how.model_copy(update={"table_bits": subject.manifest.quantisation.table_bits})
             manifest = quantise(subject.folder, subject.recipe, data, how, out)
             candidates.append(Candidate(subject, out, manifest, serving.enter_context(serve(out))))
         scores = [_scores(candidate, data, limit) for candidate in candidates]
@@ -174,8 +175,8 @@ def _median(rounds: Sequence[Evaluation]) -> tuple[float | None, str]:
 def quantise(folder: Path, recipe: Recipe, data: Path, how: Storage, out: Path) -> Manifest:
     """Write the model in ``folder`` into ``out``, stored as ``how`` says.
 
-    Its embeddings keep their bits. The manifest says how far it is from the same weights in float32, on samples of the
-    recipe's data; scores are left out, as nobody has measured them.
+    Its manifest says how far it is from the same weights in float32, on samples of the recipe's data; scores are left
+    out, as nobody has measured them.
     """
     manifest = load_manifest(folder)
     weights = read_weights(folder, manifest.quantisation)
@@ -189,7 +190,7 @@ def quantise(folder: Path, recipe: Recipe, data: Path, how: Storage, out: Path) 
     shutil.copy(folder / "tokenizer.json", out)
     texts = one_by_one(samples)
     model = Finished(manifest.name, manifest.config, weights, tokenizer, batch, reference, texts)
-    stored = write_quantised(out, model, how.model_copy(update={"table_bits": manifest.quantisation.table_bits}))
+    stored = write_quantised(out, model, how)
     changed = manifest.model_copy(update={"quantisation": stored, "scores": ()})
     write_card(out, changed)
     return write_manifest(out, changed)
