@@ -174,9 +174,19 @@ def _sentiment(client: _Client, rows: list[Row], folder: Path) -> dict[str, floa
 
 
 def _answer(client: _Client, rows: list[Row], folder: Path) -> dict[str, float]:
-    results = client.results(question=[row["question"] for row in rows], context=[row["context"] for row in rows])
+    results = list(
+        client.results(question=[row["question"] for row in rows], context=[row["context"] for row in rows])
+    )
     answers = [[answer["text"] for answer in row["answers"]] for row in rows]
-    return scorers.squad([result["answer"] for result in results], answers)
+    scores = scorers.squad([result["answer"] for result in results], answers)
+    if all(answers) or not any(answers):
+        return scores
+    # How well questions without an answer are told from the others, at whatever threshold.
+    sure = [1 - result["score"] if result["abstained"] else result["score"] for result in results]
+    answerable, unanswerable = (
+        [s for s, a in zip(sure, answers, strict=True) if bool(a) == has] for has in (True, False)
+    )
+    return {**scores, "no-answer AUC": scorers.auc(answerable, unanswerable)}
 
 
 def _translate(client: _Client, rows: list[Row], folder: Path) -> dict[str, float]:

@@ -28,6 +28,14 @@ def accuracy(predictions: Sequence[str], references: Sequence[str]) -> float:
     return 100 * sum(p == r for p, r in zip(predictions, references, strict=True)) / len(references)
 
 
+def auc(positives: Sequence[float], negatives: Sequence[float]) -> float:
+    """Area under the ROC curve, in percent: in how many of all pairs the positive is the larger one, a tie counting
+    half (Mann and Whitney 1947)."""
+    below = np.sort(negatives)
+    wins = np.searchsorted(below, positives, "left") + np.searchsorted(below, positives, "right")
+    return 100 * float(wins.mean()) / (2 * len(below))
+
+
 def normalise_answer(text: str) -> str:
     """Lower case, no punctuation, no articles, single spaces (Rajpurkar et al. 2016, evaluate-v1.1)."""
     text = "".join(character for character in text.lower() if character not in string.punctuation)

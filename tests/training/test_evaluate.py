@@ -113,6 +113,24 @@ def test_answers_are_scored_on_unseen_passages_only(data, translator):
         evaluate(server, manifest, folder, recipes.answer(), each, data, None)
 
 
+def test_what_has_no_answer_is_told_from_the_rest(tmp_path, translator):
+    _, manifest, folder = translator
+    answers = {
+        "Where?": {"answer": "here", "score": 0.7, "abstained": False},
+        "When?": {"answer": "", "score": 0.4, "abstained": True},
+        "Why?": {"answer": "", "score": 0.9, "abstained": True},
+        "Who?": {"answer": "here", "score": 0.6, "abstained": False},
+    }
+    here = [{"text": "here", "start": 0}]
+    known = {"Where?": here, "When?": here, "Why?": [], "Who?": []}
+    rows = [{"question": q, "context": "here", "answers": a} for q, a in known.items()]
+    write_set(tmp_path, "qa", rows, "validation")
+    server = Server(answers, column="question")
+    found = evaluate(server, manifest, folder, recipes.answer(), EvaluateRecipe(path="qa"), tmp_path, None)
+    # Sure of an answer by 0.7 and 0.6 where there is one, by 0.1 and 0.6 where there is none.
+    assert {score.metric: score.value for score in found.scores} == {"EM": 50, "F1": 50, "no-answer AUC": 87.5}
+
+
 def test_summaries_are_scored_beside_lead_3(data, translator):
     _, manifest, folder = translator
     each = EvaluateRecipe(path="summarization/rain", split="train")

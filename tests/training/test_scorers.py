@@ -12,6 +12,12 @@ def test_accuracy():
     assert scorers.accuracy(["x", "y", "x", "x"], ["x", "x", "x", "y"]) == 50
 
 
+def test_auc_is_the_share_of_pairs_in_order():
+    # Of six pairs four are in order and one is a tie.
+    assert scorers.auc([0.9, 0.4, 0.2], [0.4, 0.1]) == pytest.approx(100 * 4.5 / 6)
+    assert scorers.auc([0.1], [0.2]) == 0
+
+
 @pytest.mark.parametrize(
     ("prediction", "answers", "exact", "f1"),
     [
