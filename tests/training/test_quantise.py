@@ -160,7 +160,7 @@ def test_models_take_turns_at_the_same_queries_and_a_disturbed_round_counts_for_
     assert len(measured) == turns * (ROUNDS + 1)
     for start in range(0, len(measured), turns):
         a_round = measured[start : start + turns]
-        assert [bits for _, bits, _ in a_round] == [32, 8, 8, 8, 4] * 2
+        assert [bits for _, bits, _ in a_round] == [32, 8, 8, 7, 8, 4] * 2
         assert len({texts for _, _, texts in a_round}) == 1
     for each in (folder, twin):
         assert [variant.active_j_per_query for variant in load_manifest(each).variants] == [4, 1, 1, 7 / 8, 1, 0.5]
