@@ -20,6 +20,7 @@ from models.graph import write_graphs
 from models.manifest import Load, Manifest, Score, Variant, load_manifest, write_manifest
 from models.weights import read_weights
 from training.card import write_card
+from training.errors import TrainingError
 from training.evaluate import REQUEST_TEXTS, Evaluation, Query, asked, cost, evaluate
 from training.export import Finished, one_by_one, parity_batch, real_samples, write_quantised
 from training.graphs import Graphs
@@ -53,7 +54,8 @@ class Subject:
 def subjects_of(folder: Path, manifest: Manifest, recipe: Recipe) -> list[Subject]:
     """The model once, or where its recipe asks the same data in several settings, once in each.
 
-    Knowledge bases are left out: how matrices are stored says nothing of how passages are found.
+    Knowledge bases are left out: how matrices are stored says nothing of how passages are found. Raises
+    ``TrainingError`` where a setting is asked of some sets only, for its figures would stand for no other.
     """
     asked_before: dict[str, list[EvaluateRecipe]] = defaultdict(list)
     times: dict[int, list[EvaluateRecipe]] = defaultdict(list)
@@ -61,6 +63,10 @@ def subjects_of(folder: Path, manifest: Manifest, recipe: Recipe) -> list[Subjec
         if not each.knowledge_base:
             times[len(asked_before[each.path])].append(each)
             asked_before[each.path].append(each)
+    if len({tuple(each.path for each in sets) for sets in times.values()}) > 1:
+        raise TrainingError(
+            f"{recipe.name}: [[evaluate]] has sets in more settings than others; give all of them as many"
+        )
     return [Subject(folder, manifest, recipe, tuple(sets)) for sets in times.values()]
 
 

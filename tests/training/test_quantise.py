@@ -12,8 +12,9 @@ from models.weights import read_weights
 from tests.tiny import KINDS, tiny_config, tiny_transformer, weights_of
 from tests.training import recipes
 from training.commands import run_quantising
+from training.errors import TrainingError
 from training.export import export
-from training.quantise import ROUNDS, WAYS, quantise
+from training.quantise import ROUNDS, WAYS, quantise, subjects_of
 from training.recipe import Storage
 from training.settings import Settings
 from training.train import train
@@ -164,6 +165,20 @@ def test_models_take_turns_at_the_same_queries_and_a_disturbed_round_counts_for_
         assert len({texts for _, _, texts in a_round}) == 1
     for each in (folder, twin):
         assert [variant.active_j_per_query for variant in load_manifest(each).variants] == [4, 1, 1, 7 / 8, 1, 0.5]
+
+
+def test_a_setting_is_asked_of_every_set_or_of_none(exported):
+    _, folder = exported
+    numbers, greedy = ({"path": "translation/numbers", **more} for more in ({}, {"setting": {"beams": 1}}))
+    other = {"path": "translation/others"}
+    manifest = load_manifest(folder)
+    uneven = recipes.translate(evaluate=[numbers, other, greedy])
+    with pytest.raises(TrainingError, match="sets in more settings than others"):
+        subjects_of(folder, manifest, uneven)
+    even = recipes.translate(evaluate=[numbers, other, greedy, {**other, "setting": {"beams": 1}}])
+    assert [[each.path for each in subject.sets] for subject in subjects_of(folder, manifest, even)] == [
+        ["translation/numbers", "translation/others"]
+    ] * 2
 
 
 def test_a_bill_without_a_figure_makes_the_figure_unknown(tmp_path, data, exported):
