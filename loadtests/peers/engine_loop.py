@@ -28,11 +28,13 @@ class _Model:
         self.folder, self.manifest = folder, load_manifest(folder)
 
 
-def drive(folder: str, texts: list[str], clients: int, seconds: float) -> dict[str, Any]:
-    """Compute for ``seconds``; what is inside at the end is not counted."""
+def drive(folder: str, texts: list[str], clients: int, seconds: float, max_tokens: int = 0) -> dict[str, Any]:
+    """Compute for ``seconds``; what is inside at the end is not counted. ``max_tokens`` are those of a text that is
+    written; 0 is as many as the manifest says."""
     model = _Model(Path(folder))
     engine = Engine({"it": model}, lambda step: None, EngineSettings(executors=len(os.sched_getaffinity(0))))
-    items = _items(model.manifest, Tokenizer.from_file(str(model.folder / "tokenizer.json")), texts)
+    tokenizer = Tokenizer.from_file(str(model.folder / "tokenizer.json"))
+    items = items_of(model.manifest, tokenizer, texts, max_tokens)
     answered: SimpleQueue[int] = SimpleQueue()
     began_s = [0.0] * clients
     took_s: list[float] = []
@@ -66,12 +68,12 @@ def drive(folder: str, texts: list[str], clients: int, seconds: float) -> dict[s
     }
 
 
-def _items(manifest: Manifest, tokenizer: Tokenizer, texts: list[str]) -> list[Item]:
-    """What the service makes of ``texts``: greedy where they are written anew."""
+def items_of(manifest: Manifest, tokenizer: Tokenizer, texts: list[str], max_tokens: int) -> list[Item]:
+    """What the service makes of ``texts``: greedy where it writes."""
     rows = [tuple(encoding.ids) for encoding in tokenizer.encode_batch(texts)]
     if manifest.generation is None:
         return [EncodeItem("it", row) for row in rows]
-    return [WriteItem("it", row, Sampling(max_tokens=manifest.generation.max_tokens)) for row in rows]
+    return [WriteItem("it", row, Sampling(max_tokens=max_tokens or manifest.generation.max_tokens)) for row in rows]
 
 
 if __name__ == "__main__":

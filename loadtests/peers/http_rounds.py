@@ -61,11 +61,23 @@ class Endpoint:
     starter: str
     wattle_path: str
     parameters: dict[str, Any]
-    """For Wattle beside the text; LitServe's side has no others."""
+    """For Wattle beside the text; of these the other sides know ``max_tokens``."""
     answer: Callable[[Any], str]
     """What Wattle's body says."""
     sides: tuple[str, ...] = ("wattle", "litserve")
     """The servers that are asked."""
+    ending: str = ""
+    """What every text ends with."""
+
+    @property
+    def texts(self) -> list[str]:
+        """What all sides are given, one by one."""
+        return [text + self.ending for text in _SENTENCES.read_text(encoding="utf-8").splitlines()[:_MOST_BODIES]]
+
+    @property
+    def max_tokens(self) -> int:
+        """Of a text that is written; 0 is as many as the starter's manifest says."""
+        return int(self.parameters.get("max_tokens", 0))
 
 
 ENDPOINTS = (
@@ -79,6 +91,15 @@ ENDPOINTS = (
     ),
     Endpoint(
         "translation", "translate-en-de", "/v1/translate", {"beams": 1}, lambda body: str(body["results"][0]["text"])
+    ),
+    Endpoint(
+        "generation",
+        "generate-en",
+        "/v1/generate",
+        {"chat": False, "temperature": 0, "max_tokens": 32},
+        lambda body: str(body["results"][0]["text"]),
+        # Behind a whole sentence the starter mostly ends at once; behind this it writes 31 tokens of 32.
+        ending=" He said:",
     ),
 )
 
@@ -256,7 +277,7 @@ def _start(root: Path, side: str, endpoint: Endpoint, setting: Setting) -> Serve
         ]
         ledger = Path(tempfile.mkdtemp(dir=root)) / "ledger.sqlite"
         return Server(command, port, log, {"WATTLE_LEDGER": str(ledger), "WATTLE_LOG_LEVEL": "warning"})
-    numbers = [str(port), str(setting.workers), str(setting.threads), str(setting.batch)]
+    numbers = map(str, (port, setting.workers, setting.threads, setting.batch, endpoint.max_tokens))
     command = [str(python_of(root, "http")), "-m", f"loadtests.peers.{LITSERVE[side]}", str(starter), *numbers]
     return Server(command, port, log, {"OMP_NUM_THREADS": str(setting.threads), "TOKENIZERS_PARALLELISM": "false"})
 
@@ -281,7 +302,13 @@ def _sample(root: Path, server: Server, side: str, endpoint: Endpoint, clients: 
 
 
 def _engine_sample(root: Path, endpoint: Endpoint, clients: int, seconds: float) -> Record:
-    order = {"folder": str(_starter(endpoint)), "texts": _texts(), "clients": clients, "seconds": seconds}
+    order = {
+        "folder": str(_starter(endpoint)),
+        "texts": endpoint.texts,
+        "clients": clients,
+        "seconds": seconds,
+        "max_tokens": endpoint.max_tokens,
+    }
     watch, started_s = Watch(), time.monotonic()
     command = [str(python_of(root, "wattle")), "-m", "loadtests.peers.engine_loop", json.dumps(order)]
     before_s = _children_cpu_s()
@@ -309,16 +336,9 @@ def _starter(endpoint: Endpoint) -> Path:
     return ROOT / "models" / "starters" / endpoint.starter
 
 
-def _texts() -> list[str]:
-    return _SENTENCES.read_text(encoding="utf-8").splitlines()[:_MOST_BODIES]
-
-
 def _drive(root: Path, server: Server, side: str, endpoint: Endpoint, clients: int, seconds: float) -> dict[str, Any]:
-    texts = _texts()
-    if side == "wattle":
-        url, bodies = server.url + endpoint.wattle_path, [{"input": text, **endpoint.parameters} for text in texts]
-    else:
-        url, bodies = server.url + "/predict", [{"input": text} for text in texts]
+    path, parameters = (endpoint.wattle_path, endpoint.parameters) if side == "wattle" else ("/predict", {})
+    url, bodies = server.url + path, [{"input": text, **parameters} for text in endpoint.texts]
     order = {"url": url, "bodies": bodies, "clients": clients, "seconds": seconds}
     done = subprocess.run(
         [str(python_of(root, "http")), "-m", "loadtests.peers.http_client", json.dumps(order)],

@@ -1,9 +1,10 @@
 """LitServe serving one of the starters on ONNX Runtime. Runs in the environment `http`.
 
-    python -m loadtests.peers.litserve_server FOLDER PORT WORKERS THREADS BATCH
+    python -m loadtests.peers.litserve_server FOLDER PORT WORKERS THREADS BATCH MAX_TOKENS
 
 The same graphs, the same tokenizer and the same session options as the service's, batched as LitServe batches: what
-waits is computed together, and the next batch begins when all of it has ended. Knows the graphs' inputs as
+waits is computed together, and the next batch begins when all of it has ended. Texts are written greedily, with
+MAX_TOKENS at most, or where that is 0 with as many as the manifest says. Knows the graphs' inputs as
 ``models/graph.py`` states them, and nothing of the service.
 """
 
@@ -27,9 +28,9 @@ _KEYS = 16
 class Starter(litserve.LitAPI):  # type: ignore[misc]
     """One of the starters."""
 
-    def __init__(self, folder: Path, threads: int, batch: int) -> None:
+    def __init__(self, folder: Path, threads: int, batch: int, max_tokens: int) -> None:
         super().__init__(max_batch_size=batch, batch_timeout=_BATCH_WAIT_S)
-        self._folder, self._threads = folder, threads
+        self._folder, self._threads, self._max_tokens = folder, threads, max_tokens
 
     def setup(self, device: str) -> None:
         """Load everything, in the worker's process."""
@@ -38,7 +39,7 @@ class Starter(litserve.LitAPI):  # type: ignore[misc]
         self._tokenizer.no_padding()
         self._tokenizer.enable_truncation(self._manifest["max_input_tokens"])
         self._pad = self._manifest["special_ids"]["pad"]
-        self._writes = self._manifest["tasks"] == ["translate"]
+        self._max_tokens = self._max_tokens or (self._manifest["generation"] or {}).get("max_tokens", 0)
         self._open()
 
     def decode_request(self, request: dict[str, Any]) -> str:
@@ -53,8 +54,8 @@ class Starter(litserve.LitAPI):  # type: ignore[misc]
         """Labels or texts, one for each row."""
         if isinstance(rows, str):  # LitServe hands over the text itself where it does not batch
             return self.predict(self.batch([rows]))[0]  # type: ignore[no-any-return]
-        if self._writes:
-            return self._tokenizer.decode_batch(self._translate(rows))
+        if "decoder" in self._sessions:
+            return self._tokenizer.decode_batch(self._write(rows))
         return [self._manifest["labels"][place] for place in self._logits(rows).argmax(-1)]
 
     def unbatch(self, output: list[Any]) -> list[Any]:
@@ -67,8 +68,8 @@ class Starter(litserve.LitAPI):  # type: ignore[misc]
 
     def _open(self) -> None:
         """Load what computes."""
-        names = ("encoder", "decoder") if self._writes else ("model",)
-        self._sessions = {name: _session(self._folder / f"{name}.onnx", self._threads) for name in names}
+        paths = (self._folder / f"{name}.onnx" for name in ("model", "encoder", "decoder"))
+        self._sessions = {path.stem: _session(path, self._threads) for path in paths if path.exists()}
 
     def _logits(self, rows: Sequence[Sequence[int]]) -> NDArray[np.float32]:
         """Of the labels, ``(rows, labels)``."""
@@ -91,47 +92,52 @@ class Starter(litserve.LitAPI):  # type: ignore[misc]
             ids[number, : len(row)] = row
         return ids, np.array([len(row) for row in rows])
 
-    def _translate(self, rows: Sequence[Sequence[int]]) -> list[list[int]]:
-        """Greedy; the keys and values are updated in place."""
+    def _write(self, rows: Sequence[Sequence[int]]) -> list[list[int]]:
+        """Texts over or behind ``rows``; the keys and values are updated in place."""
         special, config = self._manifest["special_ids"], self._manifest["config"]
-        limit = self._manifest["generation"]["max_tokens"]
-        count, capacity = len(rows), -(-(limit + 1) // _KEYS) * _KEYS
-        feeds: dict[str, NDArray[Any]] = {
-            "input_ids": np.full((count, 1), special["bos"], np.int64),
-            "positions": np.zeros(count, np.int64),
-            "lengths": np.ones(count, np.int64),
-            "source_lengths": np.array([len(row) for row in rows]),
-        }
-        crosses = self._encode("encoder", rows)
-        feeds |= crosses
-        session = self._sessions["decoder"]
-        logits = np.empty((count, config["vocab_size"]), np.float32)
-        binding = session.io_binding()
-        for name, array in feeds.items():
-            binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
-        shape = (count, config["n_heads"], capacity, config["d_model"] // config["n_heads"])
+        count = len(rows)
+        fixed: dict[str, NDArray[Any]] = {}
+        if "encoder" in self._sessions:
+            fixed = {**self._encode("encoder", rows), "source_lengths": np.array([len(row) for row in rows])}
+            ids, lengths = np.full((count, 1), special["bos"], np.int64), np.ones(count, np.int64)
+        else:
+            ids, lengths = self._padded(rows)
+        heads, size = config["n_kv_heads"] or config["n_heads"], config["d_model"] // config["n_heads"]
+        shape = (count, heads, -(-(ids.shape[1] + self._max_tokens) // _KEYS) * _KEYS, size)
         # What is bound must be kept: ONNX Runtime holds no reference to the memory.
-        memory = {
-            f"{kind}_{i}": np.zeros(shape, np.float32) for i in range(config["n_decoder_layers"]) for kind in "kv"
-        }
-        for name, array in memory.items():
-            buffer = ort.OrtValue.ortvalue_from_numpy(array)
-            binding.bind_ortvalue_input(name, buffer)
-            binding.bind_ortvalue_output(f"new_{name}", buffer)
-        binding.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(logits))
+        names = [f"{kind}_{i}" for i in range(config["n_decoder_layers"]) for kind in "kv"]
+        memory = {name: ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.float32)) for name in names}
+        logits, positions = np.empty((count, config["vocab_size"]), np.float32), np.zeros(count, np.int64)
+
+        def bound(ids: NDArray[np.int64], lengths: NDArray[np.int64]) -> ort.IOBinding:
+            binding = self._sessions["decoder"].io_binding()
+            inputs = {"input_ids": ids, "lengths": lengths, "positions": positions, **fixed}
+            for name, array in inputs.items():
+                binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
+            for name, buffer in memory.items():
+                binding.bind_ortvalue_input(name, buffer)
+                binding.bind_ortvalue_output(f"new_{name}", buffer)
+            binding.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(logits))
+            return binding
+
+        self._sessions["decoder"].run_with_iobinding(bound(ids, lengths))
+        positions += lengths
+        next_ids, ones = np.empty((count, 1), np.int64), np.ones(count, np.int64)
+        step = bound(next_ids, ones)
         texts: list[list[int]] = [[] for _ in rows]
         writing = set(range(count))
-        while writing:
-            session.run_with_iobinding(binding)
+        while True:
             tokens = logits.argmax(-1)
-            feeds["input_ids"][:, 0] = tokens
-            feeds["positions"] += 1
             for row in list(writing):
                 if tokens[row] != special["eos"]:
                     texts[row].append(int(tokens[row]))
-                if tokens[row] == special["eos"] or len(texts[row]) == limit:
+                if tokens[row] == special["eos"] or len(texts[row]) == self._max_tokens:
                     writing.remove(row)
-        return texts
+            if not writing:
+                return texts
+            next_ids[:, 0] = tokens
+            self._sessions["decoder"].run_with_iobinding(step)
+            positions += 1
 
 
 def _session(path: Path, threads: int) -> ort.InferenceSession:
@@ -150,10 +156,11 @@ def _session(path: Path, threads: int) -> ort.InferenceSession:
 
 def main(kind: type[Starter] = Starter) -> None:
     """Serve until a signal comes."""
-    folder, port, workers, threads, batch = sys.argv[1:]
-    api = kind(Path(folder), int(threads), int(batch))
-    server = litserve.LitServer(api, accelerator="cpu", workers_per_device=int(workers), timeout=120)
-    server.run(host="127.0.0.1", port=int(port), generate_client_file=False, log_level="warning")
+    folder, *numbers = sys.argv[1:]
+    port, workers, threads, batch, max_tokens = map(int, numbers)
+    api = kind(Path(folder), threads, batch, max_tokens)
+    server = litserve.LitServer(api, accelerator="cpu", workers_per_device=workers, timeout=120)
+    server.run(host="127.0.0.1", port=port, generate_client_file=False, log_level="warning")
 
 
 if __name__ == "__main__":

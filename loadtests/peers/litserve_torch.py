@@ -1,7 +1,7 @@
 """LitServe serving a starter that classifies on PyTorch in float32, as most who use LitServe would. Runs in the
 environment `http`.
 
-    python -m loadtests.peers.litserve_torch FOLDER PORT WORKERS THREADS BATCH
+    python -m loadtests.peers.litserve_torch FOLDER PORT WORKERS THREADS BATCH MAX_TOKENS
 
 The same weights, as what their codes stand for, in the module that trained them; batched as in `litserve_server`.
 """

@@ -188,7 +188,8 @@ Clients in a closed loop, on the same cores as the server, each with a connectio
 for each number of clients: workers x threads, and how many texts it computes together; for sentiment also the same
 weights in PyTorch, float32. Wattle runs as `make serve` starts it, bills and all, with
 `--max-concurrent-requests 64`. The engine alone gets the same texts as token ids, as many at once as there are
-clients, without HTTP. Translation is greedy.
+clients, without HTTP. Translation is greedy, and so is generation, which writes at most 32 tokens behind each text and
+"He said:".
 """
     ]
     for endpoint in dict.fromkeys(sample["endpoint"] for sample in samples):
