@@ -73,7 +73,7 @@ def picture(series: Sequence[Series], x_title: str, y_title: str, y_from_zero: b
     parts += [_y_tick(place(0, tick)[1], tick) for tick in y_ticks]
     for each in series:
         places = [place(*point) for point in each.points]
-        if each.line:
+        if each.line and len(places) > 1:
             path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
             parts.append(f'<polyline class="{each.css}" points="{path}"/>')
             continue

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from models.manifest import Load, Manifest, Stage
+from training.report import figure
 
 
 def described(load: Load) -> str:
@@ -101,11 +102,11 @@ def write_card(folder: Path, manifest: Manifest) -> None:
     if energy is not None:
         lines += ["", "## Energy of training", ""]
         if energy.joules is None:
-            lines.append(f"Unavailable: no meter and no estimate; the run took {energy.seconds / 60:.0f} minutes.")
+            lines.append(f"Unavailable: no meter and no estimate; the run took {figure(energy.seconds / 60)} minutes.")
         else:
             lines.append(
-                f"{energy.joules / 1000:,.0f} kJ ({energy.quality}, the machine's idle power included), "
-                f"{energy.gco2e:.1f} gCO2e at the world's average grid, {energy.seconds / 60:.0f} minutes."
+                f"{figure(energy.joules / 1000)} kJ ({energy.quality}, the machine's idle power included), "
+                f"{figure(energy.gco2e)} gCO2e at the world's average grid, {figure(energy.seconds / 60)} minutes."
             )
     (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
@@ -121,13 +122,13 @@ def _lineage(stages: Sequence[Stage]) -> list[str]:
     for stage in stages:
         teacher = stage.teacher or "none"
         if stage.teacher_joules is not None:
-            teacher += f" ({stage.teacher_joules / 1000:,.1f} kJ for its targets)"
+            teacher += f" ({figure(stage.teacher_joules / 1000)} kJ for its targets)"
         loss = "unknown" if stage.loss is None else f"{stage.loss:.3f}"
-        cost = "unavailable" if stage.joules is None else f"{stage.joules / 1000:,.1f} ({stage.quality})"
-        grams = "unavailable" if stage.gco2e is None else f"{stage.gco2e:.1f}"
+        cost = "unavailable" if stage.joules is None else f"{figure(stage.joules / 1000)} ({stage.quality})"
+        grams = "unavailable" if stage.gco2e is None else figure(stage.gco2e)
         lines.append(
             f"| {stage.name} | {stage.kind} | {stage.parent or 'random weights'} | {teacher} | "
             f"{', '.join(stage.data)} | {stage.parameters:,} | {stage.steps:,} | {stage.tokens:,} | {loss} | "
-            f"{stage.elapsed_s / 60:.0f} | {cost} | {grams} | {stage.device} |"
+            f"{figure(stage.elapsed_s / 60)} | {cost} | {grams} | {stage.device} |"
         )
     return lines

@@ -75,7 +75,7 @@ def load_checkpoint(
 ) -> tuple[int, Progress]:
     """Put ``run``'s checkpoint into what is given; the run's length in steps and how far it is.
 
-    ``same`` is what must be as it was, by name: files and their hashes. Raises ``TrainingError`` for a checkpoint of
+    ``same`` is what must be as it was, by name, with its hash. Raises ``TrainingError`` for a checkpoint of
     another model, or made with other files.
     """
     path = run / CHECKPOINT
@@ -84,8 +84,7 @@ def load_checkpoint(
         for name, mark in (same or {}).items():
             if state.get("same", {}).get(name, mark) != mark:
                 raise TrainingError(
-                    f"{run / name}: not the one that {path} was trained with; put that back, "
-                    "or delete the run's folder to begin anew"
+                    f"{name}: not what {path} was trained with; put that back, or delete {run} to begin anew"
                 )
         _restore(model, state["model"])
         for optimiser, saved in zip(optimisers or (), state["optimisers"], strict=optimisers is not None):

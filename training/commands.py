@@ -20,7 +20,6 @@ from training.evaluate import Evaluation, evaluate, fit_confidence
 from training.export import export
 from training.few_shot import load_study, run_study, table
 from training.frontier import frontiers, verdict, write_frontiers
-from training.importing import import_model
 from training.knowledge import NEUTRAL, Ask
 from training.parents import find_folder, read_model_manifest, run_recipe
 from training.plan import PROPORTIONS, Budget, as_text, make_plan, write_recipe
@@ -121,6 +120,8 @@ def _teacher(recipe: Recipe, part: DataRecipe, serve: Serve, settings: Settings)
 
 def run_import(source: str, settings: Settings) -> None:
     """Import a model of the transformers library."""
+    from training.importing import import_model  # transformers takes seconds, and no other command needs it
+
     manifest = import_model(
         source,
         settings.out,

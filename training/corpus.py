@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from training.errors import TrainingError
+from training.errors import TrainingError, writing
+from training.records import write_whole
 
 IDS, CORPUS = "ids.bin", "corpus.json"
 SHINGLE = 5
@@ -118,7 +119,7 @@ def find_unique(keys: NDArray[np.uint64], n_evaluated: int) -> tuple[NDArray[np.
 def unique_texts(sets: dict[str, Texts], evaluated: Iterable[str], run: Path) -> tuple[dict[str, Texts], Dropped]:
     """The sets without duplicates, of which the first is kept, and without texts like those to evaluate on."""
     path = run / "keys.bin.partial"
-    with path.open("wb") as file:
+    with writing(path), path.open("wb") as file:
         n_evaluated = _write_keys(evaluated, file.write)
         lengths = [
             _write_keys(tqdm(texts(), desc=f"comparing {title}", unit="row", mininterval=1.0), file.write)
@@ -161,7 +162,7 @@ def write_corpus(sets: dict[str, Texts], tokenizer: Tokenizer, end: int, run: Pa
     partial = run / f"{IDS}.partial"
     tokens: dict[str, int] = {}
     rows: dict[str, int] = {}
-    with partial.open("wb") as file:
+    with writing(partial), partial.open("wb") as file:
         for title, texts in sets.items():
             tokens[title] = rows[title] = 0
             bar = iter(tqdm(texts(), desc=f"tokenising {title}", unit="row", mininterval=1.0))
@@ -171,7 +172,7 @@ def write_corpus(sets: dict[str, Texts], tokenizer: Tokenizer, end: int, run: Pa
                     tokens[title] += len(encoding.ids) + 1
                 rows[title] += len(block)
     partial.replace(run / IDS)
-    (run / CORPUS).write_text(json.dumps({"made_from": made_from, "tokens": tokens, "rows": rows}), encoding="utf-8")
+    write_whole(run / CORPUS, json.dumps({"made_from": made_from, "tokens": tokens, "rows": rows}))
     return open_corpus(run, made_from)
 
 

@@ -106,8 +106,10 @@ def _checked(field: str, value: Any) -> Any:
     """The value of a field as tasks read it. Raises ``ValueError``."""
     if field == "answers":
         return _answers(value)
-    if field == "label" and isinstance(value, int):
-        return str(value)
+    if field == "label" and isinstance(value, int | float):
+        return (
+            f"{value:g}" if isinstance(value, float) else str(value)
+        )  # tables with gaps make floats of whole numbers
     if not isinstance(value, str):
         raise ValueError(f"{field!r} is {json.dumps(value, default=str)[:40]}, not a text")
     return value

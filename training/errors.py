@@ -1,5 +1,21 @@
 """The errors of training that a person can mend; the command line prints their message and nothing else."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 
 class TrainingError(Exception):
     """A recipe, data set or run that cannot go on; the message says what to do."""
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Have what cannot be written to ``path`` within the context, a full disk for instance, said of it.
+
+    Raises ``TrainingError``.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise TrainingError(f"{path}: cannot be written: {error}") from error

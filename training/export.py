@@ -32,7 +32,7 @@ from models.manifest import (
 from models.transformer import Transformer
 from training.activations import fixed_peaks
 from training.card import write_card
-from training.errors import TrainingError
+from training.errors import TrainingError, writing
 from training.graphs import Graphs
 from training.recipe import Recipe, Storage
 from training.records import gco2e
@@ -99,28 +99,29 @@ def write_model(model: Finished, how: Storage, describe: Callable[[Quantisation]
     the model's tolerance.
     """
     config, name = model.config, model.name
-    out.mkdir(parents=True, exist_ok=True)
-    # Beside its place, so that the last step is a rename; a server passes over names with a dot.
-    with (
-        tempfile.TemporaryDirectory(dir=out, prefix=f".{name}-") as scratch,
-        tqdm(total=2, desc=f"exporting {name}", unit="stage", delay=1.0) as bar,
-    ):
-        folder = Path(scratch) / name
-        folder.mkdir()
-        write_graphs(folder, config, model.weights, "none")
-        found = compare(Graphs(folder, config).logits(model.batch), model.reference)
-        if not found.max_error <= model.tolerance:
-            raise TrainingError(f"{name}: the float32 graph differs from PyTorch by {found.max_error:.2g}")
-        bar.update()
-        stored = write_quantised(folder, model, how)
-        model.tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
-        manifest = describe(stored)
-        write_card(folder, manifest)
-        manifest = write_manifest(folder, manifest)
-        bar.update()
-        if (out / name).exists():
-            (out / name).rename(Path(scratch) / "replaced")
-        folder.rename(out / name)
+    with writing(out / name):
+        out.mkdir(parents=True, exist_ok=True)
+        # Beside its place, so that the last step is a rename; a server passes over names with a dot.
+        with (
+            tempfile.TemporaryDirectory(dir=out, prefix=f".{name}-") as scratch,
+            tqdm(total=2, desc=f"exporting {name}", unit="stage", delay=1.0) as bar,
+        ):
+            folder = Path(scratch) / name
+            folder.mkdir()
+            write_graphs(folder, config, model.weights, "none")
+            found = compare(Graphs(folder, config).logits(model.batch), model.reference)
+            if not found.max_error <= model.tolerance:
+                raise TrainingError(f"{name}: the float32 graph differs from PyTorch by {found.max_error:.2g}")
+            bar.update()
+            stored = write_quantised(folder, model, how)
+            (folder / "tokenizer.json").write_text(model.tokenizer.to_str(), encoding="utf-8")
+            manifest = describe(stored)
+            write_card(folder, manifest)
+            manifest = write_manifest(folder, manifest)
+            bar.update()
+            if (out / name).exists():
+                (out / name).rename(Path(scratch) / "replaced")
+            folder.rename(out / name)
     return manifest
 
 

@@ -80,18 +80,24 @@ def _table(path: Path, delimiter: str, quoting: int) -> Iterator[tuple[str, Row]
         quoting=quoting,  # type: ignore[arg-type]  # typeshed names the constants' values
         strict=True,
     )
+    begin = 1
     try:
         names = next(reader, [])
         if len(set(names)) < len(names):
             raise TrainingError(f"{path}, line 1: two columns have the same name; every column needs its own")
+        begin = reader.line_num + 1
         for cells in reader:
+            # A quoted cell may hold line breaks: a row is found where it begins.
+            place, begin = f"line {begin}", reader.line_num + 1
             if not cells:
                 continue
             if len(cells) != len(names):
-                raise TrainingError(f"{path}, line {reader.line_num}: {len(cells)} cells, but {len(names)} columns")
-            yield f"line {reader.line_num}", dict(zip(names, cells, strict=True))
+                raise TrainingError(f"{path}, {place}: {len(cells)} cells, but {len(names)} columns")
+            yield place, dict(zip(names, cells, strict=True))
     except csv.Error as error:
-        raise TrainingError(f"{path}, line {reader.line_num}: {error}") from error
+        raise TrainingError(
+            f"{path}, in the row that begins at line {begin}: {error}; is a quote not closed?"
+        ) from error
 
 
 def _parquet(path: Path) -> Iterator[tuple[str, Row]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from energy.charts import Series, picture, standalone
 from models.manifest import Load, Manifest, Score, Variant
 from training.card import described
-from training.errors import TrainingError
+from training.errors import TrainingError, writing
 
 HEADLINE = {
     "sentiment": "macro recall",
@@ -16,7 +16,8 @@ HEADLINE = {
     "summarize": "ROUGE-1",
     "generate": "bits per byte",
 }
-"""The metric of each task that is drawn, on the first set that it was measured on."""
+"""The metric of each task that is drawn, on the first set that it was measured on; where it was on none, of sentiment
+without neutral texts for instance, the first metric there is."""
 LOWER_IS_BETTER = ("bits per byte",)
 COMMAND = "wattle quantise MODEL ... --data DATA --limit ROWS --write && wattle frontier MODEL ..."
 
@@ -94,10 +95,10 @@ def _frontier(name: str, manifests: Sequence[Manifest]) -> Frontier:
                 f"{names} were measured {what}, so their figures do not compare: name them in one `wattle quantise`"
             )
     metric = HEADLINE[manifests[0].tasks[0]]
-    headline = next((score for score in variants[0].scores if score.metric == metric), None)
-    load = variants[0].load
-    if headline is None or load is None:
-        raise TrainingError(f"{manifests[0].name}: its variants have no score of {metric}")
+    scores, load = variants[0].scores, variants[0].load
+    if not scores or load is None:
+        raise TrainingError(f"{manifests[0].name}: its variants have no scores; {COMMAND} measures and draws")
+    headline = next((score for score in scores if score.metric == metric), scores[0])
     tell = len({variant.setting for variant in variants}) > 1
     return Frontier(
         name,
@@ -150,13 +151,11 @@ def write_frontiers(found: Sequence[Frontier], page: Path) -> list[Path]:
     Raises ``TrainingError`` where they cannot be written.
     """
     pictures = {f"images/frontier-{each.name}.svg": draw(each) for each in found}
-    try:
+    with writing(page):
         (page.parent / "images").mkdir(parents=True, exist_ok=True)
         for name, svg in pictures.items():
             (page.parent / name).write_text(svg, encoding="utf-8")
         page.write_text(as_markdown(found, list(pictures)), encoding="utf-8")
-    except OSError as error:
-        raise TrainingError(f"{page}: cannot be written: {error}") from error
     return [page, *(page.parent / name for name in pictures)]
 
 

@@ -69,7 +69,8 @@ def fit_model(
     if (run / CHECKPOINT).exists():
         _, progress = load_checkpoint(run, model, optimisers, scaler, same)
         if layout.is_first:
-            print(f"{run.name}: resumes at step {progress.step} of {steps}")
+            how = "nothing is left to train, at" if progress.step >= steps else "resumes at"
+            print(f"{run.name}: {how} step {progress.step} of {steps}")
     if progress.step < steps:
         progress.device = layout.name
     meters = HostMeters(layout)
@@ -92,7 +93,10 @@ def fit_model(
             own_loss = _backward(module, fit, step, layout, scaler, late)
             now = time.monotonic()
             last = progress.step + 1 == steps
-            due = (last or now - logged > fit.log_every_s, last or now - saved > fit.checkpoint_every_s)
+            due = (
+                last or not progress.step or now - logged > fit.log_every_s,
+                last or now - saved > fit.checkpoint_every_s,
+            )
             # The first process's clock decides for all.
             told = [float(each and layout.is_first) for each in due]
             loss, tokens, log_due, save_due = total(layout, [own_loss, step.tokens, *told])

@@ -11,7 +11,7 @@ import tomli_w
 from models.config import TransformerConfig
 from models.manifest import ArtefactError, Manifest, Stage, Task, read_manifest
 from training.budget import count_parameters, fitting
-from training.errors import TrainingError
+from training.errors import TrainingError, writing
 from training.flops import TextSize, forward_flops, training_flops
 from training.pace import Speed, Texts, measure, read_texts
 from training.recipe import BudgetRecipe, Precision, Recipe
@@ -212,10 +212,8 @@ def planned(base: Recipe, config: TransformerConfig, precision: Precision, epoch
 def write_recipe(recipe: Recipe, path: Path) -> None:
     """Write a recipe as `wattle train` reads it. Raises ``TrainingError``."""
     document = recipe.model_dump(mode="json", exclude_none=True, exclude_defaults=True)
-    try:
+    with writing(path):
         path.write_text(tomli_w.dumps(document), encoding="utf-8")
-    except OSError as error:
-        raise TrainingError(f"{path}: cannot be written: {error}") from error
 
 
 def as_text(plan: Plan, budget: Budget) -> str:

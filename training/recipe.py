@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from models.config import TransformerConfig
 from models.graph import Bits, Scheme, check_bits
-from models.manifest import GenerationDefaults, Task
+from models.manifest import NAME_PATTERN, GenerationDefaults, Task
 from training.errors import TrainingError
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -28,6 +28,8 @@ _FOR: dict[Task, tuple[str, str]] = {
     "generate": ("decoder", "lm"),
 }
 """The architecture and the head that each task trains."""
+SENTIMENTS = {"negative", "neutral", "positive"}
+"""The labels that the service answers with."""
 HUB = "hub:"
 """Begins the path of a data set of the Hugging Face Hub."""
 
@@ -288,8 +290,8 @@ class EvaluateRecipe(SetRecipe):
 class Recipe(_Part):
     """One model, from its data to its folder."""
 
-    name: str
-    """Of the run and of the exported model."""
+    name: str = Field(pattern=NAME_PATTERN)
+    """Of the run and of the exported model: small letters, digits, dots and dashes."""
     task: Task | Literal["pretrain"]
     """What the model does, or ``pretrain``."""
     objective: Objective | None = None
@@ -298,7 +300,7 @@ class Recipe(_Part):
     """Of the exported model."""
     description: str
     """One sentence for the model card."""
-    languages: tuple[str, ...]
+    languages: tuple[str, ...] = Field(min_length=1)
     """Codes of the languages; of a translator, source and target."""
     licence: str
     """Licence of the exported weights."""
@@ -356,6 +358,29 @@ class Recipe(_Part):
             raise ValueError("distil: goes with a single task")
         if self.task != "pretrain" and not self.export.max_input_tokens:
             raise ValueError("export.max_input_tokens: Field required")
+        return self
+
+    @model_validator(mode="after")
+    def _servable(self) -> Self:
+        # What the service would refuse is said before the training, not after it.
+        export, most = self.export, self.model.max_positions
+        if self.task == "sentiment" and set(self.labels) != SENTIMENTS:
+            raise ValueError(
+                f"labels: the service takes {', '.join(sorted(SENTIMENTS))}, in any order; `labels` of [[data]] "
+                "renames a set's, and other classes are for POST /v1/classifiers"
+            )
+        if self.task == "translate" and len(self.languages) != 2:
+            raise ValueError("languages: of a translator, the source and the target")
+        if self.task in ("translate", "summarize", "generate") and (
+            export.generation is None or export.max_output_tokens < export.generation.max_tokens
+        ):
+            raise ValueError(
+                "export.max_output_tokens: at least the max_tokens of [export.generation], which it needs"
+            )
+        # What continues its input needs a position to write in.
+        room = most - 2 if self.model.architecture in ("decoder", "prefix-lm") else most
+        if self.task != "pretrain" and export.max_input_tokens > room:
+            raise ValueError(f"export.max_input_tokens: at most {room}, for model.max_positions is {most}")
         return self
 
     @model_validator(mode="after")
@@ -434,6 +459,8 @@ def load_recipe(name_or_path: str) -> Recipe:
     path = Path(name_or_path)
     if path.suffix != ".toml":
         path = RECIPES / f"{name_or_path}.toml"
+    elif not path.exists():
+        raise TrainingError(f"{path}: no such recipe")
     try:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

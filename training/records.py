@@ -16,7 +16,7 @@ from energy.meters.base import Meter
 from energy.requests import weakest
 from energy.types import Quality
 from models.manifest import Stage
-from training.errors import TrainingError
+from training.errors import TrainingError, writing
 
 LOG = "log.jsonl"
 """One object per interval, appended while the run goes on."""
@@ -106,11 +106,8 @@ class Recorder:
         self._line = replace(progress)
 
     def _append(self, line: dict[str, Any]) -> None:
-        try:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-        except OSError as error:
-            raise TrainingError(f"{self._path}: the log cannot be written: {error}") from error
+        with writing(self._path), self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
 
 
 def read_log(run: Path) -> list[dict[str, Any]]:
@@ -156,11 +153,9 @@ def gco2e(joules: float | None) -> float | None:
 def write_whole(path: Path, text: str) -> None:
     """Write a file whole or not at all. Raises ``TrainingError``."""
     partial = path.with_name(f"{path.name}.partial")
-    try:
+    with writing(path):
         with partial.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
-    except OSError as error:
-        raise TrainingError(f"{path}: cannot be written: {error}") from error

@@ -12,7 +12,7 @@ from energy.requests import weakest
 from energy.sheet import Line, Table, render
 from energy.types import Quality
 from models.manifest import ArtefactError, Manifest, Stage, Variant, read_manifest
-from training.errors import TrainingError
+from training.errors import TrainingError, writing
 from training.records import LOG, read_lineage, read_log
 
 LIMITS = (
@@ -295,7 +295,5 @@ def _sum(values: Sequence[float | None]) -> float | None:
 
 def write_report(runs: Sequence[Run], models: Mapping[str, Manifest], page: Path) -> None:
     """Write the page. Raises ``TrainingError`` where it cannot be written."""
-    try:
+    with writing(page):
         page.write_text(as_html(runs, models), encoding="utf-8")
-    except OSError as error:
-        raise TrainingError(f"{page}: cannot be written: {error}") from error

@@ -6,8 +6,9 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from training.checkpoint import CHECKPOINT, load_checkpoint
 from training.data import batches_by_tokens, mixed, read_set, take_share
 from training.distil import with_teacher
 from training.distributed import Execution, Layout, in_turn
-from training.errors import TrainingError
+from training.errors import TrainingError, writing
 from training.fake_quantise import FakeQuantised
 from training.formats import Row
 from training.loop import Work, fit_model
@@ -41,6 +42,8 @@ TOKENIZER = "tokenizer.json"
 KEPT = "kept_ids.npy"
 ROWS = "rows.json"
 PARENT = "parent.json"
+_AFTERWARDS = ("revision", "description", "licence", "evaluate", "export", "fit.checkpoint_every_s", "fit.log_every_s")
+"""Fields of a recipe that say nothing of what is learned."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,8 @@ class _Samples:
     """Of an epoch, as numbers of samples."""
     samples: Sequence[Sample]
     """By number."""
+    mark: str
+    """Tells them apart from those of other data."""
 
 
 def train(recipe: Recipe, data: Path, runs: Path, execution: Execution | None = None) -> Trained:
@@ -88,7 +93,8 @@ def train(recipe: Recipe, data: Path, runs: Path, execution: Execution | None = 
             "distil.kinds: relations are read inside of layers, where compile hides them; do without it"
         )
     run = runs / recipe.name
-    run.mkdir(parents=True, exist_ok=True)
+    with writing(run):
+        run.mkdir(parents=True, exist_ok=True)
     fresh = not (run / CHECKPOINT).exists()
     parent = load_parent(recipe.init.source, runs) if recipe.init is not None and fresh else None
     teacher = None if recipe.distil is None else load_parent(recipe.distil.teacher, runs)
@@ -104,13 +110,16 @@ def train(recipe: Recipe, data: Path, runs: Path, execution: Execution | None = 
     if layout.is_first:
         print(f"{recipe.name}: {model.n_parameters / 1e6:.1f} M parameters, {samples.per_epoch:,} samples an epoch, "
               f"on {layout.name}, {torch.get_num_threads()} threads")  # fmt: skip
+        if changed := _changed(recipe, run):
+            print(f"{recipe.name}: its recipe has changed since the run began ({', '.join(changed)}); what was "
+                  f"trained before is not undone: delete {run} to begin anew")  # fmt: skip
         write_whole(run / ROWS, json.dumps(samples.rows))
     work = replace(
         work_on(learned, samples.samples, samples.batches),
         describe=lambda sample: repr(tokenizer.decode(sample.ids[:24])),
         late=partial(FakeQuantised, model, recipe.export),
     )
-    same = {TOKENIZER: hashlib.sha256((run / TOKENIZER).read_bytes()).hexdigest()}
+    same = {TOKENIZER: hashlib.sha256((run / TOKENIZER).read_bytes()).hexdigest(), "data": samples.mark}
     progress = fit_model(model, recipe.fit, work, run, execution, same)
     if layout.is_first:
         write_stage(run, _stage(recipe, run, model, progress, _teacher_joules(recipe, data)))
@@ -125,7 +134,8 @@ def _prepare(
     if recipe.objective is not None:
         with in_turn(layout):
             tokenizer, objective, blocks, rows_seen = prepare(recipe, data, run, make_tokenizer)
-        return objective, tokenizer, _Samples(rows_seen, blocks.per_epoch, blocks.batches, blocks)
+        # The corpus knows itself what it was made from.
+        return objective, tokenizer, _Samples(rows_seen, blocks.per_epoch, blocks.batches, blocks, mark="")
     recipes = recipes_of(recipe)
     rows = [load_rows(each, data) for each in recipes]
     with in_turn(layout):
@@ -155,6 +165,21 @@ def _remember(recipe: Recipe, run: Path, parent: ParentModel | None, teacher: Pa
     if parent is not None:
         write_ancestors(run, parent.lineage)
     write_whole(run / RECIPE, recipe.model_dump_json(indent=1))
+
+
+def _changed(recipe: Recipe, run: Path) -> list[str]:
+    """Fields of the recipe on which training depends, and which are not as they were when ``run`` began."""
+    if not (run / RECIPE).exists():
+        return []  # it began before runs kept their recipes
+    then, now = _of_learning((run / RECIPE).read_text(encoding="utf-8")), _of_learning(recipe.model_dump_json())
+    return [name for name in now if then.get(name) != now[name]]
+
+
+def _of_learning(recipe: str) -> dict[str, Any]:
+    """The fields of a recipe in JSON that say what is learned, those of the loop one by one."""
+    fields = json.loads(recipe)
+    fields |= {f"fit.{name}": value for name, value in fields.pop("fit").items()}
+    return {name: value for name, value in fields.items() if name not in _AFTERWARDS}
 
 
 def _teachers(recipe: Recipe) -> list[str]:
@@ -321,10 +346,9 @@ def _tokenizer(recipe: Recipe, run: Path, parent: ParentModel | None, texts: Ite
     if not path.exists():
         tokenizer, kept = learn_tokenizer(recipe, texts, parent)
         if kept is not None:
-            np.save(run / KEPT, kept)
-        partial = path.with_name(f"{TOKENIZER}.partial")
-        tokenizer.save(str(partial))
-        partial.replace(path)
+            with writing(run / KEPT):
+                np.save(run / KEPT, kept)
+        write_whole(path, tokenizer.to_str(pretty=True))
     return Tokenizer.from_file(str(path))
 
 
@@ -396,4 +420,6 @@ def _joined(recipe: Recipe, tasks: Sequence[list[Sample]], rows: dict[str, int])
         firsts = [sum(map(len, lengths[:number])) for number in range(len(lengths))]
         return joined_batches(each, firsts, recipe.mix.temperature, fit.seed, epoch)
 
-    return _Samples(rows, len(every), batches, every)
+    numbers = chain.from_iterable((len(s.ids), *s.ids, *(s.target or ()), *(s.labels or ())) for s in every)
+    mark = hashlib.sha256(np.fromiter(numbers, dtype=np.int32).tobytes()).hexdigest()
+    return _Samples(rows, len(every), batches, every, mark)

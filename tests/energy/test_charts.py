@@ -34,6 +34,11 @@ def test_points_and_lines_stay_in_the_frame() -> None:
     assert svg.count("<polyline") == 1 and "legend" in svg
 
 
+def test_a_line_of_a_single_point_is_seen_as_a_point() -> None:
+    svg = picture([Series("a", [(1.0, 2.0)], "a", line=True)], "x", "y")
+    assert "<circle" in svg and "<polyline" not in svg
+
+
 def test_names_beside_points_neither_overlap_nor_leave_the_frame() -> None:
     points = [(1.0, 70.0), (1.0, 70.0), (1.01, 69.99), (4.0, 70.1)]
     labels = ["a model, int8", "a model, int8 blocks", "a model, int4", "a model, float32"]

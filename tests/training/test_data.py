@@ -95,6 +95,11 @@ def test_every_format_reads_alike(tmp_path, name):
     assert found == [{**rows[0], "label": "positive"}, {**rows[1], "label": "negative"}]
 
 
+def test_labels_may_be_numbers_as_tables_with_gaps_have_them(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a", "label": 5}\n{"text": "b", "label": 5.0}\n')
+    assert [row["label"] for row in read_rows(tmp_path / "a.jsonl", LABELLED)] == ["5", "5"]
+
+
 def test_columns_are_renamed_and_may_change_places(tmp_path):
     write_table(tmp_path / "own.csv", [("review", "text"), ("good", "positive")])
     part = SetRecipe(path="own.csv", split="train", columns={"text": "review", "label": "text"})
@@ -133,7 +138,7 @@ def test_a_row_has_one_of_the_sets_of_fields(tmp_path):
         ("a.csv", b"text\n", "holds no rows"),
         ("a.csv", b"text,text\na,b\n", "line 1: two columns have the same name"),
         ("a.csv", b"text,label\na,b\nc\n", "line 3: 1 cells, but 2 columns"),
-        ("a.csv", b'text\n"a\nb"\n"c\n', "line 4: unexpected end of data"),
+        ("a.csv", b'text,label\n"a\nb",c\n"d,e\nf,g\n', "begins at line 4: unexpected end .*; is a quote not closed"),
         ("a.csv", b"text\ngut\nsch\xf6n\n", "line 3: byte 0xf6 is not UTF-8"),
         ("a.jsonl", b"\xff\xfe{\x00", "line 1: byte 0xff is not UTF-8"),
         ("a.tsv", b"title\tbody\na\tb\n", "line 2: no field 'text'; it has title, body"),

@@ -169,9 +169,11 @@ def test_what_does_not_compare_is_refused(changed, said):
         frontiers([TEACHER, changed])
 
 
-def test_a_metric_that_nobody_measured_is_missed():
-    with pytest.raises(TrainingError, match="no score of macro recall"):
-        frontiers([manifest("new", variant("rowwise", 8, 66.0, 0.1, metric="accuracy"))])
+def test_a_set_of_one_s_own_is_drawn_by_the_metric_that_it_has():
+    (found,) = frontiers([manifest("new", variant("rowwise", 8, 66.0, 0.1, metric="accuracy"))])
+    assert found.headline.metric == "accuracy"
+    with pytest.raises(TrainingError, match="new: its variants have no scores"):
+        frontiers([manifest("new", variant("rowwise", 8, 66.0, 0.1).model_copy(update={"scores": ()}))])
 
 
 def test_a_page_that_cannot_be_written_is_said(tmp_path):

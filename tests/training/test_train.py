@@ -1,5 +1,6 @@
 """Every kind of model: trained on a few rows, exported, compared; and what can go wrong on the way."""
 
+import errno
 import json
 
 import numpy as np
@@ -110,9 +111,9 @@ def test_a_trunk_that_is_not_there_or_does_not_fit_is_said(data, tmp_path, trunk
 
 
 def test_a_label_that_is_unknown_is_said(data, tmp_path, trunk_package):
-    recipe = recipes.sentiment(labels=["negative", "positive", "other"])
-    with pytest.raises(TrainingError, match="label 'neutral' is none of negative, positive, other"):
-        train(recipe, data, tmp_path)
+    part = {"path": "sentiment/days", "licence": "CC0", "where": "here", "labels": {"neutral": "middling"}}
+    with pytest.raises(TrainingError, match="line 3: label 'middling' is none of negative, neutral, positive; map it"):
+        train(recipes.sentiment(data=[part]), data, tmp_path)
 
 
 def test_labels_can_be_renamed(data):
@@ -169,6 +170,10 @@ def test_a_recipe_trains_what_the_reference_computes():
         (recipes.translate, "tokenizer", {"kind": "trunk"}, r"'trunk' goes with \[trunk\]"),
         (recipes.translate, "fit", {"epochs": 0}, "greater than 0"),
         (recipes.translate, "fit", {"dropout": 1}, "less than 1"),
+        (recipes.translate, "export", {"max_output_tokens": 11}, "at least the max_tokens of"),
+        (recipes.translate, "export", {"generation": None}, "max_output_tokens: at least"),
+        (recipes.generate, "export", {"max_input_tokens": 127}, "max_input_tokens: at most 126"),
+        (recipes.answer, "export", {"max_input_tokens": 65}, "max_input_tokens: at most 64"),
     ],
 )
 def test_a_recipe_that_contradicts_itself_is_refused(make, part, changes, said):
@@ -176,6 +181,20 @@ def test_a_recipe_that_contradicts_itself_is_refused(make, part, changes, said):
     document[part] |= changes
     with pytest.raises(ValueError, match=said):
         Recipe.model_validate(document)
+
+
+@pytest.mark.parametrize(
+    ("make", "changes", "said"),
+    [
+        (recipes.translate, {"name": "My model"}, "name\n"),
+        (recipes.translate, {"languages": ["de"]}, "the source and the target"),
+        (recipes.answer, {"languages": []}, "languages\n"),
+        (recipes.sentiment, {"labels": ["bad", "good", "neutral"]}, "the service takes negative, neutral, positive"),
+    ],
+)
+def test_what_the_service_would_refuse_is_refused_before_the_training(make, changes, said):
+    with pytest.raises(ValueError, match=said):
+        make(**changes)
 
 
 def test_shipped_recipes_are_valid():
@@ -269,8 +288,45 @@ def test_what_stops_a_run_is_one_line_and_loses_nothing(data, tmp_path, monkeypa
         file.write("\n")
     status, said = train_by_command(recipe)
     assert status == 1
-    assert "tokenizer.json: not the one that" in said
+    assert "tokenizer.json: not what" in said
     assert (run / CHECKPOINT).read_bytes() == kept
+
+
+def test_other_data_and_another_recipe_are_told_from_those_that_a_run_began_with(data, tmp_path, capsys):
+    recipe = recipes.translate()
+    train(recipe, data, tmp_path)
+    capsys.readouterr()
+    other = recipe.model_copy(
+        update={"fit": recipe.fit.model_copy(update={"learning_rate": 1e-3, "log_every_s": 1.0}), "revision": "2"}
+    )
+    train(other, data, tmp_path)
+    said = capsys.readouterr().out
+    assert "its recipe has changed since the run began (fit.learning_rate);" in said
+    assert "nothing is left to train, at step" in said
+    write_set(tmp_path, "translation/numbers", [{"source": "one two", "target": "eins zwei drei"}] * 30)
+    with pytest.raises(TrainingError, match=r"data: not what .*checkpoint\.pt was trained with; put that back"):
+        train(recipe, tmp_path, tmp_path)
+
+
+def test_a_full_disk_is_said_of_the_file_and_the_model_of_before_stays(data, tmp_path, monkeypatch):
+    recipe = recipes.translate()
+    trained = train(recipe, data, tmp_path)
+    before = export(recipe, trained, data, tmp_path / "out")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("training.export.write_card", full)
+    with pytest.raises(TrainingError, match=r"out/tiny-translate: cannot be written: .*No space left"):
+        export(recipe, trained, data, tmp_path / "out")
+    assert load_manifest(tmp_path / "out" / recipe.name) == before
+    for name in ("tokenizer.json.partial", "ids.bin.partial", "keys.bin.partial", "corpus.json.partial"):
+        run = tmp_path / name / "tiny-pretrain"
+        run.mkdir(parents=True)
+        (run / name).symlink_to("/dev/full")
+        with pytest.raises(TrainingError, match=r"cannot be written: .*No space left"):
+            train(recipes.pretrain(), data, run.parent)
+        assert not (run / "corpus.json").exists()
 
 
 def test_sets_are_mixed_by_temperature(data):
