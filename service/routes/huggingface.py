@@ -45,7 +45,7 @@ class Parameters(Lenient):
     max_new_tokens: int | None = Field(
         None, ge=1, description="Most tokens to write; the model's own limit holds too."
     )
-    num_beams: int | None = Field(None, ge=1, description="Width of the beam search of a translation.")
+    num_beams: int | None = Field(None, ge=1, description="Width of the beam search of a translation or summary.")
     do_sample: bool | None = Field(None, description="False always takes the likeliest token.")
     temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False)
     top_k: int | None = Field(None, ge=0, description="Choose among this many tokens, or tell this many labels.")

@@ -41,6 +41,8 @@ def read_texts(value: Any) -> list[str]:
 
 MAX_DOCUMENT_TOKENS = 65_536
 """Longest text that is read in windows; what one request can ask for must have an end."""
+MAX_BEAMS = 8
+"""Widest beam search; each beam takes a row of the engine's buffers."""
 
 _TEXT = {"type": "string", "minLength": 1}
 Texts = Annotated[

@@ -16,6 +16,7 @@ from service.models import Model
 from service.prose import Restorer
 from service.streaming import PlainTranscript, Transcript
 from service.tasks.base import (
+    MAX_BEAMS,
     MAX_DOCUMENT_TOKENS,
     Encoded,
     Task,
@@ -41,6 +42,9 @@ class SummarizeRequest(WritingRequest):
         "abstractive", description="Write a summary, or pick sentences of a document, however long."
     )
     max_tokens: int | None = Field(None, ge=1, description="Most tokens to write (abstractive).")
+    beams: int | None = Field(
+        None, ge=1, le=MAX_BEAMS, description="Width of the beam search; 1 is greedy (abstractive)."
+    )
     sentences: int | None = Field(
         None, ge=1, description=f"Sentences to pick (extractive); {DEFAULT_SENTENCES} by default."
     )
@@ -49,8 +53,9 @@ class SummarizeRequest(WritingRequest):
     def _fits_mode(self) -> Self:
         if self.mode == "abstractive" and self.sentences is not None:
             raise InvalidValue("sentences", "goes with the mode extractive")
-        if self.mode == "extractive" and self.max_tokens is not None:
-            raise InvalidValue("max_tokens", "goes with the mode abstractive")
+        for name in ("max_tokens", "beams"):
+            if self.mode == "extractive" and getattr(self, name) is not None:
+                raise InvalidValue(name, "goes with the mode abstractive")
         return self
 
 
@@ -121,10 +126,9 @@ class Summarize(Task[SummarizeRequest, Plan]):
     def encode(self, request: SummarizeRequest, model: Model, request_id: str) -> Encoded[Plan]:
         if request.mode == "abstractive":
             texts = [encode_text(model, text, param="input", truncate=request.truncate) for text in request.input]
-            writes = (
-                WriteItem(request_id, ids, sampling(model, len(ids), max_tokens=request.max_tokens)) for ids in texts
-            )
-            return Encoded(tuple(writes), tuple(Abstract(text) for text in request.input))
+            chosen = {"max_tokens": request.max_tokens, "beams": request.beams}
+            writes = tuple(WriteItem(request_id, ids, sampling(model, len(ids), **chosen)) for ids in texts)
+            return Encoded(writes, tuple(Abstract(text) for text in request.input))
         if not model.manifest.config.extract_head:
             raise InvalidValue("mode", f"the model {model.name} does not pick sentences")
         sentences = request.sentences or DEFAULT_SENTENCES

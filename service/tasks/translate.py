@@ -16,6 +16,7 @@ from service.errors import UnsupportedLanguages
 from service.models import Model, Models
 from service.streaming import PlainTranscript, Transcript
 from service.tasks.base import (
+    MAX_BEAMS,
     Encoded,
     Task,
     WritingRequest,
@@ -39,7 +40,7 @@ class TranslateRequest(WritingRequest):
 
     source: str | None = Field(None, description="Language code of the input; by default the model's.")
     target: str | None = Field(None, description="Language code of the output; by default the model's.")
-    beams: int | None = Field(None, ge=1, le=8, description="Width of the beam search; 1 is greedy.")
+    beams: int | None = Field(None, ge=1, le=MAX_BEAMS, description="Width of the beam search; 1 is greedy.")
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,10 +46,21 @@ def test_a_document_of_any_length_can_be_picked_from(client: TestClient, engine:
     assert len(engine.items) > 5
 
 
+def test_a_summary_is_searched_as_wide_as_asked_and_as_the_model_says(
+    client: TestClient, engine: FakeEngine, models: dict[str, Model]
+) -> None:
+    summarize(client, "Paris is good.")
+    summarize(client, "Paris is good.", beams=3)
+    default = models["summarize"].manifest.generation.beams
+    assert [item.sampling.beams for item in engine.items] == [default, 3]
+
+
 @pytest.mark.parametrize(
     ("changes", "param"),
     [
         ({"sentences": 2}, "sentences"),
+        ({"mode": "extractive", "beams": 2}, "beams"),
+        ({"beams": 9}, "beams"),
         ({"mode": "extractive", "max_tokens": 9}, "max_tokens"),
         ({"mode": "extractive", "sentences": 0}, "sentences"),
         ({"mode": "shorter"}, "mode"),
