@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from models.manifest import Load, Manifest, Stage
+from models.manifest import Load, Manifest, Score, Stage, Variant
 from training.report import figure
 
 
@@ -79,17 +79,8 @@ def write_card(folder: Path, manifest: Manifest) -> None:
             "Each measured by `wattle quantise`, from the same weights and on the same rows."
             + (f" {described(manifest.variants[0].load)}" if manifest.variants[0].load is not None else ""),
             "",
-            "| scheme | bits | MB | cosine to float32 | setting | scores | active J a query |",
-            "|---|---|---|---|---|---|---|",
+            *_ways(manifest.variants),
         ]
-        for each in manifest.variants:
-            scores = "; ".join(f"{s.metric} {s.value:.2f} ({s.data}, {s.rows:,} rows)" for s in each.scores)
-            known = each.active_j_per_query is not None
-            joules = f"{each.active_j_per_query:.3g} ({each.quality})" if known else "unavailable"
-            lines.append(
-                f"| {each.scheme} | {each.bits} | {each.size_mb} | {each.parity_cosine} | {each.setting} | "
-                f"{scores} | {joules} |"
-            )
     lines += ["", "## Training data", ""]
     if manifest.training_data:
         lines += ["| set | rows | licence | where |", "|---|---|---|---|"]
@@ -109,6 +100,36 @@ def write_card(folder: Path, manifest: Manifest) -> None:
                 f"{figure(energy.gco2e)} gCO2e at the world's average grid, {figure(energy.seconds / 60)} minutes."
             )
     (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def by_set(scores: Sequence[Score]) -> dict[str, str]:
+    """Figures of each data set in one cell, under what they are: a column for each set."""
+    sets: dict[tuple[str, int], list[Score]] = {}
+    for score in scores:
+        sets.setdefault((score.data, score.rows), []).append(score)
+    return {
+        f"{' / '.join(each.metric for each in found)} ({data}, {rows:,} rows)": " / ".join(
+            f"{each.value:.2f}" for each in found
+        )
+        for (data, rows), found in sets.items()
+    }
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a Markdown table."""
+    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
+
+
+def _ways(variants: Sequence[Variant]) -> list[str]:
+    """A table of the ways to store a model; all have scores of the same sets."""
+    rows = []
+    for each in variants:
+        known = each.active_j_per_query is not None
+        joules = f"{each.active_j_per_query:.3g} ({each.quality})" if known else "unavailable"
+        size, cosine = f"{each.size_mb:g}", f"{each.parity_cosine:g}"
+        rows.append([each.scheme, str(each.bits), size, cosine, each.setting, *by_set(each.scores).values(), joules])
+    head = ["scheme", "bits", "MB", "cosine to float32", "setting", *by_set(variants[0].scores), "active J a query"]
+    return table(head, rows)
 
 
 def _lineage(stages: Sequence[Stage]) -> list[str]:

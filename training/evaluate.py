@@ -32,6 +32,8 @@ from training.train import confidence_passages, held_out_passages
 REQUEST_TEXTS = 16
 PROMPT_WORDS = 32
 """Of a text that is to be continued where only the cost of that is asked."""
+BASELINE = " of lead-3"
+"""How the metric of a baseline ends, which scores the data and not the model."""
 Query = Mapping[str, Any]
 """The texts of one query, by the fields of a request."""
 
@@ -199,7 +201,7 @@ def _summarize(client: _Client, rows: list[Row], folder: Path) -> dict[str, floa
     references = [row.get("references") or [row["summary"]] for row in rows]
     found = scorers.rouge([result["text"] for result in client.results(input=documents)], references)
     lead = scorers.rouge([lead_3(document) for document in documents], references)
-    return {**found, **{f"{name} of lead-3": value for name, value in lead.items()}}
+    return {**found, **{name + BASELINE: value for name, value in lead.items()}}
 
 
 def lead_3(document: str) -> str:

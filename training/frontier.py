@@ -6,7 +6,7 @@ from pathlib import Path
 
 from energy.charts import Series, picture, standalone
 from models.manifest import Load, Manifest, Score, Variant
-from training.card import described
+from training.card import by_set, described, table
 from training.errors import TrainingError, writing
 
 HEADLINE = {
@@ -182,14 +182,13 @@ def as_markdown(found: Sequence[Frontier], pictures: Sequence[str]) -> str:
 
 def _section(frontier: Frontier, picture_path: str) -> list[str]:
     best, first = frontier.best, frontier.points[0]
-    scores = [f"{score.metric} ({score.data}, {score.rows:,} rows)" for score in first.scores]
-    head = ["model", "stored as", "MB", *scores, f"active J a query ({frontier.meter})", "frontier"]
+    head = ["model", "stored as", "MB", *by_set(first.scores), f"active J a query ({frontier.meter})", "frontier"]
     rows = [
         [
             point.model + (f" (student of {point.parent})" if point.parent else ""),
             point.way + (", as exported" if point.exported else ""),
             f"{point.size_mb:g}",
-            *(f"{score.value:.2f}" for score in point.scores),
+            *by_set(point.scores).values(),
             f"{point.active_j:.3g}",
             "yes" if point in best else "",
         ]
@@ -202,11 +201,6 @@ def _section(frontier: Frontier, picture_path: str) -> list[str]:
         "",
         described(frontier.load),
     ]
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a Markdown table."""
-    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
 
 
 def verdict(frontier: Frontier) -> str:

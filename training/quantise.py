@@ -21,7 +21,7 @@ from models.manifest import Load, Manifest, Score, Variant, load_manifest, write
 from models.weights import read_weights
 from training.card import write_card
 from training.errors import TrainingError
-from training.evaluate import REQUEST_TEXTS, Evaluation, Query, asked, cost, evaluate
+from training.evaluate import BASELINE, REQUEST_TEXTS, Evaluation, Query, asked, cost, evaluate
 from training.export import Finished, one_by_one, parity_batch, real_samples, write_quantised
 from training.graphs import Graphs
 from training.knowledge import Ask
@@ -123,7 +123,7 @@ def _scores(candidate: Candidate, data: Path, limit: int | None) -> tuple[Score,
         evaluate(candidate.ask, candidate.manifest, candidate.folder, subject.recipe, each, data, limit)
         for each in subject.sets
     ]
-    return tuple(score for each in found for score in each.scores)
+    return tuple(score for each in found for score in each.scores if not score.metric.endswith(BASELINE))
 
 
 def cost_in_turns(

@@ -144,7 +144,10 @@ def test_a_model_is_measured_once_in_each_setting_that_its_recipe_asks_in(tmp_pa
     assert manifest.stored_as("rowwise", 8) == manifest.variants[1]
     assert manifest.stored_as("rowwise", 4) is None
     assert "rowwise, 8 bits, beams 1: " in capsys.readouterr().out
-    assert "| beams 1 | sacreBLEU" in (folder / "README.md").read_text()
+    score = manifest.variants[-1].scores[0]
+    card = (folder / "README.md").read_text()
+    assert f"| setting | sacreBLEU (translation/numbers, {score.rows} rows) |" in card
+    assert f"| beams 1 | {score.value:.2f} | 0.25 (estimated) |" in card
 
 
 def test_models_take_turns_at_the_same_queries_and_a_disturbed_round_counts_for_nothing(tmp_path, data, exported):
