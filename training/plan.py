@@ -24,7 +24,7 @@ PROPORTIONS: Mapping[Task, str] = {
     "translate": "translate-en-de-teacher",
     "generate": "generate-en",
     "answer": "answer-en",
-    "sentiment": "sentiment-en",
+    "sentiment": "sentiment-en-base",
     "summarize": "summarize-en-dialogues",
 }
 """The recipe that a task's plan starts from."""

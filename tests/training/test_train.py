@@ -200,6 +200,7 @@ def test_what_the_service_would_refuse_is_refused_before_the_training(make, chan
 def test_shipped_recipes_are_valid():
     names = [
         "sentiment-en",
+        "sentiment-en-base",
         "answer-en",
         "translate-en-de",
         "summarize-en",
