@@ -9,13 +9,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+from pydantic import ValidationError
 
 from models.manifest import NAME_PATTERN, Manifest, Score, Variant, write_manifest
 from training.blocks import held_out_loss
 from training.card import write_card
 from training.distributed import Execution, join
 from training.endpoint import endpoint_teacher
-from training.errors import TrainingError
+from training.errors import TrainingError, complaints
 from training.evaluate import Evaluation, evaluate, fit_confidence
 from training.export import export
 from training.few_shot import load_study, run_study, table
@@ -40,8 +41,8 @@ def _recipe(name: str, settings: Settings) -> Recipe:
     budget = BudgetRecipe(max_parameters=settings.max_parameters, max_mb=settings.max_mb)
     try:
         return Recipe.model_validate({**recipe.model_dump(), "budget": budget.model_dump()})
-    except ValueError as error:
-        raise TrainingError(f"{recipe.name}: {error}") from error
+    except ValidationError as error:
+        raise TrainingError(f"{recipe.name}: {complaints(error)}") from error
 
 
 def run_training(name: str, settings: Settings) -> None:

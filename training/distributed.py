@@ -150,7 +150,7 @@ def place(model: nn.Module, loss: Loss, execution: Execution) -> nn.Module:
         fully_shard(module, mesh=mesh)
     elif layout.world > 1:
         devices = [layout.device] if layout.device.type == "cuda" else None
-        return DistributedDataParallel(module, device_ids=devices, broadcast_buffers=False)
+        return DistributedDataParallel(module, device_ids=devices, forward_sync_buffers=False)
     return module
 
 

@@ -4,9 +4,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from pydantic import ValidationError
+
 
 class TrainingError(Exception):
     """A recipe, data set or run that cannot go on; the message says what to do."""
+
+
+def complaints(error: ValidationError) -> str:
+    """What is wrong with a document, field by field, on one line."""
+    said = ((".".join(map(str, each["loc"])), each["msg"].removeprefix("Value error, ")) for each in error.errors())
+    return "; ".join(f"{field}: {message}" if field else message for field, message in said)
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from models.config import TransformerConfig
 from models.heads import Floats, features_of, fit
 from models.transformer import Transformer
 from training.data import clean, read_set
-from training.errors import TrainingError
+from training.errors import TrainingError, complaints
 from training.loop import precision_on
 from training.recipe import SetRecipe, TrunkRecipe
 from training.tasks import Sample as TaskSample
@@ -159,8 +159,7 @@ def load_study(name: str) -> Study:
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise TrainingError(f"{path}: {error}") from error
     except ValidationError as error:
-        lines = [f"{'.'.join(str(part) for part in each['loc'])}: {each['msg']}" for each in error.errors()]
-        raise TrainingError(f"{path}: " + "; ".join(lines)) from error
+        raise TrainingError(f"{path}: {complaints(error)}") from error
 
 
 def read_problems(study: Study, data: Path, tokenizer: Tokenizer) -> tuple[list[Problem], list[Problem]]:

@@ -34,7 +34,7 @@ def read_file(path: Path) -> Iterator[tuple[str, Row]]:
             yield from _parquet(path)
         else:
             raise TrainingError(f"{path}: unknown format; known are {', '.join(SUFFIXES)}, each but the last also .gz")
-    except (OSError, EOFError, zlib.error) as error:
+    except OSError as error:
         raise TrainingError(f"{path}: cannot be read: {error}") from error
 
 
@@ -45,17 +45,19 @@ def format_of(path: Path) -> str:
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            try:
+    number = 0
+    try:
+        with opener(path, "rb") as file:
+            for number, line in enumerate(file, start=1):
                 # Spreadsheets begin UTF-8 with a byte order mark.
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise TrainingError(
-                    f"{path}, line {number}: byte 0x{line[error.start]:02x} is not UTF-8; "
-                    "convert the file: iconv -f ENCODING -t UTF-8"
-                ) from error
-            yield number, text
+                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        raise TrainingError(
+            f"{path}, line {number}: byte 0x{error.object[error.start]:02x} is not UTF-8; "
+            "convert the file: iconv -f ENCODING -t UTF-8"
+        ) from error
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise TrainingError(f"{path}, after line {number}: cannot be read: {error}") from error
 
 
 def _json_lines(path: Path) -> Iterator[tuple[str, Row]]:

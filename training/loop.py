@@ -103,10 +103,13 @@ def fit_model(
             norm = _gradient_norm(model, fit, optimisers, scaler)
             # In float16 too large a gradient is the scaler's to mend: it skips the step and scales less.
             if not math.isfinite(loss if scaler.is_enabled() else loss + norm):
+                kept = (
+                    f"The last checkpoint in {run} is good" if (run / CHECKPOINT).exists() else "No checkpoint is lost"
+                )
                 raise TrainingError(
                     f"the loss is {loss} and the norm of its gradients {norm} at step {progress.step}, on "
-                    f"{len(step.samples)} samples such as {'; '.join(map(work.describe, step.samples[:3]))}. The last "
-                    f"checkpoint in {run} is good: mend the data or lower the learning rate, and start again"
+                    f"{len(step.samples)} samples such as {'; '.join(map(work.describe, step.samples[:3]))}. {kept}: "
+                    "mend the data or lower the learning rate, and start again"
                 )
             for optimiser in optimisers:
                 scaler.step(optimiser)

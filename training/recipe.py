@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from models.config import TransformerConfig
 from models.graph import Bits, Scheme, check_bits
 from models.manifest import NAME_PATTERN, GenerationDefaults, Task
-from training.errors import TrainingError
+from training.errors import TrainingError, complaints
 
 RECIPES = Path(__file__).parent / "recipes"
 Objective = Literal["causal", "masked", "denoise", "prefix"]
@@ -471,5 +471,4 @@ def load_recipe(name_or_path: str) -> Recipe:
     try:
         return Recipe.model_validate(document)
     except ValidationError as error:
-        lines = [f"{'.'.join(str(part) for part in each['loc'])}: {each['msg']}" for each in error.errors()]
-        raise TrainingError(f"{path}: " + "; ".join(lines)) from error
+        raise TrainingError(f"{path}: {complaints(error)}") from error

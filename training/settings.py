@@ -11,7 +11,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from models.graph import Scheme, check_bits
 from models.manifest import NAME_PATTERN, Task
-from training.errors import TrainingError
+from training.errors import TrainingError, complaints
 
 ENV_PREFIX = "WATTLE_TRAIN_"
 DeviceKind = Literal["auto", "cpu", "cuda"]
@@ -85,5 +85,4 @@ def read_settings(**flags: str) -> Settings:
     try:
         return Settings(**flags)  # type: ignore[arg-type]  # pydantic reads each flag from its text
     except ValidationError as error:
-        complaints = [f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()]
-        raise TrainingError("; ".join(complaints)) from None
+        raise TrainingError(complaints(error)) from None

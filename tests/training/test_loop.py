@@ -162,6 +162,8 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_checkpoint(tmp_path):
         run(tmp_path / "run", accident_at=4, accident=lambda total: total * math.nan)
     steps, progress = load_checkpoint(tmp_path / "run", Net())
     assert (steps, progress.step) == (9, 4)
+    with pytest.raises(TrainingError, match=r"at step 0, .*No checkpoint is lost: mend the data"):
+        run(tmp_path / "other", accident_at=0, accident=lambda total: total * math.nan)
 
 
 def test_a_checkpoint_of_another_shape_is_refused(tmp_path):

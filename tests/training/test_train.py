@@ -15,6 +15,7 @@ from training.budget import count_parameters
 from training.checkpoint import CHECKPOINT
 from training.errors import TrainingError
 from training.export import PARITY_LIMIT, export
+from training.plan import write_recipe
 from training.recipe import MixRecipe, Recipe, load_recipe
 from training.records import STAGE, read_lineage, write_ancestors, write_stage
 from training.train import ROWS, held_out_passages, load_rows, load_trained, train
@@ -226,6 +227,14 @@ def test_a_bad_recipe_names_file_and_field(tmp_path, text, said):
     with pytest.raises(TrainingError, match=said) as error:
         load_recipe(str(path))
     assert str(path) in str(error.value)
+
+
+def test_a_contradiction_of_a_recipe_is_said_in_its_own_words(tmp_path):
+    path = tmp_path / "bad.toml"
+    write_recipe(recipes.answer(), path)
+    path.write_text(path.read_text().replace("max_positions = 64", "max_positions = 47"))
+    with pytest.raises(TrainingError, match=r"bad\.toml: max_tokens: 48 are more than model\.max_positions 47$"):
+        load_recipe(str(path))
 
 
 def test_rows_are_remembered_for_the_card(data, tmp_path):
