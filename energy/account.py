@@ -17,7 +17,7 @@ from types import MappingProxyType
 
 import orjson
 
-from energy.attribution import Coefficients
+from energy.attribution import DEFAULTS, Coefficients, share_load
 from energy.carbon import Carbon
 from energy.clock import NS_PER_S, Clock
 from energy.host import Neighbours
@@ -151,8 +151,9 @@ class Account:
         """Whether nothing is learnt from reading more often than settling."""
         self.awake = threading.Event()
         """Set when there is something to sample."""
-        self._steps: deque[Step] = deque()
-        """As executors record them: appending takes no lock, and after a step hardly anything is in the caches."""
+        self._coefficients = {} if coefficients is None else coefficients
+        self._steps: deque[tuple[Step, Sequence[int]]] = deque()
+        """As executors record them, with what falls to each entry of their work: appending takes no lock."""
         self._closed: deque[tuple[RequestRecord, float, int, Mapping[Phase, int]]] = deque()
         """As the event loop closes requests, likewise: the time in both ways, and what was taken beside executors."""
         self._settling = threading.Lock()
@@ -160,7 +161,7 @@ class Account:
         self._alarmed_ns: int | None = None
         self._lock = threading.Lock()
         """Guards what follows; held for microseconds, and taken after ``_settling``."""
-        self._requests = Requests(self._channels.values(), executors, {} if coefficients is None else coefficients)
+        self._requests = Requests(self._channels.values(), executors)
         """Running ones, and those that are over but not settled."""
         self._over: dict[str, _Over] = {}
         self._unattributed: Counter[tuple[str, Reason]] = Counter()
@@ -170,12 +171,17 @@ class Account:
         """Whether something waits for a reading."""
         return bool(self._steps or self._closed or self._requests.waiting or self._over)
 
-    def record(self, step: Step) -> None:
-        """A step has just ended; it is charged to its requests with one of the next samples."""
+    def record(self, step: Step) -> Sequence[int]:
+        """A step has just ended; it is charged to its requests with one of the next samples.
+
+        Returns what falls to each entry of its work of its load, in nanoseconds.
+        """
+        loads_ns = share_load(step.load_ns, step.work, self._coefficients.get(step.model, DEFAULTS))
         is_first = not self._steps
-        self._steps.append(step)
+        self._steps.append((step, loads_ns))
         if is_first:
             self.wake()
+        return loads_ns
 
     def wake(self) -> None:
         """Sample soon: a reading close to the start of a step makes its figure sharp."""
@@ -228,7 +234,7 @@ class Account:
         if loads is None:
             return self.bill(record.request_id)
         if beside_ns:
-            loads = [*loads, Load(BESIDE, sum(beside_ns.values()), 0)]
+            loads = [*loads, Load(BESIDE, sum(beside_ns.values()))]
         return self._bill(record.request_id, _FREE, self._requests.expect(loads))
 
     def find(self, request_id: str) -> SettledRecord | None:
@@ -278,7 +284,7 @@ class Account:
             self._over[record.request_id] = _Over(record, time_s, closed_ns)
             self._requests.note_beside(record, closed_ns, beside_ns)
         while self._steps:
-            self._requests.note(self._steps.popleft())
+            self._requests.note(*self._steps.popleft())
 
     def _read(self, now_ns: int) -> None:
         process_ns = self._clock.process_ns()

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from operator import itemgetter
 from typing import Any, NamedTuple, TypeVar
 
-from energy.attribution import DEFAULTS, Coefficients, charge, share_load, split
+from energy.attribution import charge, split
 from energy.settlement import BESIDE, Channel, Claim, Stretch
 from energy.types import Load, Part, Phase, Quality, RequestRecord, Step, Work
 
@@ -65,8 +65,7 @@ class Place:
     inferred: Quality
     """Of what is expected there."""
     rates: tuple[float, float] | None = None
-    """Of all channels together, as settled last: idle energy per nanosecond on an executor, and active energy per
-    nanosecond of load, in microjoules."""
+    """Of all channels together, as settled last: idle and active energy per nanosecond of load, in microjoules."""
 
 
 @dataclass(slots=True, eq=False)
@@ -85,11 +84,10 @@ class Noted(Stretch):
 class Requests:
     """The open requests; whoever calls holds the account's lock."""
 
-    def __init__(self, channels: Iterable[Channel], executors: int, coefficients: Mapping[str, Coefficients]) -> None:
+    def __init__(self, channels: Iterable[Channel], executors: int) -> None:
         self.waiting: list[Noted] = []
         """What waits for a reading."""
         self._executors = executors
-        self._coefficients = coefficients
         self._channels = {channel.device: channel for channel in channels}
         self._places: dict[str, Place] = {}
         """By device of a step."""
@@ -105,15 +103,15 @@ class Requests:
         self._machine_ns: dict[str, float] = {}
         """Likewise."""
 
-    def note(self, step: Step) -> None:
-        """Put a step on the books; where its device has no meter, the bills of its requests are unknown."""
+    def note(self, step: Step, loads_ns: Sequence[int]) -> None:
+        """Put a step on the books, with what falls to each entry of its work; where its device has no meter, the bills
+        of its requests are unknown."""
         place = self._places.get(step.device) or self._find_place(step.device)
         if not place.channels:
             for item in step.work:
                 self._lose(place, step.model, item.phase, [item.request_id])
             return
         time_ns = step.ended_ns - step.started_ns if place.is_executor else 0
-        loads_ns = share_load(step.load_ns, step.work, self._coefficients.get(step.model, DEFAULTS))
         for phase, work, work_loads_ns, (load_ns, cpu_ns, own_time_ns) in _by_phase(step, loads_ns, time_ns):
             noted = self._noted(place, step.model, phase, step.started_ns, step.ended_ns)
             noted.load_ns += load_ns
@@ -158,16 +156,15 @@ class Requests:
     def learn_rates(self, covered: Sequence[Noted], claims: Sequence[tuple[Noted, Claim]]) -> None:
         """From now on expect what was settled last: what ``covered`` took from all devices."""
         unknown = {noted.place for noted, claim in claims if claim.quality is Quality.UNAVAILABLE}
-        sums = {noted.place: [0, 0, 0, 0] for noted in covered}
+        sums = {noted.place: [0, 0, 0] for noted in covered}
         for noted in covered:
             sums[noted.place][0] += noted.load_ns
-            sums[noted.place][1] += noted.time_ns
         for noted, claim in claims:
-            sums[noted.place][2] += claim.idle_uj
-            sums[noted.place][3] += claim.active_uj
-        for place, (load_ns, time_ns, idle_uj, active_uj) in sums.items():
+            sums[noted.place][1] += claim.idle_uj
+            sums[noted.place][2] += claim.active_uj
+        for place, (load_ns, idle_uj, active_uj) in sums.items():
             if load_ns and place not in unknown:
-                place.rates = idle_uj / (time_ns or 1), active_uj / load_ns
+                place.rates = idle_uj / load_ns, active_uj / load_ns
 
     def waiting_names(self) -> set[str]:
         """The requests that have a share of something that waits for a reading."""
@@ -205,22 +202,17 @@ class Requests:
 
     def expect_waiting(self, name: str) -> Claim | None:
         """What a request will probably pay for what waits for a reading; None where there is nothing to judge by."""
-        loads = []
-        for noted in self.waiting:
-            if name in noted.loads:
-                load_ns = noted.loads[name]
-                loads.append(Load(noted.place.device, load_ns, noted.time_ns * load_ns // (noted.load_ns or 1)))
-        return self.expect(loads)
+        return self.expect(Load(each.place.device, each.loads[name]) for each in self.waiting if name in each.loads)
 
     def expect(self, loads: Iterable[Load]) -> Claim | None:
         """What these loads will probably cost; None where there is nothing to judge by. Takes no lock."""
         idle_uj, active_uj, quality = 0.0, 0.0, Quality.MEASURED
-        for device, load_ns, time_ns in loads:
+        for device, load_ns in loads:
             place = self._places.get(device)
             if place is None or place.rates is None:
                 return None
             idle, active = place.rates
-            idle_uj += time_ns * idle
+            idle_uj += load_ns * idle
             active_uj += load_ns * active
             if place.inferred is not quality:
                 quality = weaker(quality, place.inferred)

@@ -74,8 +74,6 @@ class Load(NamedTuple):
     """As in ``Step``."""
     load_ns: int
     """Of their loads."""
-    time_ns: int
-    """Of their time on an executor; none beside them."""
 
 
 class Part(NamedTuple):

@@ -1,18 +1,26 @@
-"""What metering costs: one service, asked the same with metering on and off in turn, without sockets.
+"""What metering costs: one service, asked without a pause, with metering on and off in turn, without sockets.
 
-    python -m service.metering_cost [MODEL [PAIRS]]
+    python -m service.metering_cost [MODEL [TURNS]]
 
-MODEL is a folder under the starters, or a path. *On* is the service as it is: every step is recorded, a thread reads
-the meters and settles, every request is foretold, billed, logged, written to the ledger and entered in the books.
-*Off* there is no account: steps are dropped, no meter is read, nothing is foretold, billed, logged or written. The
-rest of the way is the same, from the body of a request to that of its answer, and so are the results, which are
-compared.
+MODEL is a folder under the starters, or a path. *Metered* is the service as it is: every step is recorded, a thread
+reads the meters and settles, every request is foretold, billed, logged, kept in the ledger and entered in the books.
+*Unmetered* there is no account: steps are dropped, no meter is read, nothing is foretold, settled, logged or written;
+every answer bears the same bill, so that headers, JSON and histograms are those of a service that knows one. *Silent*
+it bears none: what a known bill adds is the cost of showing it, not of metering. The rest of the way is the same, from
+the body of a request to that of its answer, and so are the results, which are compared.
 
-A pair is a round of each kind with the same requests, so many at once, and a rest in which whatever is left over from
-them gets settled and written. Rounds are short and many, so that a machine which changes its speed changes that of
-both kinds. A figure is the mean over pairs without the outermost tenths, with a 95% interval by bootstrap. CPU time is
-that of the whole process. It is also added up where metering spends it, which is more precise and does not see what
-metering slows down elsewhere, nor the microseconds a step in which an executor adds up what fell to each job.
+A turn is a slice of each kind, so many requests always under way; the beginning of a slice, in which requests of the
+one before end, is left out. CPU time is told by thread, by the system's clock of each:
+
+* an executor's in steps, over what steps of these shapes take on average (least squares over all steps of a phase), so
+  that how full batches happened to be does not look like a cost;
+* an executor's between steps, per step;
+* the event loop's, with whoever asks, per request;
+* that of the threads that settle and that write the ledger, all of it over all metered requests.
+
+A figure is the mean over turns without the outermost tenths, with a 95% interval by bootstrap. Metering is also added
+up where it is spent, which is more precise and does not see what it slows down elsewhere. Neither way sees that a step
+writes down the work in it, which `/metrics` needs as well.
 """
 
 import asyncio
@@ -22,59 +30,82 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from itertools import count, permutations
 from pathlib import Path
 from random import Random
-from statistics import fmean, median, quantiles
+from statistics import fmean
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
+import numpy as np
 import uvloop
 from fastapi import FastAPI
 
-from energy.clock import NS_PER_S
 from energy.host import Moment
-from energy.types import Bill, Quality, RequestRecord
+from energy.types import Bill, Quality, RequestRecord, Step
 from service.app import create_app
 from service.core import Service
+from service.metrics import Metrics
 from service.models import Model, load_model
 from service.server import TURN_S
 from service.settings import STARTERS, Settings, read_settings
 
-PAIRS = 34
-ROUND_S = 2.0
+TURNS = 24
+SLICE_S = 1.0
 AIM = 0.01
 """Of CPU time and of throughput."""
+_LEFT_OUT_S = 0.5
+"""Before a slice: longer than a request takes."""
 _REST_S = 1.5
 """Bills are settled within a second, and then written."""
 _AT_ONCE = 32
 _NS_PER_US = 1000
-_US_PER_S = 1_000_000
 _CUT = 0.1
-"""Of the pairs, at either end."""
+"""Of the turns, at either end."""
+_TICKS = 0.02
+"""Of what is timed, the largest, which are left out."""
 _RESAMPLES = 2000
 _TIMED = 5
 """Of what is done often, one of so many is timed: timing takes as long as some of it."""
 _WORDS = 12
 _TEXT = """A woman in a red coat walks her dog along the old river while two children play near a small wooden house
 and three young men on bicycles look at the snow on the hills"""
+_PURPOSES = {
+    "measuring": ("clocks", "reading"),
+    "apportioning": ("recording", "telling", "closing", "settling"),
+    "keeping": ("publishing", "ledger"),
+    "foretelling": ("foretelling",),
+}
+_ON_STEPS = ("clocks", "recording", "telling")
+"""On the threads of executors."""
 T = TypeVar("T")
+
+
+class Kind(StrEnum):
+    """Of a slice."""
+
+    METERED = "metered"
+    UNMETERED = "unmetered"
+    SILENT = "silent"
 
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """What metering adds, as a share of what there is without it."""
+    """What one kind of slice adds to another, as a share of that or in microseconds a request."""
 
     value: float
-    """Mean over pairs, without the outermost tenths."""
+    """Mean over turns, without the outermost tenths."""
     low: float
     high: float
     """Its 95% interval."""
 
     @classmethod
     def of(cls, shares: Sequence[float]) -> "Share":
-        """The share that these pairs show."""
+        """What these turns show."""
         random = Random(0)
         means = sorted(_trimmed_mean(random.choices(shares, k=len(shares))) for _ in range(_RESAMPLES))
         tail = round(_RESAMPLES * 0.025)
@@ -88,131 +119,201 @@ class Share:
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What one comparison showed."""
+    """What one comparison showed; microseconds are of CPU time and per request."""
 
     cpu: Share
-    """CPU time per request: on / off - 1."""
+    """CPU time: metered / unmetered - 1."""
     time: Share
-    """Time per request, of which throughput is the inverse: on / off - 1."""
-    cpu_off_us: float
-    """CPU time per request without metering."""
+    """Time for the same work, of which throughput is the inverse: metered / unmetered - 1."""
+    added_us: Mapping[str, Share]
+    """CPU time: metered - unmetered, by thread."""
+    shown_us: Share
+    """CPU time of the event loop: unmetered - silent."""
+    unmetered_us: float
     spent_us: Mapping[str, float]
-    """CPU time per request by where metering spends it."""
-    record_us: float
-    """Median time on the executor's thread per step."""
-    record_p99_us: float
+    """Metering itself, by what is done."""
+    steps: float
+    """A request, of which each has many."""
     requests: int
-    """With metering."""
+    """Metered ones."""
     foreign_cores: float | None
     """Cores that other processes kept busy meanwhile."""
 
 
 class _Watch:
-    """How long something takes that is done often, and its CPU time; on any thread."""
+    """How much CPU time something takes that is done often; on any thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, timed: int = _TIMED) -> None:
+        """Of so many times one is ``timed``."""
+        self._timed = timed
         self.times = 0
-        self.elapsed_ns: list[int] = []
         self.cpu_ns: list[int] = []
         self.empty_ns: list[int] = []
-        """CPU time of timing nothing at all, as often and in the same places."""
+        """Of timing nothing at all, as often and in the same places."""
 
     @property
-    def cpu_s(self) -> float:
-        """CPU time of all of it, also what was not timed, without that of timing."""
-        if not self.cpu_ns:
-            return 0.0
-        return (fmean(self.cpu_ns) - median(self.empty_ns)) * self.times / NS_PER_S
+    def total_ns(self) -> float:
+        """Of all of it, also what was not timed, without that of timing."""
+        return (_usual(self.cpu_ns) - _usual(self.empty_ns)) * self.times if self.cpu_ns else 0.0
+
+    @property
+    def timing_ns(self) -> float:
+        """What timing would have taken every time."""
+        return _usual(self.empty_ns) * self.times if self.cpu_ns else 0.0
 
     def time(self, work: Callable[..., T], *arguments: Any) -> T:
         """Do ``work``."""
         self.times += 1
-        if self.times % _TIMED == 1:
-            cpu_ns = time.thread_time_ns()
-            self.empty_ns.append(time.thread_time_ns() - cpu_ns)
-        if self.times % _TIMED:
+        if self.times % self._timed:
             return work(*arguments)
-        started_ns, cpu_ns = time.perf_counter_ns(), time.thread_time_ns()
+        before_ns = time.thread_time_ns()
+        began_ns = time.thread_time_ns()
         done = work(*arguments)
-        self.cpu_ns.append(time.thread_time_ns() - cpu_ns)
-        self.elapsed_ns.append(time.perf_counter_ns() - started_ns)
+        self.cpu_ns.append(time.thread_time_ns() - began_ns)
+        self.empty_ns.append(began_ns - before_ns)
         return done
 
 
-@dataclass(frozen=True, slots=True)
-class _Round:
-    elapsed_s: float
-    """Until the last answer."""
-    cpu_s: float
-    """Until everything is settled and written."""
-    results: Sequence[Any]
+@dataclass(slots=True)
+class _Slice:
+    kind: Kind
+    requests: int = 0
+    steps: defaultdict[str, list[tuple[Step, int]]] = field(default_factory=lambda: defaultdict(list))
+    """By executor, with the CPU time of its thread after each."""
+    elapsed_s: float = 0.0
+    loop_ns: int = 0
+    """CPU time of the event loop."""
+
+    @property
+    def whole_steps(self) -> list[Step]:
+        """All but the first of each executor, which may have begun before."""
+        return [step for steps in self.steps.values() for step, _ in steps[1:]]
+
+    @property
+    def between_ns(self) -> int:
+        """CPU time that executors took between these steps."""
+        whole_ns = sum(steps[-1][1] - steps[0][1] for steps in self.steps.values() if steps)
+        return whole_ns - sum(step.cpu_ns for step in self.whole_steps)
 
 
 class _Rig:
-    """A service in this process, and somebody who asks it."""
+    """A service in this process, and those who ask it."""
 
     def __init__(self, app: FastAPI, model: Model) -> None:
         self._app, self._model = app, model
-        self._metered = True
-        self._asked = 0
+        self._kind = Kind.METERED
+        self._slice = _Slice(self._kind)
+        self._numbers = {kind: count() for kind in Kind}
+        self._results: dict[int, Any] = {}
+        self._begun: set[str] = set()
+        """Requests that are metered to their end."""
         service: Service = app.state.service
-        account = service.account
+        account, predictor = service.account, service.books.predictor
         for name in ("wake", "read", "sample"):
-            self._switch(account, name)
-        self.recording = self._switch(account, "record")
-        self._closing = self._switch(account, "close", _unknown)
-        self._foretelling = self._switch(service.books.predictor, "begin")
+            self._switch(account, name, lambda: self._kind is Kind.METERED)
+        self.watches = {
+            "recording": self._switch(account, "record", lambda step: self._kind is Kind.METERED),
+            "telling": self._switch(service.engine, "_tell", lambda jobs, loads_ns: loads_ns is not None),
+            "closing": self._switch(account, "close", self._ends, self._made_up),
+            "foretelling": self._switch(predictor, "begin", self._begins),
+            "reading": self._switch(account, "_read", lambda now_ns: True, timed=1),
+            "publishing": self._switch(account, "_publish", lambda *records: True, timed=1),
+        }
+        self._keep_steps(service.metrics)
         self._clocks = {
             thread.name: time.pthread_getcpuclockid(thread.ident)
             for thread in threading.enumerate()
             if thread.name in ("energy", "ledger") and thread.ident is not None
         }
 
-    def _switch(self, owner: Any, name: str, instead: Callable[..., Any] = lambda *arguments: None) -> _Watch:
-        """Watch a method of metering that is called only in rounds with metering."""
-        watch, method = _Watch(), getattr(owner, name)
+    def _switch(
+        self,
+        owner: Any,
+        name: str,
+        is_on: Callable[..., bool],
+        instead: Callable[..., Any] = lambda *arguments: None,
+        timed: int = _TIMED,
+    ) -> _Watch:
+        """Watch a function of metering, and do something else ``instead`` where it is not on."""
+        watch, function = _Watch(timed), getattr(owner, name)
 
         def switched(*arguments: Any) -> Any:
-            return watch.time(method, *arguments) if self._metered else instead(*arguments)
+            return watch.time(function, *arguments) if is_on(*arguments) else instead(*arguments)
 
         setattr(owner, name, switched)
         return watch
 
-    def spent_s(self) -> dict[str, float]:
-        """CPU seconds of metering so far, by where they are spent."""
+    def _begins(self, request_id: str, *about: object) -> bool:
+        """Whether a request is metered: to its end, whatever comes meanwhile."""
+        if self._kind is Kind.METERED:
+            self._begun.add(request_id)
+        return request_id in self._begun
+
+    def _ends(self, record: RequestRecord, *known: object) -> bool:
+        is_metered = record.request_id in self._begun
+        self._begun.discard(record.request_id)
+        return is_metered
+
+    def _made_up(self, record: RequestRecord, *known: object) -> Bill:
+        """A bill of a request that is not metered."""
+        if self._kind is Kind.SILENT:
+            return Bill(record.request_id, None, None, None, Quality.UNAVAILABLE, settled=False)
+        return Bill(record.request_id, 23_456, 34_567, 0.004567, Quality.ESTIMATED, settled=False)
+
+    def _keep_steps(self, metrics: Metrics) -> None:
+        counted = metrics.step
+
+        def kept(step: Step) -> None:
+            if step.work:
+                self._slice.steps[step.device].append((step, time.thread_time_ns()))
+            counted(step)
+
+        metrics.step = kept  # type: ignore[method-assign]
+
+    def spent_ns(self) -> dict[str, float]:
+        """CPU time of metering so far, by what is done."""
+        spent = {name: watch.total_ns for name, watch in self.watches.items()}
+        energy_ns, ledger_ns = (time.clock_gettime_ns(self._clocks[name]) for name in ("energy", "ledger"))
         return {
-            "recording": self.recording.cpu_s,
-            "closing": self._closing.cpu_s,
-            "foretelling": self._foretelling.cpu_s,
-            "settling": time.clock_gettime(self._clocks["energy"]),
-            "ledger": time.clock_gettime(self._clocks["ledger"]),
+            # A step asks for its CPU time twice, as a watch does.
+            "clocks": self.watches["recording"].timing_ns,
+            **spent,
+            "settling": energy_ns - spent["reading"] - spent["publishing"],
+            "ledger": ledger_ns,
         }
 
-    async def pair(self, count: int, metered_first: bool) -> tuple[_Round, _Round]:
-        """The same new requests with metering and without. Raises ``RuntimeError`` where the results differ."""
-        self._asked += count
-        bodies = [body_of(self._model, number) for number in range(self._asked - count, self._asked)]
-        rounds = {on: await self.round(bodies, on) for on in (metered_first, not metered_first)}
-        if rounds[True].results != rounds[False].results:
-            raise RuntimeError("a request was answered otherwise with metering than without")
-        return rounds[True], rounds[False]
-
-    async def round(self, bodies: Sequence[bytes], metered: bool) -> _Round:
-        """Ask for all of ``bodies``, so many at a time, and rest."""
-        self._metered = metered
-        waiting = iter(enumerate(bodies))
-        results: dict[int, Any] = {}
-
-        async def client() -> None:
-            for number, body in waiting:
-                results[number] = await ask(self._app, f"/v1/{self._model.manifest.tasks[0]}", body)
-
-        started_s, started_cpu_s = time.monotonic(), time.process_time()
-        await asyncio.gather(*(client() for _ in range(_AT_ONCE)))
-        elapsed_s = time.monotonic() - started_s
+    async def compare(self, turns: int) -> list[list[_Slice]]:
+        """Ask without a pause, and keep ``turns`` turns of slices. Raises ``RuntimeError`` where results differ."""
+        clients = [asyncio.create_task(self._ask_on()) for _ in range(_AT_ONCE)]
+        # Which comes first changes: a machine that gets slower must not look like a cost.
+        orders = list(permutations(Kind))
+        kept = [[await self._keep_slice(kind) for kind in orders[turn % len(orders)]] for turn in range(turns)]
+        for client in clients:
+            client.cancel()
+        for outcome in await asyncio.gather(*clients, return_exceptions=True):
+            if isinstance(outcome, Exception):
+                raise outcome
         await asyncio.sleep(_REST_S)
-        cpu_s = time.process_time() - started_cpu_s
-        return _Round(elapsed_s, cpu_s, [results[number] for number in range(len(bodies))])
+        return kept
+
+    async def _keep_slice(self, kind: Kind) -> _Slice:
+        self._kind = kind
+        await asyncio.sleep(_LEFT_OUT_S)
+        kept = self._slice = _Slice(kind)
+        started_s, loop_ns = time.monotonic(), time.thread_time_ns()
+        await asyncio.sleep(SLICE_S)
+        kept.elapsed_s, kept.loop_ns = time.monotonic() - started_s, time.thread_time_ns() - loop_ns
+        self._slice = _Slice(kind)
+        return kept
+
+    async def _ask_on(self) -> None:
+        while True:
+            number = next(self._numbers[self._kind])
+            path, body = f"/v1/{self._model.manifest.tasks[0]}", body_of(self._model, number)
+            results = await ask(self._app, path, body)
+            self._slice.requests += 1
+            if self._results.setdefault(number, results) != results:
+                raise RuntimeError("a request was answered otherwise with metering than without")
 
 
 async def ask(app: FastAPI, path: str, body: bytes) -> Any:
@@ -262,37 +363,82 @@ def body_of(model: Model, number: int) -> bytes:
     return json.dumps(body).encode()
 
 
-async def compare(model: Model, settings: Settings, pairs: int, round_s: float) -> Cost:
-    """Compare ``pairs`` pairs of rounds of about ``round_s`` seconds."""
+async def compare(model: Model, settings: Settings, turns: int) -> Cost:
+    """Compare ``turns`` turns of slices."""
     app = create_app(settings)
     async with app.router.lifespan_context(app):
         # As the server does.
         gc.freeze()
         rig = _Rig(app, model)
-        # The first round is slow.
-        for _ in range(2):
-            warm, _ = await rig.pair(4 * _AT_ONCE, metered_first=True)
-        count = max(_AT_ONCE, round(4 * _AT_ONCE * round_s / warm.elapsed_s))
-        before, spent_s = Moment.now(), rig.spent_s()
-        # Which comes first alternates: a machine that gets slower must not look like a cost.
-        compared = [await rig.pair(count, metered_first=pair % 2 == 0) for pair in range(pairs)]
+        # The first requests are slow.
+        await rig.compare(1)
+        before, spent_ns, metered = Moment.now(), rig.spent_ns(), rig.watches["closing"].times
+        slices = await rig.compare(turns)
         foreign_cores = Moment.now().foreign_cores(before)
-        spent_s = {where: now_s - spent_s[where] for where, now_s in rig.spent_s().items()}
-        recorded_ns = rig.recording.elapsed_ns
+        requests = rig.watches["closing"].times - metered
+        spent_us = {what: (ns - spent_ns[what]) / requests / _NS_PER_US for what, ns in rig.spent_ns().items()}
+    return _cost(slices, spent_us, requests, foreign_cores)
+
+
+def _cost(
+    turns: Sequence[Sequence[_Slice]], spent_us: Mapping[str, float], requests: int, foreign_cores: float | None
+) -> Cost:
+    """What the slices of ``turns`` show."""
+    every = [each for turn in turns for each in turn]
+    usual_ns = _usual_ns([step for each in every for step in each.whole_steps])
+    in_slices = sum(each.requests for each in every)
+    steps_us = sum(step.cpu_ns for each in every for step in each.whole_steps) / in_slices / _NS_PER_US
+    steps = sum(len(each.whole_steps) for each in every) / in_slices
+    beside_us = sum(spent_us[what] for what in ("reading", "settling", "publishing", "ledger"))
+    by_thread: list[dict[Kind, dict[str, float]]] = []
+    rates: list[dict[Kind, float]] = []
+    for turn in turns:
+        took, rate = {}, {}
+        for each in turn:
+            usual = sum(usual_ns[id(step)] for step in each.whole_steps)
+            took[each.kind] = {
+                "executors in steps": sum(step.cpu_ns for step in each.whole_steps) / usual * steps_us,
+                "executors between steps": each.between_ns / len(each.whole_steps) * steps / _NS_PER_US,
+                "event loop": each.loop_ns / each.requests / _NS_PER_US,
+                "settling and ledger": beside_us if each.kind is Kind.METERED else 0.0,
+            }
+            rate[each.kind] = usual / each.elapsed_s
+        by_thread.append(took)
+        rates.append(rate)
+    on, off = Kind.METERED, Kind.UNMETERED
+    threads = by_thread[0][on]
     return Cost(
-        cpu=Share.of([on.cpu_s / off.cpu_s - 1 for on, off in compared]),
-        time=Share.of([on.elapsed_s / off.elapsed_s - 1 for on, off in compared]),
-        cpu_off_us=median(off.cpu_s for _, off in compared) / count * _US_PER_S,
-        spent_us={where: seconds / count / pairs * _US_PER_S for where, seconds in spent_s.items()},
-        record_us=median(recorded_ns) / _NS_PER_US,
-        record_p99_us=quantiles(recorded_ns, n=100)[98] / _NS_PER_US,
-        requests=count * pairs,
+        cpu=Share.of([sum(took[on].values()) / sum(took[off].values()) - 1 for took in by_thread]),
+        time=Share.of([rate[off] / rate[on] - 1 for rate in rates]),
+        added_us={name: Share.of([took[on][name] - took[off][name] for took in by_thread]) for name in threads},
+        shown_us=Share.of([took[off]["event loop"] - took[Kind.SILENT]["event loop"] for took in by_thread]),
+        unmetered_us=fmean(sum(took[off].values()) for took in by_thread),
+        spent_us=spent_us,
+        steps=steps,
+        requests=requests,
         foreign_cores=foreign_cores,
     )
 
 
-def _unknown(record: RequestRecord, *known: object) -> Bill:
-    return Bill(record.request_id, None, None, None, Quality.UNAVAILABLE, settled=False)
+def _usual_ns(steps: Sequence[Step]) -> dict[int, float]:
+    """By the identity of each of ``steps``, CPU time that steps of its shape take: a line through all of its phase."""
+    usual_ns: dict[int, float] = {}
+    for phase in {step.work[0].phase for step in steps}:
+        alike = [step for step in steps if step.work[0].phase is phase]
+        shapes = np.array([_shape(step) for step in alike], float)
+        line = np.linalg.lstsq(shapes, np.array([step.cpu_ns for step in alike], float), rcond=None)[0]
+        usual_ns |= {id(step): float(ns) for step, ns in zip(alike, shapes @ line, strict=True)}
+    return usual_ns
+
+
+def _shape(step: Step) -> tuple[int, int, int, int]:
+    tokens = sum(item.tokens for item in step.work) + step.padding_tokens
+    return 1, len(step.work), tokens, sum(item.context_tokens for item in step.work)
+
+
+def _usual(values: Sequence[int]) -> float:
+    """The mean without the largest: what the system does in its ticks is not spent by whoever is interrupted."""
+    return fmean(sorted(values)[: round(len(values) * (1 - _TICKS)) or 1])
 
 
 def _trimmed_mean(values: Sequence[float]) -> float:
@@ -308,28 +454,43 @@ def _log_requests(file: Path) -> None:
     log.addHandler(logging.FileHandler(file, encoding="utf-8"))
 
 
+def _told(cost: Cost) -> Iterator[str]:
+    """The figures of ``cost``, line by line."""
+    yield f"with metering {cost.requests} requests; {cost.steps:.2f} steps each"
+    yield f"foreign load: {'unknown' if cost.foreign_cores is None else f'{cost.foreign_cores:.2f} cores'}"
+    spent_us = sum(cost.spent_us.values())
+    yield (
+        f"CPU time of metering itself: {spent_us:.1f} us of {cost.unmetered_us:.0f} us per request, "
+        f"{spent_us / cost.unmetered_us:.2%}"
+    )
+    for purpose, whats in _PURPOSES.items():
+        figures = ", ".join(f"{what} {cost.spent_us[what]:.1f}" for what in whats)
+        yield f"  {purpose} {sum(cost.spent_us[what] for what in whats):.1f} us ({figures})"
+    on_step_us = sum(cost.spent_us[what] for what in _ON_STEPS) / cost.steps
+    yield f"  on the thread that ran a step {on_step_us:.1f} us a step"
+    yield f"CPU time added: {cost.cpu}"
+    for name, share in cost.added_us.items():
+        yield f"  {name} {share.value:+.1f} us per request (95% interval {share.low:+.1f} to {share.high:+.1f})"
+    yield f"time added, of which throughput is the inverse: {cost.time}"
+    shown = cost.shown_us
+    yield (
+        "showing a bill, which is not metering: event loop "
+        f"{shown.value:+.1f} us per request (95% interval {shown.low:+.1f} to {shown.high:+.1f})"
+    )
+
+
 def main(arguments: Sequence[str]) -> int:
     """Print what metering costs."""
     name = arguments[0] if arguments else "translate-en-de"
-    pairs = int(arguments[1]) if len(arguments) > 1 else PAIRS
+    turns = int(arguments[1]) if len(arguments) > 1 else TURNS
     folder = Path(name) if Path(name).is_dir() else STARTERS / name
     sys.setswitchinterval(TURN_S)
     with TemporaryDirectory() as state:
         _log_requests(Path(state) / "requests.log")
         settings = read_settings(models=str(folder), state=state)
-        cost = uvloop.run(compare(load_model(folder), settings, pairs, ROUND_S))
-    spent_us = sum(cost.spent_us.values())
-    where = ", ".join(f"{name} {each_us:.1f}" for name, each_us in cost.spent_us.items())
-    print(
-        f"{folder.name}, {_AT_ONCE} requests at once, {pairs} pairs of rounds of about {ROUND_S:g} s; "
-        f"with metering {cost.requests} requests\n"
-        f"foreign load: {'unknown' if cost.foreign_cores is None else f'{cost.foreign_cores:.2f} cores'}\n"
-        f"CPU time added: {cost.cpu}\n"
-        f"time added, of which throughput is the inverse: {cost.time}\n"
-        f"CPU time of metering itself: {spent_us:.1f} us of {cost.cpu_off_us:.0f} us per request, "
-        f"{spent_us / cost.cpu_off_us:.2%} ({where})\n"
-        f"on the thread that ran a step: {cost.record_us:.2f} us, 99th percentile {cost.record_p99_us:.2f}"
-    )
+        cost = uvloop.run(compare(load_model(folder), settings, turns))
+    print(f"{folder.name}, {_AT_ONCE} requests at once, {turns} turns of slices of {SLICE_S:g} s")
+    print("\n".join(_told(cost)))
     return 0
 
 

@@ -39,6 +39,9 @@ _WINDOW = 512
 _SHARED_WINDOW = 32
 _NS_PER_S = 1e9
 
+Recorder = Callable[[Step], Sequence[int] | None]
+"""Keeps account of a step; returns what falls to each entry of its work of its load, where it reckons that."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -105,9 +108,7 @@ def engine_settings(settings: ServiceSettings) -> EngineSettings:
 class Engine:
     """Runs the models that it is given; its methods may be called from any thread."""
 
-    def __init__(
-        self, models: Mapping[str, LoadedModel], recorder: Callable[[Step], None], settings: EngineSettings
-    ) -> None:
+    def __init__(self, models: Mapping[str, LoadedModel], recorder: Recorder, settings: EngineSettings) -> None:
         """Load the graphs and start the executors; returns when every model has run once.
 
         ``recorder`` is called on the executor's thread after each step, before the items that ended in it are
@@ -314,7 +315,7 @@ class Engine:
         written: list[tuple[str, int]] = []
         if turn is not None:
             step, ended = executor.run(model, turn)
-            self._record(step)
+            self._tell(turn.jobs, self._record(step))
             for job, result in ended:
                 if isinstance(result, Written):
                     written.append((job.key, len(result.ids) * job.rows))
@@ -331,12 +332,20 @@ class Engine:
             if not executor.running[model] and self._is_idle():
                 self._changed.notify_all()
 
-    def _record(self, step: Step) -> None:
+    def _record(self, step: Step) -> Sequence[int] | None:
         try:
-            self._recorder(step)
+            return self._recorder(step)
         except Exception:
             # The device must go on serving; whoever reads the account sees the gap.
             _log.exception("a step of %s was not recorded", step.model)
+            return None
+
+    @staticmethod
+    def _tell(jobs: Sequence[Job], loads_ns: Sequence[int] | None) -> None:
+        """Tell jobs what has fallen to each of a step; nothing where nobody keeps account."""
+        if loads_ns is not None:
+            for job, load_ns in zip(jobs, loads_ns, strict=True):
+                job.load_ns += load_ns
 
     def _drop_cancelled(self, model: str) -> None:
         """Forget waiting jobs that nobody waits for."""
@@ -397,7 +406,7 @@ def _answer(job: Job, result: Result, device: str = "") -> Output | None:
     if not future.set_running_or_notify_cancel():
         return None
     started_ns = job.submitted_ns if job.started_ns is None else job.started_ns
-    load = Load(device, round(job.load_ns), round(job.time_ns))
+    load = Load(device, job.load_ns)
     timing = Timing(started_ns - job.submitted_ns, job.compute_ns, load)
     output: Output
     match result:

@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
-from energy.attribution import DEFAULTS, weigh
 from energy.types import Step, Work
 from service.engine.workers import Job, Result, Turn, Worker
 
@@ -94,14 +93,10 @@ class Executor:
             ended = [(job, error) for job in turn.jobs]
         step = timer.step(self.device, name, turn.work, turn.padding_tokens)
         duration_ns = step.ended_ns - step.started_ns
-        weights = weigh(turn.work, DEFAULTS)
-        load_ns, time_ns = step.load_ns / sum(weights), duration_ns / sum(weights)
-        for job, weight in zip(turn.jobs, weights, strict=True):
+        for job in turn.jobs:
             if job.started_ns is None:
                 job.started_ns = step.started_ns
             job.compute_ns += duration_ns
-            job.load_ns += load_ns * weight
-            job.time_ns += time_ns * weight
         return step, ended
 
 

@@ -31,9 +31,8 @@ class Job:
     ticket: Ticket = field(default_factory=Ticket)
     started_ns: int | None = None
     compute_ns: int = 0
-    load_ns: float = 0.0
-    time_ns: float = 0.0
-    """What falls to it of its steps' loads and time, by the default weights: good for a first figure."""
+    load_ns: int = 0
+    """What falls to it of its steps' loads."""
 
     @property
     def tokens(self) -> int:

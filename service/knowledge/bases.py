@@ -67,7 +67,12 @@ class Knowledge:
     """
 
     def __init__(
-        self, folder: Path, max_documents: int, engine: Engine, embedder: Model | None, record: Callable[[Step], None]
+        self,
+        folder: Path,
+        max_documents: int,
+        engine: Engine,
+        embedder: Model | None,
+        record: Callable[[Step], object],
     ) -> None:
         self._folder, self._max_documents = folder, max_documents
         self._engine, self._embedder, self._record = engine, embedder, record

@@ -354,14 +354,14 @@ class TestEstimate:
             account.sample()
         for name, load_ns in (("a", 150 * MS), ("b", 50 * MS)):  # F is four tokens: 2 + 22 and 2 + 6 of 32
             told = account.bill(name)
-            bill = account.close(over(name), loads=[Load("cpu:0", load_ns, load_ns)])
+            bill = account.close(over(name), loads=[Load("cpu:0", load_ns)])
             assert (bill.active_uj, bill.allocated_uj) == (
                 pytest.approx(told.active_uj, abs=2),
                 pytest.approx(told.allocated_uj, abs=2),
             )
             assert (bill.quality, bill.settled) == (Quality.ESTIMATED, False)
         # Of a device on which nothing has run yet, nothing can be expected.
-        assert account.close(over("c"), loads=[Load("gpu:0", 5, 5)]).allocated_uj is None
+        assert account.close(over("c"), loads=[Load("gpu:0", 5)]).allocated_uj is None
 
     def test_what_is_short_beside_the_executors_is_charged_in_the_end(self, held: HeldClock, account: Account) -> None:
         for name in "ab":

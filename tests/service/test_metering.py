@@ -26,7 +26,7 @@ from service.engine.engine import Engine
 from service.engine.settings import EngineSettings
 from service.engine.types import EncodeItem, EngineClosed, Item, Sampling, WriteItem
 from service.keys import add_key
-from service.metering_cost import Share, main
+from service.metering_cost import _PURPOSES, Share, main
 from service.models import Models, load_model
 from service.settings import Settings
 from tests.energy.fakes import Book
@@ -187,16 +187,17 @@ def test_the_cost_of_metering_is_measured(
     write_tiny(tmp_path / "model", "classify")
     monkeypatch.setattr("energy.sampler._TOGETHER", 1)
     monkeypatch.setattr("service.metering_cost._REST_S", 0.3)
-    monkeypatch.setattr("service.metering_cost.ROUND_S", 0.1)
+    monkeypatch.setattr("service.metering_cost.SLICE_S", 0.2)
+    monkeypatch.setattr("service.metering_cost._LEFT_OUT_S", 0.1)
     monkeypatch.setattr("service.metering_cost.TURN_S", sys.getswitchinterval())
     assert main([str(tmp_path / "model"), "3"]) == 0
     told = capsys.readouterr().out
     assert re.search(r"CPU time added: .*% \(95% interval .*% to .*%\); under 1%: (yes|no|not decided)", told)
-    spent = re.search(r"us per request, .*% \((.*)\)", told)
-    assert spent is not None
-    spent_us = {name: float(each_us) for name, each_us in (part.rsplit(" ", 1) for part in spent[1].split(", "))}
-    assert set(spent_us) == {"recording", "closing", "foretelling", "settling", "ledger"}
-    assert min(spent_us.values()) > 0
+    spent_us = dict(
+        re.findall(r"[(,] ?(\w+) (-?\d+\.\d)", "".join(re.findall(r"^  \w+ [\d.]+ us (\(.*\))$", told, re.M)))
+    )
+    assert set(spent_us) == {what for whats in _PURPOSES.values() for what in whats}
+    assert all(float(spent_us[what]) > 0 for what in ("recording", "closing", "settling", "publishing", "ledger"))
 
 
 def test_a_share_is_decided_where_its_interval_lies_on_one_side() -> None:
