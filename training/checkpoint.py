@@ -60,9 +60,10 @@ def save_checkpoint(run: Path, state: State) -> None:
     # torch's writer hides the error of the file that it writes to in a RuntimeError.
     except (OSError, RuntimeError) as error:
         partial.unlink(missing_ok=True)
+        kept = "the one of before stays" if (run / CHECKPOINT).exists() else "there was none before"
         cause = error if isinstance(error, OSError) else error.__context__ or error
         raise TrainingError(
-            f"{run / CHECKPOINT}: cannot be written: {cause}; the one of before stays: make room and start again"
+            f"{run / CHECKPOINT}: cannot be written: {cause}; {kept}: make room and start again"
         ) from error
 
 

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from models.config import TransformerConfig
-from models.manifest import MANIFEST_NAME, ArtefactError, Manifest, Stage, load_manifest
+from models.manifest import MANIFEST_NAME, ArtefactError, Manifest, Parent, Stage, load_manifest
 from models.transformer import Transformer
 from models.weights import read_weights
 from training.errors import TrainingError
@@ -36,6 +36,16 @@ class ParentModel:
     tokenizer: Tokenizer
     lineage: tuple[Stage, ...]
     """The stages that led to it."""
+    parent: Parent | None = None
+    """What it came from itself."""
+
+    @property
+    def note(self) -> str:
+        """What the cards of those that come from it say of where it came from."""
+        if self.parent is None:
+            return ""
+        before = self.parent
+        return f"{self.name} was {before.relation} from {before.name} ({before.licence}). {before.note}".rstrip()
 
 
 def find_folder(source: str) -> Path | None:
@@ -68,7 +78,9 @@ def _from_folder(folder: Path) -> ParentModel:
     model.load_state_dict(weights)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     model = _whole(model, tokenizer, folder)
-    return ParentModel(manifest.name, manifest.licence, manifest.labels, model, tokenizer, manifest.lineage)
+    return ParentModel(
+        manifest.name, manifest.licence, manifest.labels, model, tokenizer, manifest.lineage, manifest.parent
+    )
 
 
 def _from_run(name: str, runs: Path) -> ParentModel:
@@ -77,7 +89,7 @@ def _from_run(name: str, runs: Path) -> ParentModel:
     recipe = run_recipe(name, runs)
     trained = load_trained(recipe, runs)
     model = _whole(trained.model.float(), trained.tokenizer, runs / name)
-    return ParentModel(name, recipe.licence, recipe.labels, model, trained.tokenizer, trained.lineage)
+    return ParentModel(name, recipe.licence, recipe.labels, model, trained.tokenizer, trained.lineage, trained.parent)
 
 
 def run_recipe(name: str, runs: Path) -> Recipe:

@@ -160,7 +160,7 @@ def _remember(recipe: Recipe, run: Path, parent: ParentModel | None, teacher: Pa
     origin = parent or teacher
     if origin is not None:
         relation: Literal["distilled", "fine-tuned"] = "distilled" if _teachers(recipe) else "fine-tuned"
-        said = Parent(name=origin.name, relation=relation, licence=origin.licence)
+        said = Parent(name=origin.name, relation=relation, licence=origin.licence, note=origin.note)
         write_whole(run / PARENT, said.model_dump_json())
     if parent is not None:
         write_ancestors(run, parent.lineage)

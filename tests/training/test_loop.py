@@ -234,7 +234,11 @@ def test_a_full_disk_leaves_the_checkpoint_of_before(tmp_path):
         run(tmp_path / "run", accident_at=3, accident=interrupt)
     before = (tmp_path / "run" / CHECKPOINT).read_bytes()
     # Whatever is written to it fails with "no space left on device".
-    (tmp_path / "run" / f"{CHECKPOINT}.partial").symlink_to("/dev/full")
+    for name in ("run", "other"):
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / f"{CHECKPOINT}.partial").symlink_to("/dev/full")
+    with pytest.raises(TrainingError, match=r"cannot be written: .*; there was none before: make room"):
+        run(tmp_path / "other")
     with pytest.raises(TrainingError, match=r"checkpoint\.pt: cannot be written: .*No space left.*make room"):
         run(tmp_path / "run")
     assert (tmp_path / "run" / CHECKPOINT).read_bytes() == before

@@ -85,6 +85,11 @@ def test_a_child_begins_as_its_parent(translator, data, tmp_path, whole):
     manifest = export(again, trained, data, tmp_path / "out")
     assert (manifest.parent.name, manifest.parent.relation) == (parent_recipe.name, "fine-tuned")
     assert load_manifest(tmp_path / "out" / "child") == manifest
+    said = f"child was fine-tuned from {parent_recipe.name} (CC0)."
+    assert load_parent("child", where).note == said
+    # The licence of what stood at the beginning is told on every card that follows.
+    grandchild = train(child(parent_recipe, tmp_path / "out" / "child", name="grandchild", fit=FIT), data, tmp_path)
+    assert (grandchild.parent.name, grandchild.parent.note) == ("child", said)
 
 
 def test_a_student_takes_the_layers_that_are_named(translator):
