@@ -88,7 +88,16 @@ def _shapes(base: Recipe, vocab_size: int) -> list[TransformerConfig]:
     if base.trunk is None:
         return list(_family(config))
     stack = "n_encoder_layers" if config.has_encoder else "n_decoder_layers"
-    return [config.model_copy(update={stack: depth}) for depth in range(1, getattr(config, stack) + 1)]
+    return [
+        config.model_copy(update={stack: depth, "vector_layers": _as_deep(config, depth)})
+        for depth in range(1, getattr(config, stack) + 1)
+    ]
+
+
+def _as_deep(proportions: TransformerConfig, depth: int) -> tuple[int, ...]:
+    """The layers that make a text's vector, as far up in an encoder of ``depth`` layers; of two that meet, one."""
+    whole = proportions.n_encoder_layers
+    return tuple(dict.fromkeys(max(1, round(layer * depth / whole)) for layer in proportions.vector_layers))
 
 
 def _family(proportions: TransformerConfig) -> Iterator[TransformerConfig]:
@@ -109,5 +118,6 @@ def _family(proportions: TransformerConfig) -> Iterator[TransformerConfig]:
                 "d_ff": max(16, round(proportions.d_ff * scale / 16) * 16),
                 "n_encoder_layers": layers(proportions.n_encoder_layers),
                 "n_decoder_layers": layers(proportions.n_decoder_layers),
+                "vector_layers": _as_deep(proportions, layers(proportions.n_encoder_layers)),
             }
         )

@@ -38,7 +38,8 @@ def test_is_the_largest_within_the_budget(config, factor):
 def test_a_budget_of_bytes_counts_the_scales():
     counts = []
     for how, size in [({"scheme": "none"}, 4.0), ({"scheme": "blockwise"}, 1 + 4 / 64), ({"scheme": "rowwise"}, 1.0)]:
-        recipe = recipes.translate(export={"max_input_tokens": 8, **how}, budget={"max_mb": 2.0})
+        export = recipes.translate().export.model_dump() | {"block_size": 64, **how}
+        recipe = recipes.translate(export=export, budget={"max_mb": 2.0})
         counts.append(count_parameters(sized(recipe, vocab_size=50)))
         assert counts[-1] * size <= 2e6
     assert counts[0] < counts[1] <= counts[2]

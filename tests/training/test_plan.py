@@ -25,6 +25,7 @@ from training.plan import (
     joules_per_query,
     known_stages,
     make_plan,
+    planned,
     write_recipe,
 )
 from training.recipe import load_recipe
@@ -199,4 +200,8 @@ def test_what_is_asked_wrongly_is_said(tmp_path, data):
 def test_every_task_has_proportions_that_can_change(task):
     base = load_recipe(PROPORTIONS[task])
     assert base.task == task and base.init is None
-    assert len(fitting(base, 1000.0)) > 1
+    shapes = fitting(base, 1000.0)
+    assert len(shapes) > 1
+    # What is proposed is a recipe that can be read, whose model still gives vectors where its proportions do.
+    assert [planned(base, shape, "float32", 1.0, "planned").model for shape in shapes] == shapes
+    assert all(bool(shape.vector_layers) == bool(base.model.vector_layers) for shape in shapes)
