@@ -139,16 +139,18 @@ def ticks(most: float, least: float = 0.0) -> list[float]:
 
 
 def _names(points: Sequence[tuple[str, tuple[float, float]]]) -> list[str]:
-    """Names to the right of their points, or to the left where the frame ends; each below those that it would meet."""
+    """Names to the right of their points, or to the left where the frame ends; one that would meet another or the axis
+    below, stands where the nearest room is."""
     parts: list[str] = []
     taken: list[tuple[float, float, float]] = []
     for name, (x, y) in sorted(points, key=lambda each: each[1][::-1]):
         width = NAME_WIDTH * len(name)
         fits = x + 8 + width <= WIDTH
-        left, y = (x + 8 if fits else x - 8 - width), y + 4
-        for other_left, other_right, other_y in taken:
-            if left < other_right and other_left < left + width and y < other_y + NAME_HEIGHT:
-                y = other_y + NAME_HEIGHT
+        left = x + 8 if fits else x - 8 - width
+        beside = [each for first, last, each in taken if left < last and first < left + width]
+        lines = [y + 4 + line for line in range(-HEIGHT, HEIGHT) if TOP <= y + 4 + line <= HEIGHT - BOTTOM - 3]
+        free = [line for line in lines if all(abs(line - other) >= NAME_HEIGHT for other in beside)]
+        y = min(free or lines, key=lambda line: abs(line - y - 4))
         taken.append((left, left + width, y))
         anchor = "start" if fits else "end"
         parts.append(

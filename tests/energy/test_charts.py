@@ -5,7 +5,20 @@ from xml.etree import ElementTree
 
 import pytest
 
-from energy.charts import HEIGHT, NAME_HEIGHT, NAME_WIDTH, WIDTH, Series, bars, picture, plot, standalone, ticks
+from energy.charts import (
+    BOTTOM,
+    HEIGHT,
+    NAME_HEIGHT,
+    NAME_WIDTH,
+    TOP,
+    WIDTH,
+    Series,
+    bars,
+    picture,
+    plot,
+    standalone,
+    ticks,
+)
 
 
 @pytest.mark.parametrize(
@@ -40,8 +53,8 @@ def test_a_line_of_a_single_point_is_seen_as_a_point() -> None:
 
 
 def test_names_beside_points_neither_overlap_nor_leave_the_frame() -> None:
-    points = [(1.0, 70.0), (1.0, 70.0), (1.01, 69.99), (4.0, 70.1)]
-    labels = ["a model, int8", "a model, int8 blocks", "a model, int4", "a model, float32"]
+    points = [(1.0, 70.0), (1.0, 70.0), (1.01, 69.99), (4.0, 70.1), (1.0, 69.9), (1.02, 69.9)]
+    labels = ["a model, int8", "a model, int8 blocks", "a model, int4", "a model, float32", "the least", "as low"]
     svg = picture([Series("all", points, "a", labels=labels, named=True)], "x", "y", y_from_zero=False)
     texts = re.findall(r'<text class="name" x="([\d.]+)" y="([\d.]+)" text-anchor="(\w+)">([^<]+)</text>', svg)
     assert sorted(text for *_, text in texts) == sorted(labels)
@@ -51,6 +64,7 @@ def test_names_beside_points_neither_overlap_nor_leave_the_frame() -> None:
         left = float(x) - (width if anchor == "end" else 0)
         boxes.append((left, left + width, float(y)))
         assert left >= 0 and left + width <= WIDTH
+        assert TOP <= float(y) <= HEIGHT - BOTTOM
     for number, (left, right, y) in enumerate(boxes):
         for other_left, other_right, other_y in boxes[:number]:
             assert right <= other_left or other_right <= left or abs(y - other_y) >= NAME_HEIGHT - 0.1
