@@ -54,9 +54,9 @@ class Starter(litserve.LitAPI):  # type: ignore[misc]
         """Labels or texts, one for each row."""
         if isinstance(rows, str):  # LitServe hands over the text itself where it does not batch
             return self.predict(self.batch([rows]))[0]  # type: ignore[no-any-return]
-        if "decoder" in self._sessions:
-            return self._tokenizer.decode_batch(self._write(rows))
-        return [self._manifest["labels"][place] for place in self._logits(rows).argmax(-1)]
+        if labels := self._manifest["labels"]:
+            return [labels[place] for place in self._logits(rows).argmax(-1)]
+        return self._tokenizer.decode_batch(self._write(rows))
 
     def unbatch(self, output: list[Any]) -> list[Any]:
         """Each row's own."""

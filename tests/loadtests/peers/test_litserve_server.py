@@ -33,6 +33,20 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     del sys.modules[name]
 
 
+def test_it_says_the_same_labels_on_either_side(server: ModuleType, tmp_path: Path) -> None:
+    manifest = write_tiny(tmp_path, "classify")
+    starters = [
+        importlib.reload(importlib.import_module("loadtests.peers.litserve_torch")).TorchStarter,
+        server.Starter,
+    ]
+    answers = []
+    for starter in (make(tmp_path, 1, len(TEXTS), 0) for make in starters):
+        starter.setup("cpu")
+        answers.append([starter.predict(starter.batch(TEXTS)), starter.predict(TEXTS[0])])
+    assert answers[0] == answers[1]
+    assert set(answers[0][0]) <= set(manifest.labels) and answers[0][1] == answers[0][0][0]
+
+
 @pytest.mark.parametrize("kind", ["encoder-decoder", "decoder"])
 @pytest.mark.parametrize("max_tokens", [0, 5])
 def test_it_writes_what_the_engine_writes(server: ModuleType, tmp_path: Path, kind: Kind, max_tokens: int) -> None:
