@@ -13,6 +13,7 @@ import pytest
 
 from models.manifest import read_manifest
 from service.tasks import TASKS
+from training.frontier import HEADLINE
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -94,6 +95,19 @@ def test_the_table_gives_the_measured_scores(folder: Path) -> None:
         assert f"| {score.metric} | {score.value:.2f} |" in card
     assert numbers, "the README gives no score"
     assert numbers <= {round(score.value, 2) for score in manifest.scores}, "a figure that nobody measured"
+
+
+@pytest.mark.parametrize("folder", sorted(STARTERS.iterdir()), ids=lambda folder: folder.name)
+def test_what_quality_costs_is_what_was_measured(folder: Path) -> None:
+    manifest = read_manifest(folder)
+    cells = []
+    for scheme, bits in (("none", 32), (manifest.quantisation.scheme, manifest.quantisation.bits), ("blockwise", 4)):
+        found = manifest.stored_as(scheme, bits)
+        assert found is not None, "run `wattle quantise --write`"
+        score = next(score for score in found.scores if score.metric == HEADLINE[manifest.tasks[0]])
+        cells.append(f"{score.value:.2f} at {found.active_j_per_query:.3g} J")
+    what = f"{score.metric}, {score.rows:,} rows of {score.data.split('/')[1]}"
+    assert f"| {manifest.name} | {what} | {' | '.join(cells)} |" in README
 
 
 def test_make_knows_the_commands() -> None:
