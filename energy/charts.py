@@ -21,7 +21,7 @@ STYLE = """
 }
 svg { width: 100%; font: 11px system-ui, sans-serif; fill: var(--soft); }
 svg .title, svg .name { fill: var(--ink); } svg .paper { fill: var(--paper); }
-.axis { stroke: var(--soft); fill: none; } .grid { stroke: var(--line); }
+.axis, .lead { stroke: var(--soft); fill: none; } .lead { stroke-width: .6; } .grid { stroke: var(--line); }
 .a { --own: var(--a); } .b { --own: var(--b); } .c { --own: var(--c); } .d { --own: var(--d); } .e { --own: var(--e); }
 circle, rect.a, rect.b, rect.c, rect.d, rect.e { fill: var(--own); }
 polyline { fill: none; stroke: var(--own); stroke-width: 1.8; }
@@ -139,10 +139,10 @@ def ticks(most: float, least: float = 0.0) -> list[float]:
 
 
 def _names(points: Sequence[tuple[str, tuple[float, float]]]) -> list[str]:
-    """Names to the right of their points, or to the left where the frame ends; one that would meet another or the axis
-    below, stands where the nearest room is."""
+    """Names to the right of their points, or to the left where the frame ends; one that would meet another, a point or
+    the axis below, stands where the nearest room is, and a line leads to it."""
     parts: list[str] = []
-    taken: list[tuple[float, float, float]] = []
+    taken = [(x - 5, x + 5, y + 4) for _, (x, y) in points]
     for name, (x, y) in sorted(points, key=lambda each: each[1][::-1]):
         width = NAME_WIDTH * len(name)
         fits = x + 8 + width <= WIDTH
@@ -150,13 +150,12 @@ def _names(points: Sequence[tuple[str, tuple[float, float]]]) -> list[str]:
         beside = [each for first, last, each in taken if left < last and first < left + width]
         lines = [y + 4 + line for line in range(-HEIGHT, HEIGHT) if TOP <= y + 4 + line <= HEIGHT - BOTTOM - 3]
         free = [line for line in lines if all(abs(line - other) >= NAME_HEIGHT for other in beside)]
-        y = min(free or lines, key=lambda line: abs(line - y - 4))
-        taken.append((left, left + width, y))
-        anchor = "start" if fits else "end"
-        parts.append(
-            f'<text class="name" x="{x + (8 if fits else -8):.1f}" y="{y:.1f}" text-anchor="{anchor}">'
-            f"{escape(name)}</text>"
-        )
+        line = min(free or lines, key=lambda line: abs(line - y - 4))
+        taken.append((left, left + width, line))
+        start, anchor = (x + 8, "start") if fits else (x - 8, "end")
+        if abs(line - y - 4) > NAME_HEIGHT / 2:
+            parts.append(f'<path class="lead" d="M{x:.1f} {y:.1f}L{start:.1f} {line - 4:.1f}"/>')
+        parts.append(f'<text class="name" x="{start:.1f}" y="{line:.1f}" text-anchor="{anchor}">{escape(name)}</text>')
     return parts
 
 

@@ -68,6 +68,21 @@ def test_names_beside_points_neither_overlap_nor_leave_the_frame() -> None:
     for number, (left, right, y) in enumerate(boxes):
         for other_left, other_right, other_y in boxes[:number]:
             assert right <= other_left or other_right <= left or abs(y - other_y) >= NAME_HEIGHT - 0.1
+        for point_x, point_y in map(_numbers, re.findall(r'<circle [^>]*cx="([\d.]+)" cy="([\d.]+)"', svg)):
+            assert not left <= point_x <= right or abs(y - 4 - point_y) >= NAME_HEIGHT - 0.1
+
+
+def test_a_line_leads_to_a_name_that_had_to_go_elsewhere() -> None:
+    alone = Series("one", [(1.0, 70.0)], "a", labels=["a model"], named=True)
+    together = Series("two", [(1.0, 70.0), (1.0, 70.0)], "a", labels=["a model", "another"], named=True)
+    drawn = [
+        picture([each, Series("far", [(9.0, 69.0), (9.0, 71.0)], "b")], "x", "y", False) for each in (alone, together)
+    ]
+    assert [svg.count('class="lead"') for svg in drawn] == [0, 1]
+
+
+def _numbers(texts: tuple[str, ...]) -> tuple[float, ...]:
+    return tuple(map(float, texts))
 
 
 def test_a_picture_of_its_own_is_well_formed_and_brings_its_colours() -> None:
