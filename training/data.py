@@ -107,9 +107,8 @@ def _checked(field: str, value: Any) -> Any:
     if field == "answers":
         return _answers(value)
     if field == "label" and isinstance(value, int | float):
-        return (
-            f"{value:g}" if isinstance(value, float) else str(value)
-        )  # tables with gaps make floats of whole numbers
+        # Tables with gaps make floats of whole numbers.
+        return str(value).removesuffix(".0")
     if not isinstance(value, str):
         raise ValueError(f"{field!r} is {json.dumps(value, default=str)[:40]}, not a text")
     return value

@@ -111,8 +111,10 @@ def train(recipe: Recipe, data: Path, runs: Path, execution: Execution | None = 
         print(f"{recipe.name}: {model.n_parameters / 1e6:.1f} M parameters, {samples.per_epoch:,} samples an epoch, "
               f"on {layout.name}, {torch.get_num_threads()} threads")  # fmt: skip
         if changed := _changed(recipe, run):
-            print(f"{recipe.name}: its recipe has changed since the run began ({', '.join(changed)}); what was "
-                  f"trained before is not undone: delete {run} to begin anew")  # fmt: skip
+            print(
+                f"{recipe.name}: its recipe has changed since the run began ({', '.join(changed)}); what was trained "
+                f"before is not undone: delete {run} to begin anew"
+            )
         write_whole(run / ROWS, json.dumps(samples.rows))
     work = replace(
         work_on(learned, samples.samples, samples.batches),

@@ -15,6 +15,7 @@ from service.engine.settings import EngineSettings
 from service.engine.types import WriteOutput
 from tests.tiny import SENTENCES, Kind, write_tiny
 
+TORCH = "loadtests.peers.litserve_torch"
 TEXTS = [SENTENCES[0], "A dog.", *SENTENCES[2:4]]
 
 
@@ -30,15 +31,13 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     monkeypatch.setitem(sys.modules, "litserve", SimpleNamespace(LitAPI=LitAPI))
     name = "loadtests.peers.litserve_server"
     yield importlib.import_module(name)
-    del sys.modules[name]
+    for made_of_it in (name, TORCH):
+        sys.modules.pop(made_of_it, None)
 
 
 def test_it_says_the_same_labels_on_either_side(server: ModuleType, tmp_path: Path) -> None:
     manifest = write_tiny(tmp_path, "classify")
-    starters = [
-        importlib.reload(importlib.import_module("loadtests.peers.litserve_torch")).TorchStarter,
-        server.Starter,
-    ]
+    starters = [importlib.import_module(TORCH).TorchStarter, server.Starter]
     answers = []
     for starter in (make(tmp_path, 1, len(TEXTS), 0) for make in starters):
         starter.setup("cpu")
