@@ -108,8 +108,16 @@ def _await(url: str) -> str:
 def _start(out: Path, flags: list[str], headless: bool = True) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "wattle", "loadtest", "--scenario", "mixed", "--out", str(out), *flags]
     command += ["--headless"] if headless else []
+    # Of two servers with the same state only one bills the machine's idle energy, and another may be running here.
+    environment = {**os.environ, "XDG_STATE_HOME": str(out.parent / f"state-{out.name}")}
     return subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
 
 
