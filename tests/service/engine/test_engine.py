@@ -6,7 +6,7 @@ import threading
 import time
 import tracemalloc
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -740,6 +740,24 @@ def test_a_graph_that_fails_at_once_is_an_error_at_the_start(models: dict[str, L
     with pytest.raises(Exception, match="source_lengths"):
         Engine({"wrong": wrong}, Steps(), EngineSettings())
     assert threading.active_count() == threads
+
+
+def test_weights_move_into_large_pages_while_it_serves(
+    models: dict[str, Loaded], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moving, go = threading.Event(), threading.Event()
+
+    def move(pages: Collection[int]) -> None:
+        moving.set()
+        go.wait(WAIT_S)
+
+    monkeypatch.setattr("service.engine.engine.enlarge_pages", move)
+    try:
+        with engine(models, ["classify"]) as running:
+            assert moving.wait(WAIT_S)
+            assert len(results(running.submit("classify", [EncodeItem("c", ids(0, 5))]))) == 1
+    finally:
+        go.set()
 
 
 def test_cores_are_divided_among_executors() -> None:
