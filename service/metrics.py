@@ -170,7 +170,7 @@ class Metrics:
             self._count_request(*over)
 
     def _count_step(self, step: Step) -> None:
-        tokens = step.padding_tokens + sum(work.tokens for work in step.work)
+        tokens = (step.padding_tokens + sum(work.tokens for work in step.work)) // step.passes
         self._batch_size(step.model).observe(len(step.work))
         self._batch_tokens(step.model).observe(tokens)
 

@@ -317,7 +317,7 @@ class Engine:
         new_tokens, elapsed_s = 0, 0.0
         written: list[tuple[str, int]] = []
         if turn is not None:
-            step, ended = executor.run(model, turn)
+            step, ended = executor.run(model, turn, lambda: self._is_wanted(executor))
             self._tell(turn.jobs, self._record(step))
             for job, result in ended:
                 if isinstance(result, Written):
@@ -334,6 +334,11 @@ class Engine:
             self._backlog.stepped(new_tokens, elapsed_s / len(self._executors))
             if not executor.running[model] and self._is_idle():
                 self._changed.notify_all()
+
+    def _is_wanted(self, executor: Executor) -> bool:
+        """Whether there may be something else to do for ``executor``. Without the lock: what comes too late for this
+        look is seen at the next one."""
+        return bool(self._backlog.items or executor.errands or not self._lives)
 
     def _record(self, step: Step) -> Sequence[int] | None:
         try:

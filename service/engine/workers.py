@@ -45,6 +45,11 @@ class Job:
         return self.item.sampling.beams if isinstance(self.item, WriteItem) else 1
 
     @property
+    def is_watched(self) -> bool:
+        """Whether something looks at every token of its text, and may end it."""
+        return isinstance(self.item, WriteItem) and self.item.should_stop is not None
+
+    @property
     def cancelled(self) -> bool:
         """Whether nobody waits for it any longer."""
         return self.ticket.future.is_cancelled
@@ -56,12 +61,24 @@ class Turn:
 
     jobs: tuple[Job, ...]
     work: tuple[Work, ...]
-    """Of each of ``jobs``."""
+    """Of each of ``jobs`` in one forward pass."""
     padding_tokens: int
-    run: Callable[[], list[tuple[Job, Result]]]
-    """The forward pass and what follows from it; returns the jobs that have ended."""
+    run: Callable[[], Sequence[tuple[Job, Result]]]
+    """A forward pass and what follows from it; returns the jobs that have ended."""
     abandon: Callable[[], None]
     """Called where ``run`` raised: forgets the jobs."""
+    repeats: bool = False
+    """Whether ``run`` may be called again, for one token more of each job, as long as none of them ends."""
+
+    def work_of(self, passes: int) -> tuple[Work, ...]:
+        """What so many passes did: each of them looks back on what those before it have written."""
+        if passes == 1:
+            return self.work
+        earlier = passes * (passes - 1) // 2
+        return tuple(
+            Work(name, phase, passes * tokens, passes * context + earlier * tokens)
+            for name, phase, tokens, context in self.work
+        )
 
 
 class Worker(Protocol):
@@ -264,7 +281,9 @@ class WriteWorker:
             Work(job.item.request_id, Phase.DECODE, decoder.beams, context)
             for job, context in zip(jobs, decoder.contexts(len(jobs)), strict=True)
         )
-        return Turn(jobs, work, 0, lambda: list(lane.write()), lambda: self._drop(jobs))
+        # Nobody else has a turn here; and a budget is to know what the tokens before have cost.
+        repeats = len(jobs) == len(self.jobs) and not any([job.is_watched for job in jobs])
+        return Turn(jobs, work, 0, lane.write, lambda: self._drop(jobs), repeats)
 
     def _read_sources(self, jobs: Sequence[Job]) -> list[tuple[Job, Result]]:
         lane = self._lane(jobs[0].rows)

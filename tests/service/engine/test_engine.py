@@ -455,7 +455,7 @@ def test_an_output_says_what_fell_to_it_of_the_loads_of_its_steps(models: dict[s
     loads_ns: Counter[str] = Counter()
 
     def reckon(step: Step) -> list[int]:
-        shares_ns = share_load(step.load_ns, step.work, DEFAULTS)
+        shares_ns = share_load(step, DEFAULTS)
         loads_ns.update(dict(zip((item.request_id for item in step.work), shares_ns, strict=True)))
         return shares_ns
 
