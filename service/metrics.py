@@ -116,7 +116,7 @@ class Metrics:
         self._batch_tokens = _Labelled(
             Histogram(
                 "wattle_batch_next_tokens",
-                "Tokens of a step, counted with padding.",
+                "Tokens of a forward pass, counted with padding.",
                 ("model",),
                 buckets=_TOKENS,
                 registry=self._registry,

@@ -250,7 +250,7 @@ class WriteWorker:
         if not writing:
             return None
         lane = self._lanes[writing[0]] = self._lanes.pop(writing[0])
-        return self._writing(lane)
+        return self._writing(lane, is_alone=len(writing) == 1 and self._reader is None)
 
     def warm_up(self) -> None:
         """See ``Worker``."""
@@ -275,14 +275,14 @@ class WriteWorker:
         work = Work(job.item.request_id, Phase.PREFILL, len(piece), reader.read)
         return Turn((job,), (work,), 0, lambda: self._read_on(reader, piece), lambda: self._drop((job,)))
 
-    def _writing(self, lane: Lane[Job]) -> Turn:
+    def _writing(self, lane: Lane[Job], is_alone: bool) -> Turn:
         jobs, decoder = tuple(lane.keys), lane.decoder
         work = tuple(
             Work(job.item.request_id, Phase.DECODE, decoder.beams, context)
             for job, context in zip(jobs, decoder.contexts(len(jobs)), strict=True)
         )
-        # Nobody else has a turn here; and a budget is to know what the tokens before have cost.
-        repeats = len(jobs) == len(self.jobs) and not any([job.is_watched for job in jobs])
+        # Who looks at a text's tokens may want to know what those before have cost, which the end of a step tells.
+        repeats = is_alone and not any([job.is_watched for job in jobs])
         return Turn(jobs, work, 0, lane.write, lambda: self._drop(jobs), repeats)
 
     def _read_sources(self, jobs: Sequence[Job]) -> list[tuple[Job, Result]]:
