@@ -25,9 +25,9 @@ from energy.ledger import Ledger
 from energy.meters.base import Meter
 from energy.meters.observe import observe_idle
 from energy.owner import Owner
-from energy.requests import Cost, Noted, Requests, weaker, weakest
-from energy.settlement import BESIDE, HORIZON_NS, Channel, Claim, Reason
-from energy.types import Bill, Load, Phase, Quality, RequestRecord, SettledRecord, Step
+from energy.requests import Cost, End, Noted, Requests, weaker, weakest
+from energy.settlement import HORIZON_NS, Channel, Claim, Reason
+from energy.types import Bill, Load, Parts, Phase, Quality, RequestRecord, SettledRecord, Step
 
 _log = logging.getLogger(__name__)
 _requests_log = logging.getLogger("wattle.requests")
@@ -39,8 +39,6 @@ _LAST_INTERVAL_S = 0.06
 _KEPT_AFTER_NS = NS_PER_S // 4
 """Nearly every bill is final when it is first looked at after so long. Of the others alone the ledger gets a
 provisional one."""
-_NOTHING = Claim(0, 0, Quality.MEASURED)
-"""Expected besides what has been charged, once that is all."""
 _FREE = Cost((), 0, 0, 0.0, None)
 """Of a request that nothing has been charged to."""
 NOTHING_BESIDE: Mapping[Phase, int] = MappingProxyType({})
@@ -90,17 +88,6 @@ class Totals:
     meters: tuple[MeterTotal, ...]
     attributed: tuple[Attributed, ...]
     unattributed: tuple[Unattributed, ...]
-
-
-@dataclass(slots=True)
-class _Over:
-    """The end of a request."""
-
-    record: RequestRecord
-    time_s: float
-    closed_ns: int
-    kept: bool = False
-    """Whether the ledger has a bill of it, final or not."""
 
 
 class Account:
@@ -155,7 +142,7 @@ class Account:
         self._steps: deque[tuple[Step, Sequence[int]]] = deque()
         """As executors record them, with what falls to each entry of their work: appending takes no lock."""
         self._closed: deque[tuple[RequestRecord, float, int, Mapping[Phase, int]]] = deque()
-        """As the event loop closes requests, likewise: the time in both ways, and what was taken beside executors."""
+        """As the event loop closes requests, likewise: the fields of ``End``."""
         self._settling = threading.Lock()
         """Held by whoever reads meters and settles; guards the channels."""
         self._alarmed_ns: int | None = None
@@ -163,7 +150,9 @@ class Account:
         """Guards what follows; held for microseconds, and taken after ``_settling``."""
         self._requests = Requests(self._channels.values(), executors)
         """Running ones, and those that are over but not settled."""
-        self._over: dict[str, _Over] = {}
+        self._over: dict[str, End] = {}
+        self._kept: set[str] = set()
+        """Those among these of which the ledger has a provisional bill."""
         self._unattributed: Counter[tuple[str, Reason]] = Counter()
 
     @property
@@ -176,7 +165,7 @@ class Account:
 
         Returns what falls to each entry of its work of its load, in nanoseconds.
         """
-        loads_ns = share_load(step, self._coefficients.get(step.model, DEFAULTS))
+        loads_ns = share_load(step.load_ns, step.work, self._coefficients.get(step.model, DEFAULTS))
         is_first = not self._steps
         self._steps.append((step, loads_ns))
         if is_first:
@@ -233,9 +222,9 @@ class Account:
             self.wake()
         if loads is None:
             return self.bill(record.request_id)
-        if beside_ns:
-            loads = [*loads, Load(BESIDE, sum(beside_ns.values()))]
-        return self._bill(record.request_id, _FREE, self._requests.expect(loads))
+        idle_uj, active_uj, quality = self._requests.expect(loads, sum(beside_ns.values()))
+        quality = quality if quality is self.quality else weaker(self.quality, quality)
+        return self._bill(record.request_id, quality, active_uj, active_uj + idle_uj)
 
     def find(self, request_id: str) -> SettledRecord | None:
         """A request that is over, with its bill; None where it is unknown, still running, or forgotten.
@@ -279,10 +268,9 @@ class Account:
 
     def _note(self) -> None:
         """Put what happened on the books: ends of requests first, for their steps were recorded before them."""
-        while self._closed:
-            record, time_s, closed_ns, beside_ns = self._closed.popleft()
-            self._over[record.request_id] = _Over(record, time_s, closed_ns)
-            self._requests.note_beside(record, closed_ns, beside_ns)
+        closed = [End(*self._closed.popleft()) for _ in range(len(self._closed))]
+        self._over.update({end.record.request_id: end for end in closed})
+        self._requests.note_beside(closed)
         while self._steps:
             self._requests.note(*self._steps.popleft())
 
@@ -322,42 +310,50 @@ class Account:
         """The requests whose bills are final, and those that the ledger gets with a provisional one."""
         final, open_records = [], []
         waiting = self._requests.waiting_names()
-        for request_id, over in self._over.items():
-            open_ns = now_ns - over.closed_ns
-            late_ns = 0 if over.record.status in _NEVER_LATE else HORIZON_NS
+        for request_id, end in self._over.items():
+            open_ns = now_ns - end.at_ns
+            late_ns = 0 if end.record.status in _NEVER_LATE else HORIZON_NS
             if open_ns >= late_ns and request_id not in waiting:
-                final.append(over)
-            elif not over.kept and open_ns >= _KEPT_AFTER_NS:
+                final.append(end)
+            elif request_id not in self._kept and open_ns >= _KEPT_AFTER_NS:
                 open_records.append(self._over_record(request_id))
-                over.kept = True
+                self._kept.add(request_id)
         return self._settle(final), open_records
 
-    def _settle(self, final: Sequence[_Over]) -> list[SettledRecord]:
+    def _settle(self, final: Sequence[End]) -> list[SettledRecord]:
         """Move requests that are over to the totals."""
-        records, carbon = [], self._carbon.assumptions
-        for over, cost in zip(final, self._requests.settle([over.record for over in final]), strict=True):
-            del self._over[over.record.request_id]
-            bill = self._bill(over.record.request_id, cost, _NOTHING, settled=True)
-            records.append(SettledRecord(over.record, bill, over.time_s, carbon))
-        return records
+        settled, carbon = [], self._carbon.assumptions
+        records = [end.record for end in final]
+        for record, end, cost in zip(records, final, self._requests.settle(records), strict=True):
+            del self._over[record.request_id]
+            quality = cost.quality or self.quality
+            bill = self._bill(record.request_id, quality, cost.active_uj, cost.allocated_uj, cost, True)
+            settled.append(SettledRecord(record, bill, end.time_s, carbon))
+        self._kept.intersection_update(self._over)
+        return settled
 
     def _provisional(self, request_id: str) -> Bill:
         cost, expected = self._requests.cost(request_id), self._requests.expect_waiting(request_id)
-        return self._bill(request_id, cost, expected)
+        quality = weaker(cost.quality or self.quality, expected.quality)
+        allocated_uj = cost.allocated_uj + expected.active_uj + expected.idle_uj
+        return self._bill(request_id, quality, cost.active_uj + expected.active_uj, allocated_uj, cost)
 
     def _over_record(self, request_id: str) -> SettledRecord:
-        over = self._over[request_id]
-        return SettledRecord(over.record, self._provisional(request_id), over.time_s, self._carbon.assumptions)
+        end = self._over[request_id]
+        return SettledRecord(end.record, self._provisional(request_id), end.time_s, self._carbon.assumptions)
 
-    def _bill(self, request_id: str, cost: Cost, expected: Claim | None, settled: bool = False) -> Bill:
-        """What has been charged and what is ``expected`` besides, if anybody knows."""
-        quality = Quality.UNAVAILABLE
-        if expected is not None:
-            quality = weaker(cost.quality or self.quality, expected.quality)
-        if expected is None or quality is Quality.UNAVAILABLE:
+    def _bill(
+        self,
+        request_id: str,
+        quality: Quality,
+        active_uj: int,
+        allocated_uj: int,
+        cost: Cost = _FREE,
+        settled: bool = False,
+    ) -> Bill:
+        """Energy is known where ``quality`` says so; of ``cost`` it has the rest."""
+        if quality is Quality.UNAVAILABLE:
             return Bill(request_id, None, None, None, quality, settled)
-        active_uj = cost.active_uj + expected.active_uj
-        allocated_uj = cost.allocated_uj + expected.active_uj + expected.idle_uj
         gco2e = self._carbon.gco2e(allocated_uj, cost.machine_ns)
         return Bill(request_id, active_uj, allocated_uj, gco2e, quality, settled, cost.parts)
 
@@ -412,9 +408,9 @@ def _as_json(settled: SettledRecord, carbon: orjson.Fragment) -> str:
 
     A dataclass takes JSON longer than its fields do.
     """
-    request, bill = settled.request, settled.bill
+    request, bill, time_s, _ = settled
     line = {
-        "time_s": settled.time_s,
+        "time_s": time_s,
         "request_id": request.request_id,
         "task": request.task,
         "model": request.model,
@@ -428,7 +424,7 @@ def _as_json(settled: SettledRecord, carbon: orjson.Fragment) -> str:
         "allocated_uj": bill.allocated_uj,
         "gco2e": bill.gco2e,
         "quality": bill.quality,
-        "parts": [{"device": part.device, "phase": part.phase, "energy_uj": part.energy_uj} for part in bill.parts],
+        "parts": orjson.Fragment(Parts.of(bill.parts).as_objects()),
         "carbon": carbon,
     }
     return orjson.dumps(line).decode()

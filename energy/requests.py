@@ -8,14 +8,16 @@ between two readings, or that was running when the last stretches were settled, 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import compress, repeat
 from operator import itemgetter
 from typing import Any, NamedTuple, TypeVar
 
 from energy.attribution import charge, split
 from energy.settlement import BESIDE, Channel, Claim, Stretch
-from energy.types import Load, Part, Phase, Quality, RequestRecord, Step, Work
+from energy.types import Load, Part, Parts, Phase, Places, Quality, RequestRecord, Step, Work
 
 T = TypeVar("T", int, float)
+_UNKNOWN = Claim(0, 0, Quality.UNAVAILABLE)
 _RANK = {quality: rank for rank, quality in enumerate(Quality)}
 
 
@@ -38,10 +40,22 @@ class Column:
     """By task."""
 
 
+class End(NamedTuple):
+    """Of a request."""
+
+    record: RequestRecord
+    time_s: float
+    """Since 1970."""
+    at_ns: int
+    """The same by the monotonic clock."""
+    beside_ns: Mapping[Phase, int]
+    """CPU time that it took beside the executors, by phase, and no step was recorded of."""
+
+
 class Cost(NamedTuple):
     """One request's."""
 
-    parts: tuple[Part, ...]
+    parts: Iterable[Part]
     allocated_uj: int
     """The sum of them."""
     active_uj: int
@@ -121,17 +135,28 @@ class Requests:
             for item, load_ns in zip(work, work_loads_ns, strict=True):
                 loads[item.request_id] += load_ns
 
-    def note_beside(self, record: RequestRecord, ended_ns: int, beside_ns: Mapping[Phase, int]) -> None:
-        """Put CPU time that a request took beside the executors, by phase, on the books."""
+    def note_beside(self, ends: Sequence[End]) -> None:
+        """Put CPU time that requests took beside the executors on the books, as if it had been spent in the end."""
+        for is_new in (False, True):
+            # What ended before the last reading is charged apart, as steps are.
+            some = [end for end in ends if (end.at_ns > self._settled_ns) is is_new]
+            spent: defaultdict[tuple[str, Phase], defaultdict[str, int]] = defaultdict(lambda: defaultdict(int))
+            for record, _, _, beside_ns in some:
+                for phase, cpu_ns in beside_ns.items():
+                    spent[record.model, phase][record.request_id] += cpu_ns
+            for (model, phase), loads in spent.items():
+                self._note_beside(model, phase, loads, [end.at_ns for end in some])
+
+    def _note_beside(self, model: str, phase: Phase, loads: Mapping[str, int], ends_ns: Sequence[int]) -> None:
         place = self._places.get(BESIDE) or self._find_place(BESIDE)
-        for phase, cpu_ns in beside_ns.items():
-            if not place.channels:
-                self._lose(place, record.model, phase, [record.request_id])
-                continue
-            noted = self._noted(place, record.model, phase, ended_ns - cpu_ns, ended_ns)
-            noted.load_ns += cpu_ns
-            noted.cpu_ns += cpu_ns
-            noted.loads[record.request_id] += cpu_ns
+        if not place.channels:
+            self._lose(place, model, phase, loads)
+            return
+        noted = self._noted(place, model, phase, min(ends_ns) - 1, max(ends_ns), len(loads))
+        cpu_ns = sum(loads.values())
+        noted.load_ns += cpu_ns
+        noted.cpu_ns += cpu_ns
+        _add(noted.loads, loads)
 
     def part(self) -> None:
         """What is noted from now on is charged apart from what was noted before."""
@@ -200,17 +225,18 @@ class Requests:
             self._lose(noted.place, noted.model, noted.phase, noted.loads)
         self.waiting = []
 
-    def expect_waiting(self, name: str) -> Claim | None:
-        """What a request will probably pay for what waits for a reading; None where there is nothing to judge by."""
+    def expect_waiting(self, name: str) -> Claim:
+        """What a request will probably pay for what waits for a reading."""
         return self.expect(Load(each.place.device, each.loads[name]) for each in self.waiting if name in each.loads)
 
-    def expect(self, loads: Iterable[Load]) -> Claim | None:
-        """What these loads will probably cost; None where there is nothing to judge by. Takes no lock."""
+    def expect(self, loads: Iterable[Load], beside_ns: int = 0) -> Claim:
+        """What these loads and CPU time beside the executors will probably cost; unavailable where there is nothing to
+        judge by. Takes no lock."""
         idle_uj, active_uj, quality = 0.0, 0.0, Quality.MEASURED
-        for device, load_ns in loads:
+        for device, load_ns in (*loads, (BESIDE, beside_ns)) if beside_ns else loads:
             place = self._places.get(device)
             if place is None or place.rates is None:
-                return None
+                return _UNKNOWN
             idle, active = place.rates
             idle_uj += load_ns * idle
             active_uj += load_ns * active
@@ -220,12 +246,48 @@ class Requests:
 
     def cost(self, name: str) -> Cost:
         """What a request has been charged so far."""
-        return self._collect(name, self._open_columns(), dict.get)
+        charged_uj = {charged: [column.open_uj.get(name)] for charged, column in self._columns.items()}
+        (cost,) = self._costs([name], charged_uj, dict.get)
+        return cost
 
-    def settle(self, records: Iterable[RequestRecord]) -> list[Cost]:
+    def settle(self, records: Sequence[RequestRecord]) -> list[Cost]:
         """What these requests have been charged; they are no longer open, and that counts for their tasks."""
-        columns = self._open_columns()
-        return [self._collect(record.request_id, columns, dict.pop, record.task) for record in records]
+        names, tasks = [record.request_id for record in records], [record.task for record in records]
+        charged_uj = {}
+        for charged, column in self._columns.items():
+            if column.open_uj:
+                charged_uj[charged] = amounts_uj = list(map(column.open_uj.pop, names, repeat(None)))
+                for task, energy_uj in zip(tasks, amounts_uj, strict=True):
+                    if energy_uj:
+                        column.settled_uj[task] += energy_uj
+        return self._costs(names, charged_uj, dict.pop)
+
+    def _costs(
+        self, names: Sequence[str], charged_uj: Mapping[Charged, Sequence[int | None]], take: Callable[..., Any]
+    ) -> list[Cost]:
+        """The costs of requests, from what each has been charged for what; None is not at all. ``take`` leaves what
+        else is known of them on the books or not."""
+        parts_uj: dict[tuple[str, Phase], Sequence[int | None]] = {}
+        for (device, phase, _, _), amounts_uj in charged_uj.items():
+            before_uj = parts_uj.get((device, phase))
+            if before_uj is not None:
+                amounts_uj = [(one or 0) + (other or 0) for one, other in zip(before_uj, amounts_uj, strict=True)]
+            parts_uj[device, phase] = amounts_uj
+        places: dict[tuple[bool, ...], Places] = {}
+        """By which of these a request has."""
+        qualities = [charged.quality for charged in charged_uj]
+        worst = weakest(qualities) if qualities else None
+        costs = []
+        for name, amounts_uj, row_uj in zip(names, _rows(charged_uj, names), _rows(parts_uj, names), strict=True):
+            # Nearly always all have been charged for the same.
+            quality = worst if None not in amounts_uj else _weakest_known(qualities, amounts_uj)
+            active_uj, machine_ns = take(self._active_uj, name, 0), take(self._machine_ns, name, 0.0)
+            has = tuple(map(bool, row_uj))
+            if has not in places:
+                places[has] = Places(compress(parts_uj, has))
+            energies_uj = tuple(filter(None, row_uj))
+            costs.append(Cost(Parts(places[has], energies_uj), sum(energies_uj), active_uj, machine_ns, quality))
+        return costs
 
     def attributed(self) -> Iterator[tuple[Charged, str, int]]:
         """What settled requests were charged for what, by task."""
@@ -245,32 +307,6 @@ class Requests:
             self._columns = dict(sorted([*self._columns.items(), (charged, Column())], key=itemgetter(0)))
         _add(self._columns[charged].open_uj, amounts_uj)
 
-    def _open_columns(self) -> list[tuple[Charged, Column]]:
-        return [(charged, column) for charged, column in self._columns.items() if column.open_uj]
-
-    def _collect(
-        self, name: str, columns: Sequence[tuple[Charged, Column]], take: Callable[..., Any], task: str | None = None
-    ) -> Cost:
-        """What ``columns`` have of a request, by device and phase; ``take`` leaves it there or not."""
-        parts: list[Part] = []
-        allocated_uj = 0
-        quality: Quality | None = None
-        for (device, phase, _, its_quality), column in columns:
-            energy_uj = take(column.open_uj, name, None)
-            if energy_uj is None:
-                continue
-            if its_quality is not quality:
-                quality = weaker(quality or its_quality, its_quality)
-            if energy_uj:
-                allocated_uj += energy_uj
-                if task is not None:
-                    column.settled_uj[task] += energy_uj
-                if parts and parts[-1].phase is phase and parts[-1].device == device:
-                    energy_uj += parts.pop().energy_uj
-                parts.append(Part(device, phase, energy_uj))
-        active_uj, machine_ns = take(self._active_uj, name, 0), take(self._machine_ns, name, 0.0)
-        return Cost(tuple(parts), allocated_uj, active_uj, machine_ns, quality)
-
     def _find_place(self, device: str) -> Place:
         own, is_executor = device if device.startswith("gpu:") else "cpu", device != BESIDE
         for place in self._places.values():
@@ -283,8 +319,10 @@ class Requests:
         self._places[device] = place
         return place
 
-    def _noted(self, place: Place, model: str, phase: Phase | None, started_ns: int, ended_ns: int) -> Noted:
-        """What a phase of a step is charged with; whoever calls adds what the step took."""
+    def _noted(
+        self, place: Place, model: str, phase: Phase | None, started_ns: int, ended_ns: int, steps: int = 1
+    ) -> Noted:
+        """What a phase of ``steps`` is charged with; whoever calls adds what they took."""
         key = place, model, phase
         is_short = started_ns > self._settled_ns and ended_ns - started_ns < self.window_ns
         noted = self._together.get(key) if is_short else None
@@ -297,7 +335,7 @@ class Requests:
             noted.started_ns = started_ns
         if ended_ns > noted.ended_ns:
             noted.ended_ns = ended_ns
-        noted.steps += 1
+        noted.steps += steps
         return noted
 
     def _read_ns(self) -> int:
@@ -329,9 +367,21 @@ def _by_phase(step: Step, loads_ns: Sequence[int], time_ns: int) -> list[_Portio
     return [(*portion, part) for portion, part in zip(portions, parts, strict=True)]
 
 
+def _rows(columns: Mapping[Any, Sequence[int | None]], names: Sequence[str]) -> Iterable[tuple[int | None, ...]]:
+    """Of each of ``names`` what ``columns`` have, of which there may be none."""
+    return zip(*columns.values(), strict=True) if columns else repeat((), len(names))
+
+
+def _weakest_known(qualities: Sequence[Quality], amounts_uj: Sequence[int | None]) -> Quality | None:
+    known = [quality for quality, amount_uj in zip(qualities, amounts_uj, strict=True) if amount_uj is not None]
+    return weakest(known) if known else None
+
+
 def _add(totals: dict[str, T], amounts: Mapping[str, T]) -> None:
-    for name, amount in amounts.items():
-        totals[name] = totals.get(name, 0) + amount
+    # Nearly all names are new: without a look-up for each in Python, this takes a third of the time.
+    known = {name: totals[name] + amounts[name] for name in totals.keys() & amounts.keys()}
+    totals.update(amounts)
+    totals.update(known)
 
 
 def weakest(qualities: Iterable[Quality]) -> Quality:

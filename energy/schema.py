@@ -7,9 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-import orjson
-
-from energy.types import Bill, CarbonAssumptions, Part, Phase, Quality, RequestRecord, SettledRecord
+from energy.types import Bill, CarbonAssumptions, Part, Parts, Phase, Quality, RequestRecord, SettledRecord
 
 SCHEMA_VERSION = 2
 _log = logging.getLogger(__name__)
@@ -46,14 +44,15 @@ _FIRST_COLUMNS = (
     "request_id, time_s, task, model, status, input_tokens, output_tokens, queue_ms, compute_ms, "
     "active_uj, allocated_uj, gco2e, quality, settled"
 )
-_COLUMNS = f'{_FIRST_COLUMNS}, "key", parts'
+_REQUEST = ", ".join(f'"{name}"' for name in RequestRecord._fields)
+_COLUMNS = f"{_REQUEST}, time_s, active_uj, allocated_uj, gco2e, quality, settled, parts"
 SELECT = f"SELECT {_COLUMNS}, assumptions FROM requests NATURAL JOIN carbon"
 """The rows that ``from_row`` reads; ``parts`` is ``[[device, phase, microjoules], ...]``."""
 _ID = "(SELECT carbon_id FROM carbon WHERE assumptions = {})"
 _INSERT_CARBON = "INSERT OR IGNORE INTO carbon (assumptions) VALUES (?)"
 _INSERT = f"INSERT OR REPLACE INTO requests ({_COLUMNS}, carbon_id) VALUES "
 _ROW = f"({', '.join('?' * 17)})"
-_ROWS_AT_ONCE = 32
+_ROWS_AT_ONCE = 256
 """Of one statement: each lets go of the interpreter and waits to have it again, and is prepared once for each number
 of rows."""
 
@@ -112,41 +111,27 @@ def insert(database: sqlite3.Connection, records: Sequence[SettledRecord]) -> No
 
 def from_row(row: tuple[Any, ...]) -> SettledRecord:
     """A record that ``SELECT`` has found."""
-    fields = dict(zip([*_COLUMNS.replace('"', "").split(", "), "carbon"], row, strict=True))
+    count = len(RequestRecord._fields)
+    time_s, active_uj, allocated_uj, gco2e, quality, settled, parts, carbon = row[count:]
+    request = RequestRecord(*row[:count])
     return SettledRecord(
-        request=RequestRecord(**{name: fields[name] for name in RequestRecord.__dataclass_fields__}),
-        bill=Bill(
-            request_id=fields["request_id"],
-            active_uj=fields["active_uj"],
-            allocated_uj=fields["allocated_uj"],
-            gco2e=fields["gco2e"],
-            quality=Quality(fields["quality"]),
-            settled=bool(fields["settled"]),
-            parts=tuple(Part(device, Phase(phase), uj) for device, phase, uj in json.loads(fields["parts"])),
+        request,
+        Bill(
+            request.request_id,
+            active_uj,
+            allocated_uj,
+            gco2e,
+            Quality(quality),
+            bool(settled),
+            tuple(Part(device, Phase(phase), energy_uj) for device, phase, energy_uj in json.loads(parts)),
         ),
-        time_s=fields["time_s"],
-        carbon=CarbonAssumptions(**json.loads(fields["carbon"])),
+        time_s,
+        CarbonAssumptions(**json.loads(carbon)),
     )
 
 
 def _to_row(record: SettledRecord, carbon_id: int) -> tuple[object, ...]:
-    request, bill = record.request, record.bill
-    return (
-        request.request_id,
-        record.time_s,
-        request.task,
-        request.model,
-        request.status,
-        request.input_tokens,
-        request.output_tokens,
-        request.queue_ms,
-        request.compute_ms,
-        bill.active_uj,
-        bill.allocated_uj,
-        bill.gco2e,
-        bill.quality.value,
-        bill.settled,
-        request.key,
-        orjson.dumps([(part.device, part.phase, part.energy_uj) for part in bill.parts]).decode(),
-        carbon_id,
-    )
+    request, bill, time_s, _ = record
+    _, active_uj, allocated_uj, gco2e, quality, settled, parts = bill
+    json_parts = Parts.of(parts).as_lists()
+    return (*request, time_s, active_uj, allocated_uj, gco2e, str(quality), settled, json_parts, carbon_id)

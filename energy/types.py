@@ -3,6 +3,7 @@
 A *reading* comes from a *meter*; a *step* carries work per request; a *bill* is what one request is charged.
 """
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
@@ -42,13 +43,12 @@ class Work(NamedTuple):
     tokens: int
     """Tokens computed in this step."""
     context_tokens: int = 0
-    """Tokens of the request that were already in its key/value buffers; of several passes, the sum."""
+    """Tokens of the request that were already in its key/value buffers."""
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A forward pass of one model on one device, or several in succession over the same texts, with the work for each
-    request."""
+    """One forward pass of one model on one device, with its work per request."""
 
     device: str
     """``cpu:<group>`` or ``gpu:<index>``: an executor's; ``cpu`` is work beside the executors."""
@@ -60,8 +60,6 @@ class Step:
     """CPU time that the process spent during the step, over all threads of the device."""
     work: tuple[Work, ...]
     padding_tokens: int = 0
-    passes: int = 1
-    """How many forward passes it was; the work is that of all together."""
 
     @property
     def load_ns(self) -> int:
@@ -87,6 +85,55 @@ class Part(NamedTuple):
     energy_uj: int
 
 
+class Places:
+    """Metered devices and phases, in the order of the rows of ``Parts``, and how such are written as JSON."""
+
+    def __init__(self, places: Iterable[tuple[str, Phase]]) -> None:
+        """No device's name needs escaping."""
+        self.all = tuple(places)
+        lists = [f'["{device}","{phase}",%d]' for device, phase in self.all]
+        objects = [f'{{"device":"{device}","phase":"{phase}","energy_uj":%d}}' for device, phase in self.all]
+        self.lists, self.objects = f"[{','.join(lists)}]", f"[{','.join(objects)}]"
+
+
+class Parts:
+    """A bill's parts as a row of a table: most are only written down, and an object for each would take longer."""
+
+    __slots__ = ("_places", "_row_uj")
+
+    def __init__(self, places: Places, row_uj: tuple[int, ...]) -> None:
+        """``row_uj`` has the energy at each of ``places``."""
+        self._places, self._row_uj = places, row_uj
+
+    @classmethod
+    def of(cls, parts: Iterable[Part]) -> "Parts":
+        """These, as such a row."""
+        if isinstance(parts, cls):
+            return parts
+        every = tuple(parts)
+        places = Places((part.device, part.phase) for part in every)
+        return cls(places, tuple(part.energy_uj for part in every))
+
+    def __iter__(self) -> Iterator[Part]:
+        """Each of them."""
+        for (device, phase), energy_uj in zip(self._places.all, self._row_uj, strict=True):
+            yield Part(device, phase, energy_uj)
+
+    def __eq__(self, other: object) -> bool:
+        """Whether these are the same as others, however they are kept."""
+        return isinstance(other, Iterable) and tuple(self) == tuple(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def as_lists(self) -> str:
+        """JSON: a list of lists of the fields."""
+        return self._places.lists % self._row_uj
+
+    def as_objects(self) -> str:
+        """JSON: a list of objects."""
+        return self._places.objects % self._row_uj
+
+
 class Bill(NamedTuple):
     """What one request is charged. ``None`` is unknown, never zero."""
 
@@ -100,13 +147,12 @@ class Bill(NamedTuple):
     quality: Quality
     settled: bool
     """Whether this is the final figure."""
-    parts: tuple[Part, ...] = ()
+    parts: Iterable[Part] = ()
     """What the allocated energy consists of, on bills in records; where they are not settled, what was charged by
     then."""
 
 
-@dataclass(frozen=True, slots=True)
-class RequestRecord:
+class RequestRecord(NamedTuple):
     """What the service knows of a request that is over."""
 
     request_id: str

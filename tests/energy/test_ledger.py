@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -271,7 +270,7 @@ class TestOfVersionOne:
         assert rows(old) == 3
         found = ledger.find("a")
         assert found is not None
-        assert found.request == replace(record("a").request, key=None)
+        assert found.request == record("a").request._replace(key=None)
         assert found.bill == record("a").bill._replace(parts=())
         assert (found.carbon.zone, found.carbon.machine_share) == ("DEU", 1.0)
         assert ledger.find("c") == record("c")

@@ -70,7 +70,7 @@ def test_a_key_has_sums_of_its_own() -> None:
     live = Live(HeldClock().clock)
     for number, key in enumerate(("alice", "bob", None, "alice")):
         billed = record(number, 5 + number)
-        live.settled([billed._replace(request=replace(billed.request, key=key))])
+        live.settled([billed._replace(request=billed.request._replace(key=key))])
     for key, energies in (("alice", [5, 8]), ("bob", [6]), (None, [5, 6, 7, 8])):
         view = live.view(key)
         assert view.tasks["translate"].allocated_uj == sum(energies)

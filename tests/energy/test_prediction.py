@@ -1,7 +1,6 @@
 """Predictions against bills that follow a known law."""
 
 import random
-from dataclasses import replace
 
 import pytest
 
@@ -38,7 +37,7 @@ def record(
         Quality.ESTIMATED if known else Quality.UNAVAILABLE,
         settled=True,
     )
-    return SettledRecord(replace(request, **fields), bill, 1_700_000_000.0, CARBON.assumptions)
+    return SettledRecord(request._replace(**fields), bill, 1_700_000_000.0, CARBON.assumptions)
 
 
 def run(
