@@ -19,7 +19,9 @@ COPY wattle.py ./
 COPY energy energy
 COPY service service
 COPY models models
+# The user below may not write here, so Python would compile all of it at every start.
 RUN pip install --no-deps -e . \
+    && python -m compileall -q wattle.py energy service models \
     && useradd --uid 10001 --create-home wattle
 
 USER wattle

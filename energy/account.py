@@ -165,7 +165,7 @@ class Account:
 
         Returns what falls to each entry of its work of its load, in nanoseconds.
         """
-        loads_ns = share_load(step.load_ns, step.work, self._coefficients.get(step.model, DEFAULTS))
+        loads_ns = share_load(step, self._coefficients.get(step.model, DEFAULTS))
         is_first = not self._steps
         self._steps.append((step, loads_ns))
         if is_first:

@@ -1,14 +1,15 @@
 """How the energy of a step is shared among its requests: pure integer functions. Knows nothing of meters.
 
-A step of n requests costs ``F + m * sum(work)``. Request i is charged ``F/n + m * work_i``, which is the Shapley
-value of that affine cost, rescaled so that the charges sum to the energy that the meter saw.
+A step of n requests costs ``F + m * sum(work)``, and F again for each further forward pass. Request i is charged
+``F/n + m * work_i``, which is the Shapley value of that affine cost, rescaled so that the charges sum to the energy
+that the meter saw.
 """
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from energy.types import Phase, Work
+from energy.types import Phase, Step, Work
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -21,8 +22,8 @@ class Coefficients:
     """
 
     fixed: int = 4096
-    """F: what a step costs however small it is. By default four tokens' worth: step times of decoders from 25 to
-    135 million parameters on two cores, at batch 1, 4, 8 and 32, fit between one and twelve."""
+    """F: what a forward pass costs however small it is. By default four tokens' worth: step times of decoders from 25
+    to 135 million parameters on two cores, at batch 1, 4, 8 and 32, fit between one and twelve."""
     prefill_token: int = 1024
     """m for one token of a text that is read."""
     decode_token: int = 1024
@@ -35,10 +36,10 @@ class Coefficients:
 DEFAULTS = Coefficients()
 
 
-def weigh(work: Sequence[Work], coefficients: Coefficients) -> list[int]:
-    """One integer weight per entry, in proportion to ``F/n + m * work_i``."""
+def weigh(work: Sequence[Work], coefficients: Coefficients, passes: int = 1) -> list[int]:
+    """One integer weight per entry, in proportion to ``F * passes/n + m * work_i``."""
     n, decode = len(work), Phase.DECODE
-    fixed, context = coefficients.fixed, n * coefficients.context_token
+    fixed, context = passes * coefficients.fixed, n * coefficients.context_token
     written, read = n * coefficients.decode_token, n * coefficients.prefill_token
     return [
         fixed + (written if phase is decode else read) * tokens + context * context_tokens
@@ -46,11 +47,12 @@ def weigh(work: Sequence[Work], coefficients: Coefficients) -> list[int]:
     ]
 
 
-def share_load(load_ns: int, work: Sequence[Work], coefficients: Coefficients) -> list[int]:
-    """What falls to each entry of the load of a step, rounded down to nanoseconds."""
+def share_load(step: Step, coefficients: Coefficients) -> list[int]:
+    """What falls to each entry of a step's work of its load, rounded down to nanoseconds."""
+    work, load_ns = step.work, step.load_ns
     if len(work) <= 1:
         return [load_ns] * len(work)
-    weights = weigh(work, coefficients)
+    weights = weigh(work, coefficients, step.passes)
     whole = sum(weights)
     return [load_ns * weight // whole for weight in weights] if whole else [load_ns // len(work)] * len(work)
 

@@ -140,7 +140,7 @@ def read_calibration(model: str, revision: str, beside: Path, elsewhere: Path) -
 def _features(step: Step) -> tuple[int, int, int, int]:
     written = sum(item.tokens for item in step.work if item.phase is Phase.DECODE)
     read = sum(item.tokens for item in step.work) - written + step.padding_tokens
-    return 1, read, written, sum(item.context_tokens for item in step.work)
+    return step.passes, read, written, sum(item.context_tokens for item in step.work)
 
 
 def _load_ns(step: Step) -> int:

@@ -41,7 +41,8 @@ class Reason(StrEnum):
     WARM_UP = "warm_up"
     """Steps without requests."""
     OVERHEAD = "overhead"
-    """The service's own CPU time outside of steps: HTTP, checking the files of models, metering."""
+    """The service's own CPU time outside of steps: HTTP, checking the files of models and moving their weights into
+    large pages, metering."""
     OTHER_PROCESSES = "other_processes"
     UNRESOLVED = "unresolved"
 

@@ -43,12 +43,13 @@ class Work(NamedTuple):
     tokens: int
     """Tokens computed in this step."""
     context_tokens: int = 0
-    """Tokens of the request that were already in its key/value buffers."""
+    """Tokens of the request that were already in its key/value buffers; of several passes, the sum."""
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One forward pass of one model on one device, with its work per request."""
+    """A forward pass of one model on one device, or several in succession over the same texts, with the work for each
+    request."""
 
     device: str
     """``cpu:<group>`` or ``gpu:<index>``: an executor's; ``cpu`` is work beside the executors."""
@@ -60,6 +61,8 @@ class Step:
     """CPU time that the process spent during the step, over all threads of the device."""
     work: tuple[Work, ...]
     padding_tokens: int = 0
+    passes: int = 1
+    """How many forward passes it was; the work is that of all together."""
 
     @property
     def load_ns(self) -> int:

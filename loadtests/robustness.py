@@ -1,4 +1,5 @@
-"""Pushes a service of its own until something would give: overload, idle and leaving clients, slow readers, a soak.
+"""Pushes a service of its own until something would give: overload, idle and leaving clients, slow readers, a soak;
+and times how it starts.
 
 Speaks HTTP over raw sockets, to its own machine alone, and prints what it measured; knows nothing of how the service
 works. ``python -m loadtests.robustness overload`` and the like; the figures of the last runs are in ``docs/LOG.md``.
@@ -50,6 +51,13 @@ class Served:
 
     pid: int
     port: int
+    ready_s: float
+    """From its start until it said that it serves."""
+
+    def cpu_s(self) -> float:
+        """CPU time that it has taken."""
+        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def resident_mb(self) -> float:
         """Memory that it occupies."""
@@ -62,18 +70,22 @@ class Served:
 
 
 @contextmanager
-def served(*flags: str) -> Iterator[Served]:
+def served(*flags: str, checkout: Path = ROOT) -> Iterator[Served]:
     """The starters, on a free port, until the block is left; says how the process ended."""
     with TemporaryDirectory() as state:
         command = [sys.executable, "-m", "wattle", "serve", "--port", "0", "--host", HOST, "--state", state, *flags]
-        log = Path(state) / "log"
-        with log.open("w") as errors, subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=errors) as it:
+        log, began_s = Path(state) / "log", time.monotonic()
+        with (
+            log.open("w") as errors,
+            subprocess.Popen(command, cwd=checkout, stdout=subprocess.PIPE, stderr=errors) as it,
+        ):
             assert it.stdout is not None
             address = re.search(rb":(\d+)$", it.stdout.readline().rstrip())
+            ready_s = time.monotonic() - began_s
             if address is None:
                 raise SystemExit(f"the service did not start: {log.read_text()}")
             try:
-                yield Served(it.pid, int(address[1]))
+                yield Served(it.pid, int(address[1]), ready_s)
             finally:
                 it.send_signal(signal.SIGTERM)
                 began_s = time.monotonic()
@@ -393,6 +405,46 @@ async def stop(service: Served, options: argparse.Namespace) -> None:
     print(f"{dict(ends)}; {tally.line(time.perf_counter() - began_s)}")
 
 
+@dataclass(frozen=True, slots=True)
+class Start:
+    """How long a service took to serve, and what that took."""
+
+    ready_s: float
+    answered_s: float
+    """Until the answer to its first request."""
+    cpu_s: float
+    resident_mb: float
+
+
+async def first_answer(service: Served) -> Start:
+    """Ask a service that has just started whether it is ready."""
+    connection, began_s = Connection(service.port), time.monotonic()
+    status, _ = await connection.ask(f"GET /readyz HTTP/1.1\r\nhost: {HOST}\r\n\r\n".encode())
+    answered_s = service.ready_s + time.monotonic() - began_s
+    connection.close()
+    if status != 200:
+        raise SystemExit(f"/readyz answered {status}")
+    return Start(service.ready_s, answered_s, service.cpu_s(), service.resident_mb())
+
+
+def start(options: argparse.Namespace, flags: Sequence[str]) -> None:
+    """Start and stop a service again and again, in turns with that of another checkout."""
+    checkouts = [ROOT] if options.beside is None else [ROOT, options.beside]
+    starts: dict[Path, list[Start]] = {checkout: [] for checkout in checkouts}
+    for turn in range(options.starts):
+        for checkout in checkouts if turn % 2 else reversed(checkouts):
+            with served(*flags, checkout=checkout) as service:
+                starts[checkout].append(uvloop.run(first_answer(service)))
+    for checkout, found in starts.items():
+        ready_s = sorted(each.ready_s for each in found)
+        print(
+            f"{checkout}: ready after {statistics.median(ready_s):.2f} s ({ready_s[0]:.2f} to {ready_s[-1]:.2f}, "
+            f"{len(found)} starts), first answer after {statistics.median(each.answered_s for each in found):.2f} s, "
+            f"CPU {statistics.median(each.cpu_s for each in found):.2f} s, "
+            f"{statistics.median(each.resident_mb for each in found):.0f} MB resident"
+        )
+
+
 PROOFS: dict[str, Callable[[Served, argparse.Namespace], Coroutine[Any, Any, None]]] = {
     "overload": overload,
     "idle": idle,
@@ -407,12 +459,17 @@ def main() -> None:
     """Run one of them against a service that is started for it."""
     parser = argparse.ArgumentParser("python -m loadtests.robustness", description=__doc__)
     parser.epilog = "Flags that are not its own are the service's."
-    parser.add_argument("proof", choices=PROOFS)
+    parser.add_argument("proof", choices=["start", *PROOFS])
     parser.add_argument("--seconds", type=float, default=10.0, help="Of each phase, or of the soak.")
     parser.add_argument("--task", choices=TEXTS, default="translate", help="What overload asks for.")
+    parser.add_argument("--starts", type=int, default=5, help="How often to start, for start.")
+    parser.add_argument("--beside", type=Path, help="Another checkout, which is started in turns with this one.")
     options, flags = parser.parse_known_args()
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    if options.proof == "start":
+        start(options, flags)
+        return
     with served(*flags) as service:
         uvloop.run(PROOFS[options.proof](service, options))
 

@@ -105,6 +105,8 @@ def create_app(settings: Settings, build: Build | None = None) -> FastAPI:
         description=DESCRIPTION,
         version=__version__,
         lifespan=lifespan,
+        # Not their routers: FastAPI would make each of their routes a second time, during the first request.
+        routes=routes,
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
@@ -117,8 +119,6 @@ def create_app(settings: Settings, build: Build | None = None) -> FastAPI:
         exception_handlers={kind: _answer for kind in kinds},
         telemetry=_NO_TELEMETRY if tracing is None else tracing.fastapi_config,
     )
-    for router in routers:
-        app.include_router(router)
     app.state.gate = gate
     describe = app.openapi
     app.openapi = lambda: app.openapi_schema or document_gate(describe())  # type: ignore[method-assign]

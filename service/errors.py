@@ -19,6 +19,7 @@ from service.responses import JsonResponse
 
 EMPTY_BODY = "the body is empty; it must be a JSON object"
 UNREADABLE_BODY = "the body cannot be read as JSON"
+_SCHEMAS = "#/components/schemas/"
 
 
 class WattleError(Exception):
@@ -362,10 +363,7 @@ def documented(*kinds: type[Exception]) -> dict[int | str, dict[str, Any]]:
     codes: dict[int, list[str]] = {}
     for kind in dict.fromkeys((*kinds, Exception)):
         codes.setdefault(TABLE[kind].status, []).append(TABLE[kind].code)
-    return {
-        status: {"model": ErrorBody, "description": " or ".join(f"`{code}`" for code in names)}
-        for status, names in sorted(codes.items())
-    }
+    return {status: _response(" or ".join(f"`{code}`" for code in names)) for status, names in sorted(codes.items())}
 
 
 def document(operation: dict[str, Any], *kinds: type[Exception]) -> None:
@@ -373,12 +371,21 @@ def document(operation: dict[str, Any], *kinds: type[Exception]) -> None:
     responses = operation["responses"]
     for kind in kinds:
         status, code = str(TABLE[kind].status), f"`{TABLE[kind].code}`"
-        schema = {"$ref": f"#/components/schemas/{ErrorBody.__name__}"}
-        known = responses.setdefault(
-            status, {"description": code, "content": {"application/json": {"schema": schema}}}
-        )
+        known = responses.setdefault(status, _response(code))
         if code not in known["description"].split(" or "):
             known["description"] += f" or {code}"
+
+
+def schemas() -> dict[str, Any]:
+    """What the responses of errors refer to, for the components of an OpenAPI document."""
+    body = ErrorBody.model_json_schema(ref_template=_SCHEMAS + "{model}")
+    return {**body.pop("$defs"), ErrorBody.__name__: body}
+
+
+def _response(description: str) -> dict[str, Any]:
+    # Told as a model, FastAPI would make a validator of its own for each error of each route, at start-up.
+    schema = {"$ref": _SCHEMAS + ErrorBody.__name__}
+    return {"description": description, "content": {"application/json": {"schema": schema}}}
 
 
 def _answer_to(error: Exception) -> Answer:

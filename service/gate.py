@@ -23,6 +23,7 @@ from service.errors import (
     TooManyAtOnce,
     Unauthenticated,
     document,
+    schemas,
 )
 from service.keys import Key, Keyring
 from service.rates import Rate
@@ -98,11 +99,12 @@ class Gate:
 
 
 def document_gate(openapi: dict[str, Any]) -> dict[str, Any]:
-    """An OpenAPI document with what every request meets before its route does, and with the keys."""
+    """An OpenAPI document with what every request meets before its route does, with the keys, and with the errors."""
     openapi["components"]["securitySchemes"] = {
         "bearer": {"type": "http", "scheme": "bearer"},
         "x-api-key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
     }
+    openapi["components"]["schemas"] |= schemas()
     for path, methods in openapi["paths"].items():
         for method, operation in methods.items():
             document(operation, MalformedBody, BodyTooLarge, InvalidValue, HeadersTooLarge)

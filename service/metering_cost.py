@@ -433,7 +433,7 @@ def _usual_ns(steps: Sequence[Step]) -> dict[int, float]:
 
 def _shape(step: Step) -> tuple[int, int, int, int]:
     tokens = sum(item.tokens for item in step.work) + step.padding_tokens
-    return 1, len(step.work), tokens, sum(item.context_tokens for item in step.work)
+    return step.passes, step.passes * len(step.work), tokens, sum(item.context_tokens for item in step.work)
 
 
 def _usual(values: Sequence[int]) -> float:

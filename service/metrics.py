@@ -116,7 +116,7 @@ class Metrics:
         self._batch_tokens = _Labelled(
             Histogram(
                 "wattle_batch_next_tokens",
-                "Tokens of a step, counted with padding.",
+                "Tokens of a forward pass, counted with padding.",
                 ("model",),
                 buckets=_TOKENS,
                 registry=self._registry,
@@ -170,7 +170,7 @@ class Metrics:
             self._count_request(*over)
 
     def _count_step(self, step: Step) -> None:
-        tokens = step.padding_tokens + sum(work.tokens for work in step.work)
+        tokens = (step.padding_tokens + sum(work.tokens for work in step.work)) // step.passes
         self._batch_size(step.model).observe(len(step.work))
         self._batch_tokens(step.model).observe(tokens)
 

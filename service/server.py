@@ -42,8 +42,10 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start, and announce it once requests can come."""
         await super().startup(sockets)
-        # What is there now stays: no collection of garbage need look at it, and hold everybody up meanwhile.
+        # What is there now stays: no collection of garbage need look at it, and hold everybody up meanwhile. Until
+        # now ``wattle serve`` has left them out.
         gc.freeze()
+        gc.enable()
         if self.started:
             self._announce()
 

@@ -45,6 +45,12 @@ def test_only_serving_dependencies_are_installed() -> None:
     assert re.search(r"\b(torch|transformers)\b", installs) is None
 
 
+def test_all_that_is_imported_is_compiled() -> None:
+    (compiled,) = re.findall(r"compileall -q ([\w. ]+)", " ".join(arguments_of("RUN")))
+    sources = {path for path in copied() if path.endswith(".py") or (ROOT / path / "__init__.py").exists()}
+    assert set(compiled.split()) == sources
+
+
 def test_it_runs_as_an_ordinary_user_on_a_port_that_it_exposes() -> None:
     assert arguments_of("USER")[-1] not in ("root", "0")
     assert arguments_of("EXPOSE") == ["8000"]

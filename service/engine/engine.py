@@ -16,6 +16,7 @@ from service.engine.batching import fair_share
 from service.engine.executor import Errand, Executor
 from service.engine.fairness import Turns
 from service.engine.loading import LoadedModel, memory_of, open_executors, open_workers, rows_that_fit
+from service.engine.pages import enlarge_pages
 from service.engine.reuse import Reuse
 from service.engine.settings import EngineSettings
 from service.engine.texts import Written
@@ -147,9 +148,9 @@ class Engine:
         What that takes is recorded as steps without work. Raises ``ArtefactError`` for a model that the engine does
         not run, and ``EngineClosed``; then none of them is loaded.
         """
-        started_ns, cpu_ns = time.monotonic_ns(), time.thread_time_ns()
+        started_ns = time.monotonic_ns()
         opened = open_workers(models, self._settings)
-        cpu_ns = (time.thread_time_ns() - cpu_ns) // max(1, len(models))
+        cpu_ns = opened.cpu_ns // max(1, len(models))
         for model in models.values():
             self._record(Step(BESIDE, model.manifest.name, started_ns, time.monotonic_ns(), cpu_ns, ()))
         try:
@@ -161,7 +162,7 @@ class Engine:
                     self._waiting[key], self._rows[key] = [], rows
             warm = [
                 self._send(executor, partial(self._adopt, executor, workers, models))
-                for executor, workers in zip(self._executors, opened, strict=True)
+                for executor, workers in zip(self._executors, opened.workers, strict=True)
             ]
             for future in warm:
                 future.result()
@@ -171,6 +172,8 @@ class Engine:
             for key in models:
                 self.unload(key)
             raise
+        # Steps are as right without, and where memory is in pieces this takes as long as all of the above.
+        threading.Thread(target=enlarge_pages, args=(opened.pages,), name="pages", daemon=True).start()
 
     def unload(self, key: str) -> None:
         """Forget a model and free its memory; returns when every executor has. What it had not finished fails."""
@@ -314,7 +317,7 @@ class Engine:
         new_tokens, elapsed_s = 0, 0.0
         written: list[tuple[str, int]] = []
         if turn is not None:
-            step, ended = executor.run(model, turn)
+            step, ended = executor.run(model, turn, lambda: self._is_wanted(executor))
             self._tell(turn.jobs, self._record(step))
             for job, result in ended:
                 if isinstance(result, Written):
@@ -331,6 +334,11 @@ class Engine:
             self._backlog.stepped(new_tokens, elapsed_s / len(self._executors))
             if not executor.running[model] and self._is_idle():
                 self._changed.notify_all()
+
+    def _is_wanted(self, executor: Executor) -> bool:
+        """Whether there may be something else to do for ``executor``. Without the lock: what comes too late for this
+        look is seen at the next one."""
+        return bool(self._backlog.items or executor.errands or not self._lives)
 
     def _record(self, step: Step) -> Sequence[int] | None:
         try:

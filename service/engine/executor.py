@@ -16,6 +16,8 @@ from service.engine.workers import Job, Result, Turn, Worker
 _NICER = 5
 """How much nicer an executor is than the rest of the service. Where both want a core, the event loop gets three
 quarters of it: while it waits for one it may hold the interpreter, and so hold up every executor."""
+_LONG_NS = 20_000_000
+"""A step that has lasted so long begins no further pass: bills follow at less than the meters' pace otherwise."""
 _log = logging.getLogger(__name__)
 
 
@@ -82,16 +84,26 @@ class Executor:
         del self._names[model]
         return worker.jobs
 
-    def run(self, model: str, turn: Turn) -> tuple[Step, list[tuple[Job, Result]]]:
-        """Run one step; where it raises, all of its jobs end with the error."""
-        timer, name = _Timer(self._threads), self._names[model]
+    def run(self, model: str, turn: Turn, is_wanted: Callable[[], bool]) -> tuple[Step, Sequence[tuple[Job, Result]]]:
+        """Run one step; where it raises, all of its jobs end with the error.
+
+        It goes on with further passes for a while, unless something else ``is_wanted`` of this executor: what there is
+        to do between two steps costs the more, the fewer texts they are for.
+        """
+        timer, name, passes = _Timer(self._threads), self._names[model], 1
+        may_go_on = turn.repeats and not any([worker.busy for key, worker in self.workers.items() if key != model])
         try:
             ended = turn.run()
+            while may_go_on and not (
+                ended or timer.is_late or is_wanted() or any([job.cancelled for job in turn.jobs])
+            ):
+                passes += 1
+                ended = turn.run()
         except Exception as error:
             _log.exception("a step of %s failed", name)
             turn.abandon()
             ended = [(job, error) for job in turn.jobs]
-        step = timer.step(self.device, name, turn.work, turn.padding_tokens)
+        step = timer.step(self.device, name, turn.work_of(passes), turn.padding_tokens, passes)
         duration_ns = step.ended_ns - step.started_ns
         for job in turn.jobs:
             if job.started_ns is None:
@@ -111,11 +123,17 @@ class _Timer:
         self._cpu_ns = self._cpu_clock()
         self._started_ns = time.monotonic_ns()
 
-    def step(self, device: str, model: str, work: tuple[Work, ...], padding_tokens: int) -> Step:
+    @property
+    def is_late(self) -> bool:
+        """Whether the step has lasted long enough."""
+        return time.monotonic_ns() - self._started_ns > _LONG_NS
+
+    def step(self, device: str, model: str, work: tuple[Work, ...], padding_tokens: int, passes: int = 1) -> Step:
+        """What has run since then."""
         ended_ns = time.monotonic_ns()
         # The system takes the core from who has computed for long, and does so at the end of a call to it, such as the
         # clock below: by then the interpreter must be free, or all others wait as well. Waiting for nothing lets go of
         # it; so does sleeping for no time, but that takes 60 microseconds.
         select.select((), (), (), 0)
         cpu_ns = min(self._cpu_clock() - self._cpu_ns, self._threads * (ended_ns - self._started_ns))
-        return Step(device, model, self._started_ns, ended_ns, cpu_ns, work, padding_tokens)
+        return Step(device, model, self._started_ns, ended_ns, cpu_ns, work, padding_tokens, passes)

@@ -1,25 +1,29 @@
 """Opens model folders: which graphs an architecture has, and which worker runs them."""
 
-import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import onnxruntime as ort
 
+from models.config import TransformerConfig
 from models.manifest import ArtefactError, Manifest
 from service.engine.devices import CPU, Device, gpus
 from service.engine.executor import Executor
 from service.engine.graphs import EncoderGraph, WriteGraphs, open_graph
-from service.engine.pages import enlarge_pages, large_pages
+from service.engine.pages import large_pages
 from service.engine.settings import EngineSettings
 from service.engine.workers import EncodeWorker, Limits, Worker, WriteWorker
 
 _GPU_SCHEME = "float16"
 """CUDA has no kernels for products of integers with a scale per row, and its attention over buffers is in halves."""
-_log = logging.getLogger(__name__)
+_AT_ONCE = 4
+"""How many graphs are opened at once, at most: while one is, its weights are in memory twice."""
 
 
 class LoadedModel(Protocol):
@@ -32,6 +36,18 @@ class LoadedModel(Protocol):
     @property
     def folder(self) -> Path:
         """Where the graphs lie."""
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """Models whose graphs are in memory."""
+
+    workers: Sequence[Mapping[str, Worker]]
+    """For each executor, the worker of each model that it runs."""
+    cpu_ns: int
+    """What loading took, on all threads."""
+    pages: Collection[int]
+    """Where the weights lie: the addresses of the large pages that they would fill."""
 
 
 def open_executors(settings: EngineSettings) -> list[Executor]:
@@ -62,27 +78,31 @@ def _gpus_for(manifest: Manifest, settings: EngineSettings) -> Sequence[Device]:
     return gpus(settings) if manifest.quantisation.scheme == _GPU_SCHEME else ()
 
 
-def open_workers(models: Mapping[str, LoadedModel], settings: EngineSettings) -> list[dict[str, Worker]]:
-    """Load the graphs of ``models``: for each executor, the worker of each model.
+def open_workers(models: Mapping[str, LoadedModel], settings: EngineSettings) -> Opened:
+    """Load the graphs of ``models``, several at a time.
 
     Graphs of one thread are loaded once and shared. Raises ``ArtefactError`` for a model that the engine does not run.
     """
-    occupied = large_pages()
-    opened = []
-    sessions: dict[Path, ort.InferenceSession] = {}
-    for cores in core_groups(_cores(), settings.executors, settings.threads):
-        if settings.threads > 1:
-            sessions = {}
-        # Threads stay on the cores of the thread that makes them: those of a session on its executor's.
-        here = {key: model for key, model in models.items() if not _gpus_for(model.manifest, settings)}
-        with _on(cores):
-            opened.append({key: _open(model, sessions, settings, CPU) for key, model in here.items()})
-    for device in gpus(settings):
-        here = {key: model for key, model in models.items() if _gpus_for(model.manifest, settings)}
-        opened.append({key: _open(model, {}, settings, device) for key, model in here.items()})
-    # Not the buffers: those are large and mostly empty, and would be filled.
-    _log.debug("%d MB lie in large pages", enlarge_pages(occupied) // 1_000_000)
-    return opened
+    occupied, began_ns = large_pages(), time.thread_time_ns()
+    for model in models.values():
+        _check(model, settings)
+    on_gpus = {key: model for key, model in models.items() if _gpus_for(model.manifest, settings)}
+    on_cores = {key: model for key, model in models.items() if key not in on_gpus}
+    groups = core_groups(_cores(), settings.executors, settings.threads)
+    workers = []
+    with _Openers(min(_AT_ONCE, settings.executors * settings.threads), settings) as openers:
+        if settings.threads == 1:
+            every = [openers.begin(on_cores, CPU, _cores())] * len(groups)
+        else:
+            every = [openers.begin(on_cores, CPU, cores) for cores in groups]
+        workers += [_workers(on_cores, graphs, settings, CPU) for graphs in every]
+    # CUDA fails at times where it opens two at once: https://github.com/docling-project/docling.rs/issues/452
+    with _Openers(1, settings) as one_by_one:
+        for device in gpus(settings):
+            workers.append(_workers(on_gpus, one_by_one.begin(on_gpus, device, _cores()), settings, device))
+    cpu_ns = time.thread_time_ns() - began_ns + sum(openers.spent_ns) + sum(one_by_one.spent_ns)
+    # Not the buffers, which come later: those are large and mostly empty, and would be filled.
+    return Opened(workers, cpu_ns, large_pages() - occupied)
 
 
 def memory_of(model: LoadedModel, settings: EngineSettings) -> int:
@@ -129,32 +149,76 @@ def core_groups(cores: list[int], groups: int, threads: int) -> list[list[int]]:
     return [cores[group * threads : (group + 1) * threads] for group in range(groups)]
 
 
-def _open(
-    model: LoadedModel, sessions: dict[Path, ort.InferenceSession], settings: EngineSettings, device: Device
-) -> Worker:
-    manifest, config = model.manifest, model.manifest.config
+Graphs = Mapping[Path, "Future[ort.InferenceSession]"]
+
+
+class _Openers:
+    """Threads that open graphs beside one another, in the order in which they are asked for."""
+
+    def __init__(self, at_once: int, settings: EngineSettings) -> None:
+        self._pool, self._threads = ThreadPoolExecutor(at_once, "open"), settings.threads
+        self.spent_ns: list[int] = []
+        """CPU time of each graph that was opened."""
+
+    def __enter__(self) -> "_Openers":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        # Where one graph fails, nobody waits for those that come after it.
+        self._pool.shutdown(cancel_futures=True)
+
+    def begin(self, models: Mapping[str, LoadedModel], device: Device, cores: list[int]) -> Graphs:
+        """Have all graphs of ``models`` opened, their threads bound to ``cores``."""
+        return {
+            model.folder / name: self._pool.submit(self._open, model, name, device, cores)
+            for model in models.values()
+            for name in _graph_names(model.manifest.config)
+        }
+
+    def _open(self, model: LoadedModel, name: str, device: Device, cores: list[int]) -> ort.InferenceSession:
+        began_ns = time.thread_time_ns()
+        # Threads stay on the cores of the thread that makes them: those of a session on its executor's.
+        with _on(cores):
+            session = open_graph(model.folder / name, self._threads, device, model.manifest.quantisation.bits)
+        self.spent_ns.append(time.thread_time_ns() - began_ns)
+        return session
+
+
+def _graph_names(config: TransformerConfig) -> Sequence[str]:
+    if config.architecture == "encoder":
+        return ("model.onnx",)
+    return ("encoder.onnx", "decoder.onnx", "beams.onnx") if config.has_encoder else ("decoder.onnx", "beams.onnx")
+
+
+def _check(model: LoadedModel, settings: EngineSettings) -> None:
+    """Raise ``ArtefactError`` for a model that the engine does not run."""
+    manifest = model.manifest
     check_device(manifest, settings)
-    rows = rows_that_fit(model, settings)
+    rows_that_fit(model, settings)
     if manifest.layout != "wattle":
         raise ArtefactError(f"manifest.json: graphs of the layout {manifest.layout} are not run")
-
-    def session(name: str) -> ort.InferenceSession:
-        path = model.folder / name
-        if path not in sessions:
-            sessions[path] = open_graph(path, settings.threads, device, manifest.quantisation.bits)
-        return sessions[path]
-
-    pad_id = manifest.special_ids.pad
-    if config.architecture == "encoder":
-        return EncodeWorker(EncoderGraph(session("model.onnx"), pad_id), settings.max_batch_tokens)
-    if config.has_encoder and manifest.special_ids.bos is None:
+    if manifest.config.architecture == "encoder-decoder" and manifest.special_ids.bos is None:
         raise ArtefactError("manifest.json: an encoder-decoder needs the special id bos, from which its texts start")
-    source = session("encoder.onnx") if config.has_encoder else None
+
+
+def _workers(
+    models: Mapping[str, LoadedModel], graphs: Graphs, settings: EngineSettings, device: Device
+) -> dict[str, Worker]:
+    """The workers of one executor. Raises what opening the first of ``graphs`` that failed raised."""
+    return {key: _worker(model, graphs, settings, device) for key, model in models.items()}
+
+
+def _worker(model: LoadedModel, graphs: Graphs, settings: EngineSettings, device: Device) -> Worker:
+    manifest, config, pad_id = model.manifest, model.manifest.config, model.manifest.special_ids.pad
+    sessions = {name: graphs[model.folder / name].result() for name in _graph_names(config)}
+    if config.architecture == "encoder":
+        return EncodeWorker(EncoderGraph(sessions["model.onnx"], pad_id), settings.max_batch_tokens)
+    decoder, beams, source = sessions["decoder.onnx"], sessions["beams.onnx"], sessions.get("encoder.onnx")
     halves = manifest.quantisation.scheme == _GPU_SCHEME
-    decoder, beams = session("decoder.onnx"), session("beams.onnx")
-    graphs = WriteGraphs(config, pad_id, decoder, beams, source, device if halves else None)
+    made = WriteGraphs(config, pad_id, decoder, beams, source, device if halves else None)
+    rows = rows_that_fit(model, settings)
     limits = Limits(rows, settings.max_batch_tokens, settings.max_piece_tokens, settings.prefix_bytes)
-    return WriteWorker(manifest, graphs, limits)
+    return WriteWorker(manifest, made, limits)
 
 
 def _cores() -> list[int]:

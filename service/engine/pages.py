@@ -5,26 +5,28 @@ A step reads every weight once, one after the other, and processors fetch ahead 
 """
 
 import ctypes
+import logging
 import platform
 from collections.abc import Collection, Iterator
 
 _PAGE_BYTES = 2 << 20
 _MADV_COLLAPSE = 25
 """Of Linux since 6.1: gather what lies in small pages into large ones, now (``man 2 madvise``)."""
+_log = logging.getLogger(__name__)
 
 
-def enlarge_pages(but: Collection[int] = ()) -> int:
-    """Gather this process's memory into large pages, ``but`` those at some addresses; returns how many bytes were.
+def enlarge_pages(pages: Collection[int]) -> int:
+    """Gather what lies at some addresses, ``pages``, into large pages; returns how many bytes were.
 
-    Best effort: 0 where the system cannot.
+    Best effort: 0 where the system cannot, and what is no longer there is left out.
     """
     if platform.system() != "Linux":
         return 0
     libc = ctypes.CDLL(None, use_errno=True)
     size = ctypes.c_size_t(_PAGE_BYTES)
-    new = sorted(large_pages().difference(but))
-    enlarged = [page for page in new if libc.madvise(ctypes.c_void_p(page), size, _MADV_COLLAPSE) == 0]
-    return _PAGE_BYTES * len(enlarged)
+    done = [page for page in sorted(pages) if libc.madvise(ctypes.c_void_p(page), size, _MADV_COLLAPSE) == 0]
+    _log.debug("%d MB lie in large pages", _PAGE_BYTES * len(done) // 1_000_000)
+    return _PAGE_BYTES * len(done)
 
 
 def large_pages() -> set[int]:

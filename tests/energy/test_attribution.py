@@ -103,6 +103,18 @@ def test_the_affine_cost_is_charged_to_those_who_cause_it() -> None:
     assert shares(40, work, Coefficients(fixed=0, decode_token=10)) == [30, 10, 0, 0]
 
 
+@given(st.lists(works(at_least=2), min_size=1, max_size=4), coefficients)
+def test_several_passes_weigh_what_each_of_them_does(passes: list[list[Work]], c: Coefficients) -> None:
+    rows = min(map(len, passes))
+    passes = [[item._replace(phase=passes[0][i].phase) for i, item in enumerate(work[:rows])] for work in passes]
+    together = [
+        Work(each[0].request_id, each[0].phase, sum(w.tokens for w in each), sum(w.context_tokens for w in each))
+        for each in zip(*passes, strict=True)
+    ]
+    apart = [sum(weights) for weights in zip(*(weigh(work, c) for work in passes), strict=True)]
+    assert weigh(together, c, len(passes)) == apart
+
+
 def test_context_weighs_little_but_weighs() -> None:
     short, long = weigh([Work("a", Phase.DECODE, 1, 0), Work("b", Phase.DECODE, 1, 512)], Coefficients())
     assert 1 < long / short < 2.5

@@ -155,6 +155,12 @@ def test_the_root_leads_to_the_docs(client: TestClient) -> None:
     assert client.get("/").url.path == "/docs"
 
 
+def test_routes_stand_in_the_application_itself(client: TestClient) -> None:
+    """Routers in it would make all of theirs once more while the first request waits."""
+    app: Any = client.app
+    assert {"/readyz", "/v1/translate"} <= {getattr(route, "path", None) for route in app.routes}
+
+
 def test_the_version_is_the_projects() -> None:
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     assert project["version"] == __version__

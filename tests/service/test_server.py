@@ -1,5 +1,6 @@
 """The command line and a real server on a real socket."""
 
+import gc
 import json
 import re
 import select
@@ -14,11 +15,13 @@ from pathlib import Path
 
 import httpx2 as httpx
 import pytest
+import uvicorn
+from starlette.responses import Response
 
 import wattle
 from service.app import create_app
 from service.keys import add_key
-from service.server import server_config
+from service.server import CannotListen, _Server, server_config
 from service.settings import Settings
 from tests.service.fakes import wait_until, write_models
 from tests.tiny import write_tiny
@@ -130,6 +133,39 @@ def test_keys_that_cannot_be_read_are_told_at_once(
     arguments = ["serve", "--models", str(models_folder), "--port", "0", "--api-keys-file", str(tmp_path / "none")]
     assert wattle.main(arguments) == 1
     assert "cannot be read: No such file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [None, CannotListen("taken")])
+def test_no_garbage_is_looked_for_while_it_starts(error: Exception | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    collected = []
+
+    def run(settings: Settings) -> int:
+        collected.append(gc.isenabled())
+        if error is not None:
+            raise error
+        return 0
+
+    monkeypatch.setattr("service.server.serve", run)
+    assert wattle.main(["serve"]) == (0 if error is None else 1)
+    assert [*collected, gc.isenabled()] == [False, True]
+
+
+def test_garbage_is_collected_once_it_serves() -> None:
+    seen = []
+
+    def stop_at_once() -> None:
+        seen.append((gc.isenabled(), gc.get_freeze_count() > 0))
+        server.should_exit = True
+
+    server = _Server(uvicorn.Config(Response("unused"), lifespan="off", log_config=None), stop_at_once)
+    gc.disable()
+    try:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            server.run(sockets=[listener])
+    finally:
+        gc.unfreeze()
+        gc.enable()
+    assert seen == [(True, True)]
 
 
 def test_a_wrong_setting_is_told_at_once(capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,7 +6,7 @@ import threading
 import time
 import tracemalloc
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +22,7 @@ from energy.attribution import DEFAULTS, share_load
 from energy.types import Load, Phase, Step
 from models.graph import KEY_BLOCK, Scheme
 from models.manifest import ArtefactError, Manifest
-from service.engine import buffers
+from service.engine import buffers, executor
 from service.engine.engine import Engine, Recorder
 from service.engine.loading import core_groups
 from service.engine.settings import EngineSettings
@@ -408,7 +408,8 @@ def test_a_text_ends_where_the_positions_do(models: dict[str, Loaded], kind: Kin
             running.submit(kind, [write(0, limit)])
 
 
-def test_every_step_names_its_work(models: dict[str, Loaded]) -> None:
+def test_every_step_names_its_work(models: dict[str, Loaded], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(executor, "_LONG_NS", 10**15)
     steps = Steps()
     with engine(models, ["encoder-decoder", "decoder", "classify"], steps) as running:
         results(running.submit("classify", [EncodeItem("c", ids(0, 5)), EncodeItem("d", ids(1, 7))]))
@@ -427,16 +428,17 @@ def test_every_step_names_its_work(models: dict[str, Loaded]) -> None:
     ]
     assert said[0] == ("classify", [("c", Phase.ENCODE, 5, 0), ("d", Phase.ENCODE, 7, 0)])
     assert steps.worked[0].padding_tokens == 2 * 8 - 12
-    # The prompt's last position writes the first of four tokens.
-    assert said[1:5] == [
+    # The prompt's last position writes the first of four tokens; nothing comes between the passes for the others.
+    assert said[1:3] == [
         ("decoder", [("request-0", Phase.PREFILL, 9, 0)]),
-        *(("decoder", [("request-0", Phase.DECODE, 1, 9 + read)]) for read in range(3)),
+        ("decoder", [("request-0", Phase.DECODE, 3, 9 + 10 + 11)]),
     ]
     # Two beams read a token each, and look back on what they have written and on the source.
-    assert said[5:] == [
+    assert said[3:] == [
         ("encoder-decoder", [("request-1", Phase.ENCODE, 6, 0)]),
-        *(("encoder-decoder", [("request-1", Phase.DECODE, 2, 2 * (6 + read))]) for read in range(3)),
+        ("encoder-decoder", [("request-1", Phase.DECODE, 3 * 2, 2 * (6 + 7 + 8))]),
     ]
+    assert [step.passes for step in steps.worked] == [1, 1, 3, 1, 3]
     assert all(step.device == "cpu:0" and 0 < step.cpu_ns <= step.ended_ns - step.started_ns for step in steps.all)
     ends = [step.ended_ns for step in steps.all]
     assert all(end <= step.started_ns for end, step in zip(ends, steps.all[1:], strict=False))
@@ -455,7 +457,7 @@ def test_an_output_says_what_fell_to_it_of_the_loads_of_its_steps(models: dict[s
     loads_ns: Counter[str] = Counter()
 
     def reckon(step: Step) -> list[int]:
-        shares_ns = share_load(step.load_ns, step.work, DEFAULTS)
+        shares_ns = share_load(step, DEFAULTS)
         loads_ns.update(dict(zip((item.request_id for item in step.work), shares_ns, strict=True)))
         return shares_ns
 
@@ -740,6 +742,24 @@ def test_a_graph_that_fails_at_once_is_an_error_at_the_start(models: dict[str, L
     with pytest.raises(Exception, match="source_lengths"):
         Engine({"wrong": wrong}, Steps(), EngineSettings())
     assert threading.active_count() == threads
+
+
+def test_weights_move_into_large_pages_while_it_serves(
+    models: dict[str, Loaded], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moving, go = threading.Event(), threading.Event()
+
+    def move(pages: Collection[int]) -> None:
+        moving.set()
+        go.wait(WAIT_S)
+
+    monkeypatch.setattr("service.engine.engine.enlarge_pages", move)
+    try:
+        with engine(models, ["classify"]) as running:
+            assert moving.wait(WAIT_S)
+            assert len(results(running.submit("classify", [EncodeItem("c", ids(0, 5))]))) == 1
+    finally:
+        go.set()
 
 
 def test_cores_are_divided_among_executors() -> None:

@@ -2,6 +2,7 @@
 
 import zlib
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
@@ -293,6 +294,52 @@ def test_lanes_take_turns() -> None:
         turn.run()
         order.append(turn.jobs)
     assert order == [(plain,), (wide,)] * 2 or order == [(wide,), (plain,)] * 2
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+@pytest.mark.parametrize("kind", ["decoder", "encoder-decoder"])
+def test_several_passes_do_the_work_of_as_many_steps(kind: Kind, beams: int) -> None:
+    start = [2] if kind == "encoder-decoder" else []
+    prompts = [[word, 8, 7][: 2 + word % 2] for word in range(6, WORDS)]
+    long = [prompt for prompt in prompts if len(alone([*prompt, *start], 9).ids) == 9][:2]
+    assert len(long) == 2
+
+    def writing() -> WriteWorker:
+        worker = worker_of(kind)
+        worker.take([job(prompt, beams=beams, max_tokens=9) for prompt in long], share=9)
+        assert not step(worker)
+        return worker
+
+    together, apart = writing(), writing()
+    turn = together.turn()
+    assert turn is not None and turn.repeats
+    outcomes = [turn.run() for _ in range(3)]
+    sums = np.zeros((2, 2), dtype=int)
+    for outcome in outcomes:
+        single = apart.turn()
+        assert single is not None and single.run() == outcome == []
+        sums += [[work.tokens, work.context_tokens] for work in single.work]
+    assert [[work.tokens, work.context_tokens] for work in turn.work_of(3)] == sums.tolist()
+    assert turn.work_of(1) == turn.work
+
+
+def test_a_step_of_several_passes_is_for_texts_that_nothing_else_waits_for() -> None:
+    def repeats(*others: Job, watched: bool = False) -> bool:
+        worker = worker_of("decoder", piece_tokens=4)
+        text = job([7, 8], max_tokens=9)
+        if watched:
+            text.item = replace(text.item, should_stop=lambda ids: False)
+        for each in (text, *others):
+            worker.take([each], share=9)
+            step(worker)
+        turns = [worker.turn() for _ in range(2)]
+        return any(turn is not None and turn.repeats for turn in turns)
+
+    assert repeats()
+    assert repeats(job([9, 10, 11]))
+    assert not repeats(job([9, 10], beams=2))
+    assert not repeats(job([7] * 20))
+    assert not repeats(watched=True)
 
 
 def test_documents_are_scored_and_gone_in_one_step() -> None:
