@@ -11,6 +11,7 @@ from concurrent.futures import Future
 from typing import Any
 
 from energy.types import Step, Work
+from service.engine.types import Answer
 from service.engine.workers import Job, Result, Turn, Worker
 
 _NICER = 5
@@ -90,13 +91,11 @@ class Executor:
         It goes on with further passes for a while, unless something else ``is_wanted`` of this executor: what there is
         to do between two steps costs the more, the fewer texts they are for.
         """
-        timer, name, passes = _Timer(self._threads), self._names[model], 1
+        timer, name, passes, cancellations = _Timer(self._threads), self._names[model], 1, Answer.cancellations
         may_go_on = turn.repeats and not any([worker.busy for key, worker in self.workers.items() if key != model])
         try:
             ended = turn.run()
-            while may_go_on and not (
-                ended or timer.is_late or is_wanted() or any([job.cancelled for job in turn.jobs])
-            ):
+            while may_go_on and not (ended or timer.is_late or is_wanted() or Answer.cancellations != cancellations):
                 passes += 1
                 ended = turn.run()
         except Exception as error:

@@ -50,11 +50,10 @@ def pad(rows: Sequence[Sequence[int]], value: int, width: int | None = None) -> 
 
     Returns them ``(rows, width)`` and their lengths ``(rows,)``.
     """
-    lengths = np.array([len(row) for row in rows], dtype=np.int64)
-    padded = np.full((len(rows), width or padded_width(int(lengths.max()))), value, dtype=np.int64)
-    for i, row in enumerate(rows):
-        padded[i, : len(row)] = row
-    return padded, lengths
+    lengths = [len(row) for row in rows]
+    width = width or padded_width(max(lengths))
+    padded = [[*row, *[value] * (width - length)] for row, length in zip(rows, lengths, strict=True)]
+    return np.array(padded, dtype=np.int64), np.array(lengths, dtype=np.int64)
 
 
 class EncoderGraph:
@@ -228,7 +227,7 @@ class DecoderGraph:
         """Let each of the first rows read one token; returns logits ``(rows, words)``, valid until the next call."""
         n = len(next_ids)
         if not self._room:
-            longest = int(self.positions[:n].max())
+            longest = max(self._position_cells[:n])
             self._reserve(self._memory, longest + 1, n)
             self._room = self._memory.capacity - longest
         self._room -= 1
@@ -257,10 +256,11 @@ class DecoderGraph:
 
     def contexts(self, n_texts: int) -> list[int]:
         """How many tokens the rows of each of the first texts attend to together, besides those that they read."""
-        read = self.positions[: n_texts * self.beams : self.beams]
-        if self._cross is not None:
-            read = read + self._lengths["source_lengths"][:n_texts]
-        return (self.beams * read).tolist()  # type: ignore[no-any-return]
+        cells, beams = self._position_cells, self.beams
+        if self._cross is None:
+            return [beams * cells[text * beams] for text in range(n_texts)]
+        sources = self._lengths["source_lengths"].data
+        return [beams * (cells[text * beams] + sources[text]) for text in range(n_texts)]
 
     def copy(self, source: int, target: int, start: int = 0) -> None:
         """Let row ``target`` go on where ``source`` stands; up to ``start`` it already holds the same."""
@@ -300,7 +300,8 @@ class DecoderGraph:
             lengths[row : row + self.beams] = lengths[row]
 
     def _reserve(self, rows: Rows, tokens: int, used: int) -> None:
-        self._room = 0
+        if rows is self._memory:
+            self._room = 0
         if rows.reserve(tokens, used):
             self._single_steps.clear()
 

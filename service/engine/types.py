@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -117,8 +117,10 @@ Output = EncodeOutput | WriteOutput
 
 
 class Answer(Future["Output"]):
-    """A future whose cancellation is seen without taking its lock: every step looks at every row's."""
+    """A future whose cancellation is seen without taking its lock."""
 
+    cancellations: ClassVar[int] = 0
+    """Grows with every cancellation of any answer: as long as it stays, nobody need look at each of them."""
     is_cancelled = False
 
     def cancel(self) -> bool:
@@ -126,6 +128,8 @@ class Answer(Future["Output"]):
         cancelled = super().cancel()
         if cancelled:
             self.is_cancelled = True
+            # Two threads may count as one: whoever sees the number change sees both.
+            Answer.cancellations += 1
         return cancelled
 
 

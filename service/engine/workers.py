@@ -14,7 +14,7 @@ from service.engine.graphs import EncoderGraph, WriteGraphs
 from service.engine.lanes import BeamLane, Lane, New, PlainLane
 from service.engine.prefixes import Prefixes
 from service.engine.texts import Text, Written
-from service.engine.types import EncodeItem, Item, Ticket, WriteItem
+from service.engine.types import Answer, EncodeItem, Item, Ticket, WriteItem
 
 Result = Floats | Written | Exception
 """Logits, a text, or what went wrong with this item alone."""
@@ -185,6 +185,8 @@ class WriteWorker:
         self._new: list[Job] = []
         self._reader: _Reader | None = None
         self._reader_waits = False
+        self._cancellations = Answer.cancellations
+        """How many there had been when it last looked whose they are."""
         self._prefixes = Prefixes(limits.prefix_bytes)
         # A prefix is read in both directions, all of it at once.
         self._reads_in_pieces = manifest.config.architecture == "decoder"
@@ -233,12 +235,9 @@ class WriteWorker:
 
     def turn(self) -> Turn | None:
         """See ``Worker``."""
-        self._new = [job for job in self._new if not job.cancelled]
-        if self._reader is not None and self._reader.job.cancelled:
-            self._reader = None
-        for lane in self._lanes.values():
-            for job in [job for job in lane.keys if job.cancelled]:
-                lane.leave(job)
+        if Answer.cancellations != self._cancellations:
+            self._cancellations = Answer.cancellations
+            self._forget_cancelled()
         if self._new:
             return self._reading(tuple(self._new))
         writing = [beams for beams, lane in self._lanes.items() if lane.keys]
@@ -251,6 +250,14 @@ class WriteWorker:
             return None
         lane = self._lanes[writing[0]] = self._lanes.pop(writing[0])
         return self._writing(lane, is_alone=len(writing) == 1 and self._reader is None)
+
+    def _forget_cancelled(self) -> None:
+        self._new = [job for job in self._new if not job.cancelled]
+        if self._reader is not None and self._reader.job.cancelled:
+            self._reader = None
+        for lane in self._lanes.values():
+            for job in [job for job in lane.keys if job.cancelled]:
+                lane.leave(job)
 
     def warm_up(self) -> None:
         """See ``Worker``."""
