@@ -74,6 +74,7 @@ def server_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
     return uvicorn.Config(
         app,
         log_config=None,
+        ws="none",  # nothing speaks it here, and by default whatever library for it there is would be imported
         access_log=False,  # the energy account logs every request, with its bill
         server_header=False,
         timeout_keep_alive=KEEP_ALIVE_S,
