@@ -52,9 +52,9 @@ _ID = "(SELECT carbon_id FROM carbon WHERE assumptions = {})"
 _INSERT_CARBON = "INSERT OR IGNORE INTO carbon (assumptions) VALUES (?)"
 _INSERT = f"INSERT OR REPLACE INTO requests ({_COLUMNS}, carbon_id) VALUES "
 _ROW = f"({', '.join('?' * 17)})"
-_ROWS_AT_ONCE = 256
+_ROWS_AT_ONCE = 32
 """Of one statement: each lets go of the interpreter and waits to have it again, and is prepared once for each number
-of rows."""
+of rows, which takes longer the more there are."""
 
 _UPGRADES = {
     0: _TABLES,

@@ -24,7 +24,6 @@ writes down the work in it, which `/metrics` needs as well.
 """
 
 import asyncio
-import gc
 import json
 import logging
 import sys
@@ -51,7 +50,7 @@ from service.app import create_app
 from service.core import Service
 from service.metrics import Metrics
 from service.models import Model, load_model
-from service.server import TURN_S
+from service.server import TURN_S, calm_collector
 from service.settings import STARTERS, Settings, read_settings
 
 TURNS = 24
@@ -368,7 +367,7 @@ async def compare(model: Model, settings: Settings, turns: int) -> Cost:
     app = create_app(settings)
     async with app.router.lifespan_context(app):
         # As the server does.
-        gc.freeze()
+        calm_collector()
         rig = _Rig(app, model)
         # The first requests are slow.
         await rig.compare(1)

@@ -21,6 +21,9 @@ TURN_S = 0.001
 """How long a thread may keep the interpreter while others want it. By default it is 5 ms, and whatever comes for the
 event loop waits so long, again and again, where executors prepare their steps."""
 
+_MORE_OBJECTS = 10_000
+"""From which on garbage is looked for among new objects."""
+
 KEEP_ALIVE_S = 75
 """How long a connection may be idle: longer than clients and proxies keep theirs (nginx and load balancers 60 s), or
 one is used in the moment in which it is closed, and what was posted is lost."""
@@ -42,9 +45,8 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start, and announce it once requests can come."""
         await super().startup(sockets)
-        # What is there now stays: no collection of garbage need look at it, and hold everybody up meanwhile. Until
-        # now ``wattle serve`` has left them out.
-        gc.freeze()
+        # Until now ``wattle serve`` has left collections of garbage out.
+        calm_collector()
         gc.enable()
         if self.started:
             self._announce()
@@ -67,6 +69,17 @@ def serve(settings: Settings) -> int:
             others = [stack.enter_context(listener.dup()) for _ in range(_CONNECTIONS_A_ROUND - 1)]
             server.run(sockets=[listener, *others])
     return 0 if server.started else 1
+
+
+def calm_collector() -> None:
+    """Have garbage collected rarely, for that holds everybody up.
+
+    What is there now stays, and nobody need look at it. Of requests nothing is left that only a collector would find,
+    but between two settlements of the account there are thousands of objects: by default they are looked at for every
+    700 more, which takes a millisecond.
+    """
+    gc.freeze()
+    gc.set_threshold(_MORE_OBJECTS)
 
 
 def server_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
