@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -25,19 +26,28 @@ ROOT = Path(__file__).parent.parent.parent
 @pytest.fixture(scope="module")
 def together(tmp_path_factory, data, trunk_package):
     """The runs of two processes."""
+
+    def start(out):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
+        path = os.pathsep.join([str(ROOT), *sys.path])
+        return subprocess.run(
+            [*command, "tests.training.ranks", str(data), str(out)],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"},
+            capture_output=True,
+            text=True,
+            timeout=140,
+            check=False,
+        )
+
     out = tmp_path_factory.mktemp("together")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
-    path = os.pathsep.join([str(ROOT), *sys.path])
-    done = subprocess.run(
-        [*command, "tests.training.ranks", str(data), str(out)],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = start(out)
+    if f"exitcode: {-signal.SIGABRT}" in done.stderr:
+        # A thread of gloo's that meets an error ends its process; no error of ours does that.
+        print(done.stderr)
+        out = tmp_path_factory.mktemp("together")
+        done = start(out)
+    assert done.returncode == 0, done.stderr
     return out
 
 
