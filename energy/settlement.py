@@ -164,7 +164,8 @@ class Channel:
         energy_uj = reading.energy_uj - self._last.energy_uj
         if not self._idle_known and length_ns >= IDLE_WINDOW_NS:
             self.idle_uw = min(self.idle_uw, energy_uj * NS_PER_S // length_ns)
-        idle_uj = min(energy_uj, self.idle_uw * length_ns // NS_PER_S)
+        # Rounded up, or what only idles would have a microjoule above it now and then, for all requests to share.
+        idle_uj = min(energy_uj, -(-self.idle_uw * length_ns // NS_PER_S))
         load_ns = process_ns - self._last_process_ns + others_ns if self.by_cpu_time else 0
         still = energy_uj == 0 and reading.resolution_ns > 0
         active_uj = energy_uj - idle_uj

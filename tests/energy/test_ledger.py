@@ -1,3 +1,4 @@
+import json
 import os
 import signal
 import sqlite3
@@ -15,7 +16,7 @@ import pytest
 from energy import ledger as ledger_module
 from energy.carbon import Carbon
 from energy.ledger import Ledger, LedgerUnreadable
-from energy.types import Bill, Part, Phase, Quality, RequestRecord, SettledRecord
+from energy.types import Bill, Part, Parts, Phase, Quality, RequestRecord, SettledRecord
 from tests.energy.fakes import HeldClock
 
 DAY_S = 86_400
@@ -30,6 +31,14 @@ def record(request_id: str, time_s: float = 1_700_000_000.0, allocated_uj: int |
         time_s=time_s,
         carbon=Carbon("DEU", embodied_kg=100).assumptions,
     )
+
+
+def test_parts_are_the_same_however_they_are_kept() -> None:
+    row = Parts.of(PARTS)
+    assert row == PARTS and Parts.of(row) is row and row != PARTS[:1]
+    assert row.as_lists() == '[["cpu","prefill",18],["dram","decode",12]]'
+    assert json.loads(row.as_objects()) == [part._asdict() for part in PARTS]
+    assert (Parts.of(()).as_lists(), Parts.of(()).as_objects()) == ("[]", "[]")
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
