@@ -256,10 +256,21 @@ def read_settings(**flags: str) -> Settings:
     try:
         return Settings(**flags)  # type: ignore[arg-type]  # pydantic reads each flag from its text
     except ValidationError as error:
-        complaints = [(".".join(map(str, each["loc"])), each["msg"]) for each in error.errors()]
-        raise ValueError(
-            "; ".join(f"{name}: {message}" if name else message for name, message in complaints)
-        ) from None
+        raise ValueError("; ".join(_complaints(error))) from None
+
+
+def _complaints(error: ValidationError) -> list[str]:
+    """What is wrong with each setting, without what follows from that for others."""
+    found = [each for each in error.errors() if each["type"] != "default_factory_not_called"]
+    places = [each["loc"] for each in found]
+    complaints = []
+    for each in found:
+        place, given = each["loc"], each["input"]
+        if any(other != place and other[: len(place)] == place for other in places if place):
+            continue  # a list is said to be too short where one of its entries is wrong
+        name = f"{'.'.join(map(str, place))}: " if place else ""
+        complaints.append(f"{name}{each['msg']}" + (f" ({given!r})" if isinstance(given, str) else ""))
+    return complaints
 
 
 def wants_traces() -> bool:

@@ -59,6 +59,15 @@ def test_a_wrong_value_is_named(monkeypatch: pytest.MonkeyPatch, name: str, valu
         read_settings()
 
 
+def test_only_what_is_wrong_is_told_and_what_was_given(tmp_path: Path) -> None:
+    missing = str(tmp_path / "missing")
+    with pytest.raises(ValueError) as told:
+        read_settings(models=os.pathsep.join([missing, str(tmp_path)]), port="eight")
+    first, second = sorted(str(told.value).split("; "))
+    assert first.startswith("models.0: ") and first.endswith(f"({missing!r})")
+    assert second.startswith("port: ") and second.endswith("('eight')")
+
+
 def test_aliases_are_pairs() -> None:
     assert read_settings(model_aliases="gpt-4o-mini=generate-en, a = b").model_aliases == {
         "gpt-4o-mini": "generate-en",
