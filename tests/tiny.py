@@ -4,6 +4,7 @@ The weights are made large enough that different inputs give clearly different o
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -169,3 +170,17 @@ def write_tiny(
             quantisation=stored,
         ),
     )
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model's folder as the engine takes it."""
+
+    manifest: Manifest
+    folder: Path
+
+
+def load_tiny(root: Path, kind: Kind, name: str | None = None, scheme: Scheme = "none") -> Loaded:
+    """Write a complete artefact into a folder of ``root`` with its name, which is its kind unless told."""
+    folder = root / (name or kind)
+    return Loaded(write_tiny(folder, kind, name=folder.name, scheme=scheme), folder)

@@ -7,7 +7,6 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,6 @@ from energy.clock import Clock
 from energy.meters.estimator import Estimator, PowerModel
 from energy.sampler import Sampler
 from energy.types import Quality, RequestRecord
-from models.manifest import Manifest
 from service.app import calibration_places, read_coefficients
 from service.calibrate import calibrate
 from service.engine.engine import Engine
@@ -30,25 +28,16 @@ from service.metering_cost import _PURPOSES, Share, main
 from service.models import Models, load_model
 from service.settings import Settings
 from tests.energy.fakes import Book
-from tests.tiny import write_tiny
+from tests.tiny import Loaded, load_tiny, write_tiny
 
 ROOT = Path(__file__).parents[2]
 WAIT_S = 30.0
 
 
-@dataclass(frozen=True)
-class Loaded:
-    manifest: Manifest
-    folder: Path
-
-
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Loaded]:
     root = tmp_path_factory.mktemp("models")
-    return {
-        "reads": Loaded(write_tiny(root / "reads", "classify", name="reads"), root / "reads"),
-        "writes": Loaded(write_tiny(root / "writes", "decoder", name="writes"), root / "writes"),
-    }
+    return {"reads": load_tiny(root, "classify", "reads"), "writes": load_tiny(root, "decoder", "writes")}
 
 
 class Failure(Exception):

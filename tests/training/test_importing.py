@@ -1,8 +1,6 @@
 """Models that the transformers library made, against themselves: logits, texts, and what a folder says."""
 
 import json
-from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,13 +8,14 @@ import torch
 from starlette.testclient import TestClient
 
 import wattle
-from models.manifest import Manifest, load_manifest
+from models.manifest import load_manifest
 from service.app import create_app
 from service.engine.engine import Engine
 from service.engine.settings import EngineSettings
 from service.engine.types import EncodeItem, Sampling, WriteItem
 from service.settings import Settings
 from tests.models.test_graph import SAME, Decoder, greedy
+from tests.tiny import Loaded
 from tests.training.foreign import BOS, EOS, KINDS, PAD, WRITERS, save, word_tokenizer
 from training.errors import TrainingError
 from training.export import PARITY_LIMIT
@@ -25,12 +24,6 @@ from training.recipe import Storage
 
 WAIT_S = 30.0
 LENGTHS = [9, 1, 20, 5, 13]
-
-
-@dataclass(frozen=True)
-class Loaded:
-    manifest: Manifest
-    folder: Path
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """What a GPU is given, on the processor's memory: all of it but the provider."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from energy.types import Step
-from models.manifest import ArtefactError, Manifest
+from models.manifest import ArtefactError
 from service.engine import devices, loading
 from service.engine.devices import CPU, DeviceLogits, DeviceRows, DeviceUnavailable, gpus
 from service.engine.engine import Engine
@@ -20,25 +19,18 @@ from service.engine.graphs import EncoderGraph, open_graph
 from service.engine.loading import check_device
 from service.engine.settings import EngineSettings
 from service.engine.types import Item, Sampling, WriteItem, WriteOutput
-from tests.tiny import BOS, EOS, WRITERS, Kind, tiny_config, write_tiny
+from tests.tiny import BOS, EOS, WRITERS, Kind, Loaded, load_tiny, tiny_config, write_tiny
 
 WAIT_S = 30.0
 LIMIT = 12
-
-
-@dataclass(frozen=True)
-class Loaded:
-    manifest: Manifest
-    folder: Path
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Loaded]:
     root = tmp_path_factory.mktemp("halves")
     kinds: tuple[Kind, ...] = (*WRITERS, "classify")
-    found = {kind: Loaded(write_tiny(root / kind, kind, name=kind, scheme="float16"), root / kind) for kind in kinds}
-    found["single"] = Loaded(write_tiny(root / "single", "decoder", name="single"), root / "single")
-    return found
+    found = {kind: load_tiny(root, kind, scheme="float16") for kind in kinds}
+    return {**found, "single": load_tiny(root, "decoder", "single")}
 
 
 def item(number: int, **how: Any) -> WriteItem:

@@ -8,8 +8,7 @@ import tracemalloc
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,7 @@ from hypothesis import strategies as st
 from energy.attribution import DEFAULTS, share_load
 from energy.types import Load, Phase, Step
 from models.graph import KEY_BLOCK, Scheme
-from models.manifest import ArtefactError, Manifest
+from models.manifest import ArtefactError
 from service.engine import buffers, executor
 from service.engine.engine import Engine, Recorder
 from service.engine.loading import core_groups
@@ -40,7 +39,7 @@ from service.engine.types import (
     WriteOutput,
 )
 from tests.service.engine.reference import beam_search, greedy, next_log_probabilities
-from tests.tiny import BOS, EOS, WRITERS, Kind, tiny_transformer, write_tiny
+from tests.tiny import BOS, EOS, WRITERS, Kind, Loaded, load_tiny, tiny_transformer
 
 WAIT_S = 30.0
 QUANTISED: tuple[tuple[str, Kind, Scheme], ...] = (
@@ -49,12 +48,6 @@ QUANTISED: tuple[tuple[str, Kind, Scheme], ...] = (
     ("decoder-rows", "decoder", "rowwise"),
 )
 ALL_WRITERS = (*WRITERS, *(name for name, _, _ in QUANTISED))
-
-
-@dataclass(frozen=True)
-class Loaded:
-    manifest: Manifest
-    folder: Path
 
 
 class Steps:
@@ -82,9 +75,9 @@ class Steps:
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Loaded]:
     root = tmp_path_factory.mktemp("models")
     kinds: tuple[Kind, ...] = ("classify", "span", "bert-span", *WRITERS)
-    loaded: dict[str, Loaded] = {kind: Loaded(write_tiny(root / kind, kind, name=kind), root / kind) for kind in kinds}
+    loaded: dict[str, Loaded] = {kind: load_tiny(root, kind) for kind in kinds}
     for name, kind, scheme in QUANTISED:
-        loaded[name] = Loaded(write_tiny(root / name, kind, name=name, scheme=scheme), root / name)
+        loaded[name] = load_tiny(root, kind, name, scheme=scheme)
     return loaded
 
 

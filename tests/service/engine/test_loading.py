@@ -4,34 +4,26 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from models.manifest import ArtefactError, Manifest
+from models.manifest import ArtefactError
 from service.engine import loading
 from service.engine.devices import CPU, Device
 from service.engine.loading import open_workers
 from service.engine.settings import EngineSettings
-from tests.tiny import write_tiny
+from tests.tiny import Kind, Loaded, load_tiny
 
 WAIT_S = 30.0
-
-
-@dataclass(frozen=True)
-class Loaded:
-    manifest: Manifest
-    folder: Path
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Loaded]:
     root = tmp_path_factory.mktemp("models")
-    return {
-        kind: Loaded(write_tiny(root / kind, kind, name=kind), root / kind) for kind in ("classify", "encoder-decoder")
-    }
+    kinds: tuple[Kind, ...] = ("classify", "encoder-decoder")
+    return {kind: load_tiny(root, kind) for kind in kinds}
 
 
 def test_graphs_are_opened_beside_one_another(models: dict[str, Loaded], monkeypatch: pytest.MonkeyPatch) -> None:
