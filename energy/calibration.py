@@ -34,6 +34,7 @@ class Fit:
     """Nanoseconds of load, and how well they foretell steps that were held out of the fit."""
 
     fixed_ns: float
+    """Of a forward pass."""
     prefill_token_ns: float
     decode_token_ns: float
     context_token_ns: float

@@ -38,7 +38,7 @@ def calibrate(settings: Settings, seconds: float = SECONDS) -> Iterator[str]:
         found = Calibration(model.name, model.manifest.revision, machine(), fit)
         path = write_calibration(found, *calibration_places(model, settings.state))
         yield (
-            f"{model.name}: {fit.fixed_ns / 1000:.0f} us per step, {fit.prefill_token_ns / 1000:.1f} per token read, "
+            f"{model.name}: {fit.fixed_ns / 1000:.0f} us per pass, {fit.prefill_token_ns / 1000:.1f} per token read, "
             f"{fit.decode_token_ns / 1000:.1f} per token written, {fit.context_token_ns / 1000:.2f} per token of "
             f"context; {fit.steps} steps, R2 {fit.r2:.3f}, median error {fit.held_out_error:.1%} on those held out "
             f"(by default {fit.default_error:.1%}); written to {path}"

@@ -5,8 +5,8 @@ from random import Random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from energy.attribution import Coefficients, charge, split, weigh
-from energy.types import Phase, Work
+from energy.attribution import Coefficients, charge, share_load, split, weigh
+from energy.types import Phase, Step, Work
 
 coefficients = st.builds(
     Coefficients,
@@ -113,6 +113,13 @@ def test_several_passes_weigh_what_each_of_them_does(passes: list[list[Work]], c
     ]
     apart = [sum(weights) for weights in zip(*(weigh(work, c) for work in passes), strict=True)]
     assert weigh(together, c, len(passes)) == apart
+
+
+def test_the_load_of_a_step_of_several_passes_is_shared_by_all_of_them() -> None:
+    work = (Work("a", Phase.DECODE, 3, 30), Work("b", Phase.DECODE, 3, 330))
+    step = Step("cpu:0", "tiny", 0, 10**6, 10**6, work, passes=3)
+    # F = 100 three times for two, m = 10 a token and 1 a token of context: 150 + 30 + 30, and 150 + 30 + 330.
+    assert share_load(step, Coefficients(100, 10, 10, 1)) == [10**6 * 210 // 720, 10**6 * 510 // 720]
 
 
 def test_context_weighs_little_but_weighs() -> None:

@@ -20,22 +20,23 @@ FIT = Fit(100_000.0, 50_000.0, 80_000.0, 400.0, 0.99, 0.02, 0.2, 300)
 
 
 def steps(count: int, noise: float = 0.0, phases: tuple[Phase, ...] = (Phase.PREFILL, Phase.DECODE)) -> list[Step]:
-    """Steps that cost 0.1 ms, and 50 us a token read, 80 us a token written and 0.4 us a token of context."""
+    """Steps that cost 0.1 ms a pass, and 50 us a token read, 80 us a token written and 0.4 us a token of context."""
     draw = Random(3)
     made = []
     for _ in range(count):
         phase, rows = draw.choice(phases), draw.choice([1, 2, 8, 32])
         if phase is Phase.DECODE:
-            work = tuple(Work(f"r{i}", phase, 1, draw.randint(1, 200)) for i in range(rows))
+            passes = draw.choice([1, 1, 4])
+            work = tuple(Work(f"r{i}", phase, passes, passes * draw.randint(1, 200)) for i in range(rows))
             padding, token_ns = 0, 80_000
         else:
             lengths = [draw.randint(1, 64) for _ in range(rows)]
             work = tuple(Work(f"r{i}", phase, length) for i, length in enumerate(lengths))
-            padding, token_ns = max(lengths) * rows - sum(lengths), 50_000
+            padding, token_ns, passes = max(lengths) * rows - sum(lengths), 50_000, 1
         tokens = sum(item.tokens for item in work) + padding
-        load_ns = 100_000 + token_ns * tokens + 400 * sum(item.context_tokens for item in work)
+        load_ns = 100_000 * passes + token_ns * tokens + 400 * sum(item.context_tokens for item in work)
         load_ns = round(load_ns * draw.uniform(1 - noise, 1 + noise))
-        made.append(Step("cpu:0", "tiny", 0, 2 * load_ns, load_ns, work, padding))
+        made.append(Step("cpu:0", "tiny", 0, 2 * load_ns, load_ns, work, padding, passes))
     return made
 
 

@@ -56,6 +56,18 @@ def labels(text: str) -> set[str]:
     return {*selected, *(label.strip() for group in grouped for label in group.split(","))}
 
 
+def test_a_step_counts_once_with_the_rows_and_tokens_of_each_of_its_passes(client: TestClient) -> None:
+    work = tuple(Work(name, Phase.DECODE, 3, 12) for name in "ab")
+    client.app.state.service.metrics.step(Step("cpu:0", "passes", 0, 1, 1, work, passes=3))  # type: ignore[attr-defined]
+    lines = [line for line in client.get("/metrics").text.splitlines() if 'model="passes"' in line]
+    sums = {line.split("{")[0]: float(line.split()[-1]) for line in lines if "_sum{" in line or "_count{" in line}
+    assert sums == {
+        f"wattle_batch_next_{what}_{kind}": value
+        for what in ("size", "tokens")
+        for kind, value in (("sum", 2), ("count", 1))
+    }
+
+
 def test_the_helpers_see_what_is_there() -> None:
     assert len(RULE_EXPRESSIONS) == RULES.count("expr:") == 16
     text = 'sum by (le, task) (rate(wattle_a_bucket{task=~"x",status!="ok"}[5m])) / on (job) task:wattle_b:rate5m'

@@ -1,6 +1,7 @@
 """Buffers: what rows hold survives every new layout."""
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -41,6 +42,18 @@ def test_empty_buffers_shrink() -> None:
     assert buffers.reserve(700, 0) and buffers.capacity >= 700
     assert not buffers.reserve(20, 1)
     assert buffers.reserve(20, 0) and buffers.capacity == least
+
+
+@pytest.mark.parametrize(("grows", "most"), [(True, 4), (False, 2)])
+def test_empty_buffers_that_are_not_much_too_large_stay(grows: bool, most: int) -> None:
+    buffers = Buffers(["k"], ROWS, HEADS, SIZE, 1000, grows=grows)
+    buffers.reserve(64, 0)
+    fitting = buffers.capacity
+    assert buffers.reserve(most * fitting * 4 // 5 if grows else most * fitting, 0)
+    assert buffers.capacity == most * fitting
+    assert not buffers.reserve(64, 0)
+    buffers.reserve(900, 0)
+    assert buffers.reserve(64, 0) and buffers.capacity == fitting
 
 
 def test_a_part_of_a_row_is_copied() -> None:
