@@ -26,7 +26,7 @@ from energy.meters.base import Meter
 from energy.meters.observe import observe_idle
 from energy.owner import Owner
 from energy.requests import Cost, End, Noted, Requests, weaker, weakest
-from energy.settlement import HORIZON_NS, Channel, Claim, Reason
+from energy.settlement import BESIDE, HORIZON_NS, Channel, Claim, Reason
 from energy.types import Bill, Load, Parts, Phase, Quality, RequestRecord, SettledRecord, Step
 
 _log = logging.getLogger(__name__)
@@ -134,6 +134,9 @@ class Account:
         }
         self.quality = weakest(channel.quality for channel in self._channels.values())
         """The best that a bill can have here."""
+        self._expected = weaker(self.quality, Quality.APPORTIONED)
+        """Of what is expected, where anything is: it is never better than what no window measures."""
+        self._g_per_uj = carbon.gco2e(1, 0)
         self.is_continuous = all(channel.is_continuous for channel in self._channels.values())
         """Whether nothing is learnt from reading more often than settling."""
         self.awake = threading.Event()
@@ -141,8 +144,8 @@ class Account:
         self._coefficients = {} if coefficients is None else coefficients
         self._steps: deque[tuple[Step, Sequence[int]]] = deque()
         """As executors record them, with what falls to each entry of their work: appending takes no lock."""
-        self._closed: deque[tuple[RequestRecord, float, int, Mapping[Phase, int]]] = deque()
-        """As the event loop closes requests, likewise: the fields of ``End``."""
+        self._closed: deque[tuple[RequestRecord, int, Mapping[Phase, int]]] = deque()
+        """As the event loop closes requests, likewise: the fields of ``End`` but for the wall time."""
         self._settling = threading.Lock()
         """Held by whoever reads meters and settles; guards the channels."""
         self._alarmed_ns: int | None = None
@@ -217,14 +220,29 @@ class Account:
         knows all ``loads`` of the request's steps spares a look into the books, which takes longer.
         """
         is_first = not self._closed
-        self._closed.append((record, self._clock.unix_s(), self._clock.monotonic_ns(), beside_ns))
+        self._closed.append((record, self._clock.monotonic_ns(), beside_ns))
         if is_first:
             self.wake()
         if loads is None:
             return self.bill(record.request_id)
-        idle_uj, active_uj, quality = self._requests.expect(loads, sum(beside_ns.values()))
-        quality = quality if quality is self.quality else weaker(self.quality, quality)
-        return self._bill(record.request_id, quality, active_uj, active_uj + idle_uj)
+        # Between the steps of a model whatever is touched has left the caches: no further calls, types or keywords.
+        rates, active_uj, allocated_uj = self._requests.rates, 0.0, 0.0
+        try:
+            for device, load_ns in loads:
+                active, allocated = rates[device]
+                active_uj += load_ns * active
+                allocated_uj += load_ns * allocated
+            # Who has neither costs nothing, where anything is known at all.
+            if beside_ns or not loads:
+                active, allocated = rates[BESIDE]
+                for cpu_ns in beside_ns.values():
+                    active_uj += cpu_ns * active
+                    allocated_uj += cpu_ns * allocated
+        except KeyError:
+            # Nothing was settled yet to judge by.
+            return self._bill(record.request_id, Quality.UNAVAILABLE, 0, 0)
+        whole_uj = round(allocated_uj)
+        return Bill(record.request_id, round(active_uj), whole_uj, whole_uj * self._g_per_uj, self._expected, False)
 
     def find(self, request_id: str) -> SettledRecord | None:
         """A request that is over, with its bill; None where it is unknown, still running, or forgotten.
@@ -268,7 +286,12 @@ class Account:
 
     def _note(self) -> None:
         """Put what happened on the books: ends of requests first, for their steps were recorded before them."""
-        closed = [End(*self._closed.popleft()) for _ in range(len(self._closed))]
+        # The wall time of an end is reckoned here: asking for it takes the event loop longer.
+        began_s = self._clock.unix_s() - self._clock.monotonic_ns() / NS_PER_S
+        closed = []
+        for _ in range(len(self._closed)):
+            record, at_ns, beside_ns = self._closed.popleft()
+            closed.append(End(record, began_s + at_ns / NS_PER_S, at_ns, beside_ns))
         self._over.update({end.record.request_id: end for end in closed})
         self._requests.note_beside(closed)
         while self._steps:
@@ -333,10 +356,10 @@ class Account:
         return settled
 
     def _provisional(self, request_id: str) -> Bill:
-        cost, expected = self._requests.cost(request_id), self._requests.expect_waiting(request_id)
-        quality = weaker(cost.quality or self.quality, expected.quality)
-        allocated_uj = cost.allocated_uj + expected.active_uj + expected.idle_uj
-        return self._bill(request_id, quality, cost.active_uj + expected.active_uj, allocated_uj, cost)
+        cost = self._requests.cost(request_id)
+        active_uj, allocated_uj, expected = self._requests.expect_waiting(request_id)
+        quality = weaker(cost.quality or self.quality, expected)
+        return self._bill(request_id, quality, cost.active_uj + active_uj, cost.allocated_uj + allocated_uj, cost)
 
     def _over_record(self, request_id: str) -> SettledRecord:
         end = self._over[request_id]

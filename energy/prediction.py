@@ -7,7 +7,7 @@ and for writing; how many joules a unit costs, and how long a text becomes, are 
 import threading
 from bisect import bisect_left, insort
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from energy.attribution import DEFAULTS, Coefficients
@@ -174,22 +174,24 @@ class Predictor:
             history = self._histories.get((task, model))
             return None if history is None else _forecast(history, texts)
 
-    def begin(self, request_id: str, task: str, model: str, texts: Sequence[Text]) -> Forecast | None:
-        """The same for a request that will now run; None also where it is not followed."""
+    def begin(self, request_id: str, task: str, model: str, texts: Callable[[], Sequence[Text]]) -> Forecast | None:
+        """The same for a request that will now run; None also where it is not followed, and ``texts`` not called."""
         key = task, model
         if self._count[key] >= _FOLLOWED:
             return None
-        forecast = self.predict(task, model, texts)
+        followed = _Followed(key, texts(), None)
+        followed.forecast = self.predict(task, model, followed.texts)
         with self._lock:
-            self._followed[request_id] = _Followed(key, texts, forecast)
+            self._followed[request_id] = followed
             self._count[key] += 1
-        return forecast
+        return followed.forecast
 
-    def wrote(self, request_id: str, written: Sequence[Written]) -> None:
-        """A request has been computed; ``written`` has an entry for each of its texts."""
-        with self._lock:
-            if request_id in self._followed:
-                self._followed[request_id].written = written
+    def wrote(self, request_id: str, written: Callable[[], Sequence[Written]]) -> None:
+        """A request has been computed; ``written`` has an entry for each of its texts, for whoever is followed."""
+        # Only a bill ends it, and that comes later: no lock is needed.
+        followed = self._followed.get(request_id)
+        if followed is not None:
+            followed.written = written()
 
     def settled(self, records: Iterable[SettledRecord]) -> list[tuple[SettledRecord, float]]:
         """Learn from bills; returns those that had been predicted, with the relative error of that."""

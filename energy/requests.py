@@ -14,10 +14,11 @@ from typing import Any, NamedTuple, TypeVar
 
 from energy.attribution import charge, split
 from energy.settlement import BESIDE, Channel, Claim, Stretch
-from energy.types import Load, Part, Parts, Phase, Places, Quality, RequestRecord, Step, Work
+from energy.types import Part, Parts, Phase, Places, Quality, RequestRecord, Step, Work
 
 T = TypeVar("T", int, float)
-_UNKNOWN = Claim(0, 0, Quality.UNAVAILABLE)
+Rates = tuple[float, float]
+"""Active and allocated energy per nanosecond of load, on all metered devices together, in microjoules."""
 _RANK = {quality: rank for rank, quality in enumerate(Quality)}
 
 
@@ -78,8 +79,8 @@ class Place:
     is_executor: bool
     inferred: Quality
     """Of what is expected there."""
-    rates: tuple[float, float] | None = None
-    """Of all channels together, as settled last: idle and active energy per nanosecond of load, in microjoules."""
+    rates: Rates | None = None
+    """As settled last."""
 
 
 @dataclass(slots=True, eq=False)
@@ -105,6 +106,8 @@ class Requests:
         self._channels = {channel.device: channel for channel in channels}
         self._places: dict[str, Place] = {}
         """By device of a step."""
+        self.rates: Mapping[str, Rates] = {}
+        """The same of those of which some is known. Replaced and never changed: reading it takes no lock."""
         self._together: dict[tuple[Place, str, Phase | None], Noted] = {}
         """Of what waits, where further steps go."""
         self._settled_ns = self._read_ns()
@@ -189,7 +192,8 @@ class Requests:
             sums[noted.place][2] += claim.active_uj
         for place, (load_ns, idle_uj, active_uj) in sums.items():
             if load_ns and place not in unknown:
-                place.rates = idle_uj / load_ns, active_uj / load_ns
+                place.rates = active_uj / load_ns, (active_uj + idle_uj) / load_ns
+        self.rates = {device: place.rates for device, place in self._places.items() if place.rates is not None}
 
     def waiting_names(self) -> set[str]:
         """The requests that have a share of something that waits for a reading."""
@@ -225,24 +229,19 @@ class Requests:
             self._lose(noted.place, noted.model, noted.phase, noted.loads)
         self.waiting = []
 
-    def expect_waiting(self, name: str) -> Claim:
-        """What a request will probably pay for what waits for a reading."""
-        return self.expect(Load(each.place.device, each.loads[name]) for each in self.waiting if name in each.loads)
-
-    def expect(self, loads: Iterable[Load], beside_ns: int = 0) -> Claim:
-        """What these loads and CPU time beside the executors will probably cost; unavailable where there is nothing to
-        judge by. Takes no lock."""
-        idle_uj, active_uj, quality = 0.0, 0.0, Quality.MEASURED
-        for device, load_ns in (*loads, (BESIDE, beside_ns)) if beside_ns else loads:
-            place = self._places.get(device)
-            if place is None or place.rates is None:
-                return _UNKNOWN
-            idle, active = place.rates
-            idle_uj += load_ns * idle
-            active_uj += load_ns * active
-            if place.inferred is not quality:
-                quality = weaker(quality, place.inferred)
-        return Claim(round(idle_uj), round(active_uj), quality)
+    def expect_waiting(self, name: str) -> tuple[int, int, Quality]:
+        """What a request will probably pay for what waits for a reading: active and allocated microjoules, and their
+        quality, unavailable where there is nothing to judge by."""
+        active_uj, allocated_uj, quality = 0.0, 0.0, Quality.MEASURED
+        for each in self.waiting:
+            if name in each.loads:
+                if each.place.rates is None:
+                    return 0, 0, Quality.UNAVAILABLE
+                active, allocated = each.place.rates
+                active_uj += each.loads[name] * active
+                allocated_uj += each.loads[name] * allocated
+                quality = weaker(quality, each.place.inferred)
+        return round(active_uj), round(allocated_uj), quality
 
     def cost(self, name: str) -> Cost:
         """What a request has been charged so far."""

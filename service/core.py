@@ -80,6 +80,7 @@ class Charge:
     worker: str
     """What does the work: the name of a model, or of the index of the knowledge bases."""
     bill: Bill = field(init=False)
+    """Once the request is over."""
     input_tokens: int = 0
     output_tokens: int = 0
     """Tokens written."""
@@ -95,9 +96,6 @@ class Charge:
     """CPU time of what was short and beside the engine."""
     loads: Sequence[Load] | None = None
     """What fell to it of all steps that were recorded, once that is known."""
-
-    def __post_init__(self) -> None:
-        self.bill = Bill(self.request_id, None, None, None, Quality.UNAVAILABLE, settled=False)
 
     def computed(self, outputs: Sequence[Output]) -> None:
         """The engine has done all items."""
@@ -193,7 +191,7 @@ class Service:
                 told = None if listener is None else _Told(task, encoded.plan, receipt, listener)
                 receipt.computed(await self._compute(model, items, at_once if task.in_groups else len(items), told))
                 count.correct(receipt.input_tokens + receipt.output_tokens)
-                self.books.predictor.wrote(request_id, to_learn(receipt.outputs))
+                self.books.predictor.wrote(request_id, partial(to_learn, receipt.outputs))
                 decode = partial(task.decode, encoded.plan, model, receipt.outputs)
                 is_short = is_short and receipt.output_tokens <= _SHORT_TOKENS
                 receipt.results = await self._beside(receipt, Phase.POST, decode, is_short=is_short)
@@ -260,11 +258,11 @@ class Service:
         self, task: Task[Any, Any], request: TaskRequest, model: Model, items: tuple[Item, ...], request_id: str
     ) -> tuple[Item, ...]:
         """Predict the bill, and hold ``items`` to the request's budget. Raises ``EnergyBudgetExceeded``."""
-        texts = to_predict(items)
-        self.books.predictor.begin(request_id, task.name, model.name, texts)
+        predictor = self.books.predictor
+        predictor.begin(request_id, task.name, model.name, partial(to_predict, items))
         if request.energy_budget_j is None:
             return items
-        forecast = self.books.predictor.predict(task.name, model.name, texts)
+        forecast = predictor.predict(task.name, model.name, to_predict(items))
         budget_uj = round(request.energy_budget_j * UJ_PER_J)
         if forecast is not None and forecast.allocated_uj > budget_uj:
             interval_j = forecast.interval_uj and (
@@ -346,12 +344,11 @@ class Service:
         if not is_short:
             return await asyncio.to_thread(recorded)
         await self.desk.turn()
-        kind = (receipt.task, receipt.model.name, phase)
-        self.pace.begin(kind)
+        self.pace.begin((receipt.task, receipt.model.name, phase))
         try:
             return work()
         finally:
-            receipt.beside_ns[phase] = self.pace.end(kind)
+            receipt.beside_ns[phase] = self.pace.end()
 
     async def _compute(
         self, model: Model, items: Sequence[Item], at_once: int, told: "_Told | None" = None
@@ -414,15 +411,15 @@ class Service:
         finally:
             charge.bill = self.account.close(
                 RequestRecord(
-                    request_id=charge.request_id,
-                    task=charge.task,
-                    model=charge.worker,
-                    status=status,
-                    input_tokens=charge.input_tokens,
-                    output_tokens=charge.output_tokens,
-                    queue_ms=charge.queue_ms,
-                    compute_ms=charge.compute_ms,
-                    key=key,
+                    charge.request_id,
+                    charge.task,
+                    charge.worker,
+                    status,
+                    charge.input_tokens,
+                    charge.output_tokens,
+                    charge.queue_ms,
+                    charge.compute_ms,
+                    key,
                 ),
                 charge.beside_ns,
                 charge.loads,

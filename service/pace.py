@@ -5,6 +5,7 @@ interpreter from everybody until it has it back: so it does not ask at every pie
 """
 
 import time
+from collections import defaultdict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
@@ -17,8 +18,12 @@ _LATEST = 0.25
 @dataclass(slots=True)
 class _Kind:
     begun: int = 0
-    cpu_ns: float | None = None
+    cpu_ns: int = 0
     """Of one piece."""
+
+    def learn(self, took_ns: int) -> None:
+        """One piece took so long; the first has nothing to be averaged with."""
+        self.cpu_ns = round(self.cpu_ns + _LATEST * (took_ns - self.cpu_ns)) if self.begun > 1 else took_ns
 
 
 class Pace:
@@ -26,20 +31,20 @@ class Pace:
 
     def __init__(self, clock_ns: Callable[[], int] = time.thread_time_ns) -> None:
         self._clock_ns = clock_ns
-        self._kinds: dict[Hashable, _Kind] = {}
+        self._kinds: defaultdict[Hashable, _Kind] = defaultdict(_Kind)
+        self._kind = _Kind()
+        """Of the piece that has begun."""
         self._began_ns: int | None = None
+        """None where it is not measured."""
 
     def begin(self, kind: Hashable) -> None:
         """A piece begins."""
-        known = self._kinds.setdefault(kind, _Kind())
-        self._began_ns = self._clock_ns() if known.begun % TIMED == 0 else None
+        self._kind = known = self._kinds[kind]
+        self._began_ns = None if known.begun % TIMED else self._clock_ns()
         known.begun += 1
 
-    def end(self, kind: Hashable) -> int:
+    def end(self) -> int:
         """It has ended; returns what it took, or where it was not measured what others of its kind did."""
-        known = self._kinds[kind]
         if self._began_ns is not None:
-            took_ns = self._clock_ns() - self._began_ns
-            before_ns = took_ns if known.cpu_ns is None else known.cpu_ns
-            known.cpu_ns = before_ns + _LATEST * (took_ns - before_ns)
-        return round(known.cpu_ns or 0)
+            self._kind.learn(self._clock_ns() - self._began_ns)
+        return self._kind.cpu_ns
