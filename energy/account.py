@@ -25,7 +25,7 @@ from energy.ledger import Ledger
 from energy.meters.base import Meter
 from energy.meters.observe import observe_idle
 from energy.owner import Owner
-from energy.requests import Cost, End, Noted, Requests, weaker, weakest
+from energy.requests import NOTHING, Cost, End, Noted, Requests, weaker, weakest
 from energy.settlement import BESIDE, HORIZON_NS, Channel, Claim, Reason
 from energy.types import Bill, Load, Parts, Phase, Quality, RequestRecord, SettledRecord, Step
 
@@ -39,8 +39,6 @@ _LAST_INTERVAL_S = 0.06
 _KEPT_AFTER_NS = NS_PER_S // 4
 """Nearly every bill is final when it is first looked at after so long. Of the others alone the ledger gets a
 provisional one."""
-_FREE = Cost((), 0, 0, 0.0, None)
-"""Of a request that nothing has been charged to."""
 NOTHING_BESIDE: Mapping[Phase, int] = MappingProxyType({})
 _ALARM_SHARE = 100
 """A residual above a hundredth of what the meter counted is an alarm."""
@@ -142,8 +140,8 @@ class Account:
         self.awake = threading.Event()
         """Set when there is something to sample."""
         self._coefficients = {} if coefficients is None else coefficients
-        self._steps: deque[tuple[Step, Sequence[int]]] = deque()
-        """As executors record them, with what falls to each entry of their work: appending takes no lock."""
+        self._steps: deque[Step] = deque()
+        """As executors record them: appending takes no lock."""
         self._closed: deque[tuple[RequestRecord, int, Mapping[Phase, int]]] = deque()
         """As the event loop closes requests, likewise: the fields of ``End`` but for the wall time."""
         self._settling = threading.Lock()
@@ -163,17 +161,12 @@ class Account:
         """Whether something waits for a reading."""
         return bool(self._steps or self._closed or self._requests.waiting or self._over)
 
-    def record(self, step: Step) -> Sequence[int]:
-        """A step has just ended; it is charged to its requests with one of the next samples.
-
-        Returns what falls to each entry of its work of its load, in nanoseconds.
-        """
-        loads_ns = share_load(step, self._coefficients.get(step.model, DEFAULTS))
+    def record(self, step: Step) -> None:
+        """A step has just ended; it is charged to its requests with one of the next samples."""
         is_first = not self._steps
-        self._steps.append((step, loads_ns))
+        self._steps.append(step)
         if is_first:
             self.wake()
-        return loads_ns
 
     def wake(self) -> None:
         """Sample soon: a reading close to the start of a step makes its figure sharp."""
@@ -295,7 +288,8 @@ class Account:
         self._over.update({end.record.request_id: end for end in closed})
         self._requests.note_beside(closed)
         while self._steps:
-            self._requests.note(*self._steps.popleft())
+            step = self._steps.popleft()
+            self._requests.note(step, share_load(step, self._coefficients.get(step.model, DEFAULTS)))
 
     def _read(self, now_ns: int) -> None:
         process_ns = self._clock.process_ns()
@@ -314,18 +308,17 @@ class Account:
         """Let the steps that the readings cover take their energy, and give it to their requests."""
         horizon_ns = now_ns - HORIZON_NS
         covered = self._requests.covered(horizon_ns)
-        every_claim: list[tuple[Noted, Claim]] = []
+        claims: dict[Noted, list[Claim]] = {noted: [] for noted in covered}
         for device, channel in self._channels.items():
             burning = [noted for noted in covered if channel in noted.place.channels]
-            if burning:
-                claims = list(zip(burning, channel.settle(burning), strict=True))
-                warm_uj = sum(claim.idle_uj + claim.active_uj for noted, claim in claims if noted.phase is None)
-                self._unattributed[device, Reason.WARM_UP] += warm_uj
-                self._requests.charge(device, claims)
-                every_claim += claims
+            for noted, claim in zip(burning, channel.settle(burning) if burning else (), strict=True):
+                claims[noted].append(claim)
+                if noted.phase is None:
+                    self._unattributed[device, Reason.WARM_UP] += claim.idle_uj + claim.active_uj
             for reason, energy_uj in channel.expire(horizon_ns):
                 self._unattributed[device, reason] += energy_uj
-        self._requests.learn_rates(covered, every_claim)
+        self._requests.charge(claims)
+        self._requests.learn_rates(claims)
         if self._carbon.assumptions.embodied_kg is not None:
             self._requests.occupy(covered)
 
@@ -346,8 +339,10 @@ class Account:
     def _settle(self, final: Sequence[End]) -> list[SettledRecord]:
         """Move requests that are over to the totals."""
         settled, carbon = [], self._carbon.assumptions
-        records = [end.record for end in final]
-        for record, end, cost in zip(records, final, self._requests.settle(records), strict=True):
+        costs = self._requests.settle([end.record for end in final])
+        for end in final:
+            record = end.record
+            cost = costs[record.request_id]
             del self._over[record.request_id]
             quality = cost.quality or self.quality
             bill = self._bill(record.request_id, quality, cost.active_uj, cost.allocated_uj, cost, True)
@@ -371,7 +366,7 @@ class Account:
         quality: Quality,
         active_uj: int,
         allocated_uj: int,
-        cost: Cost = _FREE,
+        cost: Cost = NOTHING,
         settled: bool = False,
     ) -> Bill:
         """Energy is known where ``quality`` says so; of ``cost`` it has the rest."""
@@ -381,7 +376,7 @@ class Account:
         return Bill(request_id, active_uj, allocated_uj, gco2e, quality, settled, cost.parts)
 
     def _attributions(self) -> Iterator[Attributed]:
-        for (device, phase, model, quality), task, energy_uj in self._requests.attributed():
+        for ((device, phase, model, quality), task), energy_uj in self._requests.attributed().items():
             yield Attributed(device, model, task, phase, quality, energy_uj)
 
     def _balance(self) -> dict[str, MeterTotal]:

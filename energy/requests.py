@@ -6,11 +6,11 @@ between two readings, or that was running when the last stretches were settled, 
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import compress, repeat
-from operator import itemgetter
-from typing import Any, NamedTuple, TypeVar
+from itertools import chain, compress, repeat
+from operator import add
+from typing import NamedTuple, TypeVar
 
 from energy.attribution import charge, split
 from energy.settlement import BESIDE, Channel, Claim, Stretch
@@ -31,14 +31,19 @@ class Charged(NamedTuple):
     quality: Quality
 
 
-@dataclass(slots=True, eq=False)
-class Column:
-    """All charges for one thing, in microjoules: as many look-ups as requests, and no objects for each of them."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Sheet:
+    """What is charged at once: one model in one phase."""
 
-    open_uj: dict[str, int] = field(default_factory=dict)
-    """By request, as long as it is not settled."""
-    settled_uj: Counter[str] = field(default_factory=Counter)
-    """By task."""
+    charged: tuple[Charged, ...]
+    """One for each device that energy was burnt on."""
+    quality: Quality
+    """Of all devices together."""
+
+
+Row = tuple[int, ...]
+"""What a request has been charged on a sheet, in microjoules: active energy of all devices together, and then what is
+allocated for each of ``charged``."""
 
 
 class End(NamedTuple):
@@ -64,6 +69,43 @@ class Cost(NamedTuple):
     """Time of the whole machine, of which an executor is a part."""
     quality: Quality | None
     """None as long as nothing has been charged."""
+
+
+NOTHING = Cost((), 0, 0, 0.0, None)
+"""Of a request that nothing has been charged to."""
+
+
+class _Form:
+    """How rows of some sheets make a bill; the rows of each request stand side by side."""
+
+    def __init__(self, sheets: Sequence[Sheet]) -> None:
+        self.charged: list[Charged | None] = []
+        """What each number of such rows is for; None is active energy."""
+        for sheet in sheets:
+            self.charged += [None, *sheet.charged]
+        self._quality = weakest(sheet.quality for sheet in sheets)
+        places = [charged and (charged.device, charged.phase) for charged in self.charged]
+        self._all = Places(sorted(place for place in set(places) if place))
+        self._active = [i for i, place in enumerate(places) if place is None]
+        self._allocated = [[i for i, each in enumerate(places) if each == place] for place in self._all.all]
+        self._some = {(True,) * len(self._all.all): self._all}
+        """By which of them have energy."""
+
+    def costs(self, columns: Sequence[Sequence[int]], machine_ns: Iterable[float]) -> Iterator[Cost]:
+        """Of some requests, whose numbers stand in ``columns``."""
+        active_uj = _added([columns[i] for i in self._active])
+        parts_uj = list(zip(*[_added([columns[i] for i in each]) for each in self._allocated], strict=True))
+        parts_uj = parts_uj or [()] * len(active_uj)
+        return map(Cost, map(self._parts, parts_uj), map(sum, parts_uj), active_uj, machine_ns, repeat(self._quality))
+
+    def _parts(self, row_uj: Row) -> Parts:
+        """What is nothing is left out."""
+        if 0 not in row_uj:
+            return Parts(self._all, row_uj)
+        has = tuple(map(bool, row_uj))
+        if has not in self._some:
+            self._some[has] = Places(compress(self._all.all, has))
+        return Parts(self._some[has], tuple(filter(None, row_uj)))
 
 
 @dataclass(slots=True, eq=False)
@@ -113,10 +155,12 @@ class Requests:
         self._settled_ns = self._read_ns()
         self.window_ns = 0
         """What began since then and took less than that may go there."""
-        self._columns: dict[Charged, Column] = {}
-        """In the order of devices and phases."""
-        self._active_uj: dict[str, int] = {}
-        """By open request."""
+        self._sheets: dict[tuple[tuple[Charged, ...], Quality], Sheet] = {}
+        self._forms: dict[tuple[Sheet, ...], _Form] = {}
+        self._rows: defaultdict[str, dict[Sheet, Row]] = defaultdict(dict)
+        """What each open request has been charged."""
+        self._settled_uj: dict[tuple[str, _Form], list[int]] = {}
+        """What settled requests had been, by task and form."""
         self._machine_ns: dict[str, float] = {}
         """Likewise."""
 
@@ -125,8 +169,7 @@ class Requests:
         of its requests are unknown."""
         place = self._places.get(step.device) or self._find_place(step.device)
         if not place.channels:
-            for item in step.work:
-                self._lose(place, step.model, item.phase, [item.request_id])
+            self._lose([item.request_id for item in step.work])
             return
         time_ns = step.ended_ns - step.started_ns if place.is_executor else 0
         for phase, work, work_loads_ns, (load_ns, cpu_ns, own_time_ns) in _by_phase(step, loads_ns, time_ns):
@@ -140,20 +183,21 @@ class Requests:
 
     def note_beside(self, ends: Sequence[End]) -> None:
         """Put CPU time that requests took beside the executors on the books, as if it had been spent in the end."""
-        for is_new in (False, True):
-            # What ended before the last reading is charged apart, as steps are.
-            some = [end for end in ends if (end.at_ns > self._settled_ns) is is_new]
-            spent: defaultdict[tuple[str, Phase], defaultdict[str, int]] = defaultdict(lambda: defaultdict(int))
-            for record, _, _, beside_ns in some:
-                for phase, cpu_ns in beside_ns.items():
-                    spent[record.model, phase][record.request_id] += cpu_ns
-            for (model, phase), loads in spent.items():
-                self._note_beside(model, phase, loads, [end.at_ns for end in some])
+        # What ended before the last reading is charged apart, as steps are.
+        alike: defaultdict[tuple[str, bool], list[End]] = defaultdict(list)
+        for end in ends:
+            if end.beside_ns:
+                alike[end.record.model, end.at_ns > self._settled_ns].append(end)
+        for (model, _), some in alike.items():
+            ends_ns = [end.at_ns for end in some]
+            for phase in sorted(set().union(*[end.beside_ns for end in some])):
+                loads = {end.record.request_id: end.beside_ns[phase] for end in some if phase in end.beside_ns}
+                self._note_beside(model, phase, loads, ends_ns)
 
     def _note_beside(self, model: str, phase: Phase, loads: Mapping[str, int], ends_ns: Sequence[int]) -> None:
         place = self._places.get(BESIDE) or self._find_place(BESIDE)
         if not place.channels:
-            self._lose(place, model, phase, loads)
+            self._lose(loads)
             return
         noted = self._noted(place, model, phase, min(ends_ns) - 1, max(ends_ns), len(loads))
         cpu_ns = sum(loads.values())
@@ -177,19 +221,21 @@ class Requests:
             elif noted.ended_ns >= horizon_ns:
                 waiting.append(noted)
             else:
-                self._lose(noted.place, noted.model, noted.phase, noted.loads)
+                self._lose(noted.loads)
         self.waiting = waiting
         return covered
 
-    def learn_rates(self, covered: Sequence[Noted], claims: Sequence[tuple[Noted, Claim]]) -> None:
-        """From now on expect what was settled last: what ``covered`` took from all devices."""
-        unknown = {noted.place for noted, claim in claims if claim.quality is Quality.UNAVAILABLE}
-        sums = {noted.place: [0, 0, 0] for noted in covered}
-        for noted in covered:
-            sums[noted.place][0] += noted.load_ns
-        for noted, claim in claims:
-            sums[noted.place][1] += claim.idle_uj
-            sums[noted.place][2] += claim.active_uj
+    def learn_rates(self, claims: Mapping[Noted, Sequence[Claim]]) -> None:
+        """From now on expect what was settled last."""
+        unknown, sums = set(), {noted.place: [0, 0, 0] for noted in claims}
+        for noted, own in claims.items():
+            total = sums[noted.place]
+            total[0] += noted.load_ns
+            for claim in own:
+                total[1] += claim.idle_uj
+                total[2] += claim.active_uj
+                if claim.quality is Quality.UNAVAILABLE:
+                    unknown.add(noted.place)
         for place, (load_ns, idle_uj, active_uj) in sums.items():
             if load_ns and place not in unknown:
                 place.rates = active_uj / load_ns, (active_uj + idle_uj) / load_ns
@@ -199,23 +245,26 @@ class Requests:
         """The requests that have a share of something that waits for a reading."""
         return set().union(*[noted.loads for noted in self.waiting])
 
-    def charge(self, device: str, claims: Iterable[tuple[Noted, Claim]]) -> None:
-        """Share what steps took from one device among their requests.
+    def charge(self, claims: Mapping[Noted, Sequence[Claim]]) -> None:
+        """Share what steps took among their requests; each has a claim on every channel of its place.
 
         Idle energy is shared as active energy is: a step lasts as long as its work makes it last.
         """
-        for noted, claim in claims:
+        for noted, own in claims.items():
             if noted.phase is None:
                 continue
-            charged = Charged(device, noted.phase, noted.model, claim.quality)
-            active_uj = charge(claim.active_uj, noted.loads)
-            idle_uj = charge(claim.idle_uj, noted.loads)
-            _add(self._active_uj, active_uj)
-            self._charge(charged, active_uj)
-            self._charge(charged, idle_uj)
-            if not (active_uj or idle_uj):
-                # What costs nothing is known no better than what does.
-                self._charge(charged, dict.fromkeys(noted.loads, 0))
+            names, loads_ns = list(noted.loads), list(noted.loads.values())
+            charged, columns, active_uj = [], [], [0] * len(names)
+            for channel, claim in zip(noted.place.channels, own, strict=True):
+                if claim.active_uj or claim.idle_uj:
+                    active = split(claim.active_uj, loads_ns, names)
+                    idle = split(claim.idle_uj, loads_ns, names)
+                    charged.append(Charged(channel.device, noted.phase, noted.model, claim.quality))
+                    columns.append(list(map(add, active, idle)))
+                    active_uj = list(map(add, active_uj, active))
+            # What costs nothing is known no better than what does.
+            quality = weakest(claim.quality for claim in own)
+            self._enter(charged, quality, names, zip(active_uj, *columns, strict=True))
 
     def occupy(self, covered: Sequence[Noted]) -> None:
         """Share the machine's time that steps took."""
@@ -226,7 +275,7 @@ class Requests:
     def lose_all(self) -> None:
         """What waits will never have a reading."""
         for noted in self.waiting:
-            self._lose(noted.place, noted.model, noted.phase, noted.loads)
+            self._lose(noted.loads)
         self.waiting = []
 
     def expect_waiting(self, name: str) -> tuple[int, int, Quality]:
@@ -245,66 +294,60 @@ class Requests:
 
     def cost(self, name: str) -> Cost:
         """What a request has been charged so far."""
-        charged_uj = {charged: [column.open_uj.get(name)] for charged, column in self._columns.items()}
-        (cost,) = self._costs([name], charged_uj, dict.get)
-        return cost
+        rows = self._rows.get(name, {})
+        if not rows:
+            return NOTHING
+        columns = [(number,) for row in rows.values() for number in row]
+        return next(self._form(tuple(rows)).costs(columns, [self._machine_ns.get(name, 0.0)]))
 
-    def settle(self, records: Sequence[RequestRecord]) -> list[Cost]:
-        """What these requests have been charged; they are no longer open, and that counts for their tasks."""
-        names, tasks = [record.request_id for record in records], [record.task for record in records]
-        charged_uj = {}
-        for charged, column in self._columns.items():
-            if column.open_uj:
-                charged_uj[charged] = amounts_uj = list(map(column.open_uj.pop, names, repeat(None)))
-                for task, energy_uj in zip(tasks, amounts_uj, strict=True):
-                    if energy_uj:
-                        column.settled_uj[task] += energy_uj
-        return self._costs(names, charged_uj, dict.pop)
-
-    def _costs(
-        self, names: Sequence[str], charged_uj: Mapping[Charged, Sequence[int | None]], take: Callable[..., Any]
-    ) -> list[Cost]:
-        """The costs of requests, from what each has been charged for what; None is not at all. ``take`` leaves what
-        else is known of them on the books or not."""
-        parts_uj: dict[tuple[str, Phase], Sequence[int | None]] = {}
-        for (device, phase, _, _), amounts_uj in charged_uj.items():
-            before_uj = parts_uj.get((device, phase))
-            if before_uj is not None:
-                amounts_uj = [(one or 0) + (other or 0) for one, other in zip(before_uj, amounts_uj, strict=True)]
-            parts_uj[device, phase] = amounts_uj
-        places: dict[tuple[bool, ...], Places] = {}
-        """By which of these a request has."""
-        qualities = [charged.quality for charged in charged_uj]
-        worst = weakest(qualities) if qualities else None
-        costs = []
-        for name, amounts_uj, row_uj in zip(names, _rows(charged_uj, names), _rows(parts_uj, names), strict=True):
-            # Nearly always all have been charged for the same.
-            quality = worst if None not in amounts_uj else _weakest_known(qualities, amounts_uj)
-            active_uj, machine_ns = take(self._active_uj, name, 0), take(self._machine_ns, name, 0.0)
-            has = tuple(map(bool, row_uj))
-            if has not in places:
-                places[has] = Places(compress(parts_uj, has))
-            energies_uj = tuple(filter(None, row_uj))
-            costs.append(Cost(Parts(places[has], energies_uj), sum(energies_uj), active_uj, machine_ns, quality))
+    def settle(self, records: Iterable[RequestRecord]) -> dict[str, Cost]:
+        """What these requests have been charged, by name; they are no longer open, and that counts for their tasks."""
+        alike: defaultdict[tuple[str, tuple[Sheet, ...]], dict[str, Row]] = defaultdict(dict)
+        for record in records:
+            rows = self._rows.pop(record.request_id, {})
+            alike[record.task, tuple(rows)][record.request_id] = tuple(chain.from_iterable(rows.values()))
+        costs = {}
+        for (task, sheets), rows_of in alike.items():
+            if not sheets:
+                costs.update(dict.fromkeys(rows_of, NOTHING))
+                continue
+            form, columns = self._form(sheets), list(zip(*rows_of.values(), strict=True))
+            before_uj = self._settled_uj.get((task, form), [0] * len(columns))
+            self._settled_uj[task, form] = list(map(add, before_uj, map(sum, columns)))
+            machine_ns = map(self._machine_ns.pop, rows_of, repeat(0.0))
+            costs.update(zip(rows_of, form.costs(columns, machine_ns), strict=True))
         return costs
 
-    def attributed(self) -> Iterator[tuple[Charged, str, int]]:
+    def attributed(self) -> Counter[tuple[Charged, str]]:
         """What settled requests were charged for what, by task."""
-        for charged, column in self._columns.items():
-            for task, energy_uj in column.settled_uj.items():
-                yield charged, task, energy_uj
+        total: Counter[tuple[Charged, str]] = Counter()
+        for (task, form), sums_uj in self._settled_uj.items():
+            for charged, energy_uj in zip(form.charged, sums_uj, strict=True):
+                if charged is not None:
+                    total[charged, task] += energy_uj
+        return total
 
     def open_uj(self) -> Counter[str]:
         """What has been charged and is not settled, by device."""
         total: Counter[str] = Counter()
-        for charged, column in self._columns.items():
-            total[charged.device] += sum(column.open_uj.values())
+        for rows in self._rows.values():
+            for sheet, row in rows.items():
+                for charged, energy_uj in zip(sheet.charged, row[1:], strict=True):
+                    total[charged.device] += energy_uj
         return total
 
-    def _charge(self, charged: Charged, amounts_uj: Mapping[str, int]) -> None:
-        if charged not in self._columns:
-            self._columns = dict(sorted([*self._columns.items(), (charged, Column())], key=itemgetter(0)))
-        _add(self._columns[charged].open_uj, amounts_uj)
+    def _form(self, sheets: tuple[Sheet, ...]) -> _Form:
+        if sheets not in self._forms:
+            self._forms[sheets] = _Form(sheets)
+        return self._forms[sheets]
+
+    def _enter(self, charged: Iterable[Charged], quality: Quality, names: Iterable[str], rows: Iterable[Row]) -> None:
+        """Charge each of ``names`` a row."""
+        key = tuple(charged), quality
+        sheet = self._sheets.get(key) or self._sheets.setdefault(key, Sheet(*key))
+        for name, row in zip(names, rows, strict=True):
+            known = self._rows[name]
+            known[sheet] = tuple(map(add, known[sheet], row)) if sheet in known else row
 
     def _find_place(self, device: str) -> Place:
         own, is_executor = device if device.startswith("gpu:") else "cpu", device != BESIDE
@@ -341,10 +384,9 @@ class Requests:
         """The latest reading."""
         return max((channel.read_ns for channel in self._channels.values()), default=0)
 
-    def _lose(self, place: Place, model: str, phase: Phase | None, names: Iterable[str]) -> None:
+    def _lose(self, names: Collection[str]) -> None:
         """Some energy of these requests will never be known."""
-        if phase is not None:
-            self._charge(Charged(place.own, phase, model, Quality.UNAVAILABLE), dict.fromkeys(names, 0))
+        self._enter((), Quality.UNAVAILABLE, names, repeat((0,), len(names)))
 
 
 _Portion = tuple[Phase | None, Sequence[Work], Sequence[int], Sequence[int]]
@@ -366,14 +408,9 @@ def _by_phase(step: Step, loads_ns: Sequence[int], time_ns: int) -> list[_Portio
     return [(*portion, part) for portion, part in zip(portions, parts, strict=True)]
 
 
-def _rows(columns: Mapping[Any, Sequence[int | None]], names: Sequence[str]) -> Iterable[tuple[int | None, ...]]:
-    """Of each of ``names`` what ``columns`` have, of which there may be none."""
-    return zip(*columns.values(), strict=True) if columns else repeat((), len(names))
-
-
-def _weakest_known(qualities: Sequence[Quality], amounts_uj: Sequence[int | None]) -> Quality | None:
-    known = [quality for quality, amount_uj in zip(qualities, amounts_uj, strict=True) if amount_uj is not None]
-    return weakest(known) if known else None
+def _added(columns: Sequence[Sequence[int]]) -> Sequence[int]:
+    """The sums of numbers side by side."""
+    return columns[0] if len(columns) == 1 else list(map(sum, zip(*columns, strict=True)))
 
 
 def _add(totals: dict[str, T], amounts: Mapping[str, T]) -> None:

@@ -72,11 +72,11 @@ class Step:
 
 
 class Load(NamedTuple):
-    """What falls to one request of some steps on one device."""
+    """About what falls to one request of some steps on one device."""
 
     device: str
     """As in ``Step``."""
-    load_ns: int
+    load_ns: float
     """Of their loads."""
 
 

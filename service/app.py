@@ -171,10 +171,9 @@ def build_service(settings: Settings) -> Iterator[Service]:
     books.restore(ledger)
     account = open_account(settings, coefficients, ledger, books.settled)
 
-    def record(step: Step) -> Sequence[int]:
-        loads_ns = account.record(step)
+    def record(step: Step) -> None:
+        account.record(step)
         metrics.step(step)
-        return loads_ns
 
     try:
         with Sampler(account, settings.sample_interval_ms / 1000):

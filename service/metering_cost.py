@@ -48,6 +48,7 @@ from energy.host import Moment
 from energy.types import Bill, Quality, RequestRecord, Step
 from service.app import create_app
 from service.core import Service
+from service.engine import executor, workers
 from service.metrics import Metrics
 from service.models import Model, load_model
 from service.server import TURN_S, calm_collector
@@ -75,11 +76,11 @@ _TEXT = """A woman in a red coat walks her dog along the old river while two chi
 and three young men on bicycles look at the snow on the hills"""
 _PURPOSES = {
     "measuring": ("clocks", "reading"),
-    "apportioning": ("recording", "telling", "closing", "settling"),
+    "apportioning": ("recording", "weighing", "telling", "closing", "settling"),
     "keeping": ("publishing", "ledger"),
     "foretelling": ("foretelling",),
 }
-_ON_STEPS = ("clocks", "recording", "telling")
+_ON_STEPS = ("clocks", "recording", "weighing", "telling")
 """On the threads of executors."""
 T = TypeVar("T")
 
@@ -212,7 +213,10 @@ class _Rig:
             self._switch(account, name, lambda: self._kind is Kind.METERED)
         self.watches = {
             "recording": self._switch(account, "record", lambda step: self._kind is Kind.METERED),
-            "telling": self._switch(service.engine, "_tell", lambda jobs, loads_ns: loads_ns is not None),
+            "weighing": self._switch(
+                workers, "weigh", lambda *work: self._kind is Kind.METERED, lambda work, _: range(1, len(work) + 1)
+            ),
+            "telling": self._switch(executor, "_tell", lambda *told: self._kind is Kind.METERED),
             "closing": self._switch(account, "close", self._ends, self._made_up),
             "foretelling": self._switch(predictor, "begin", self._begins),
             "reading": self._switch(account, "_read", lambda now_ns: True, timed=1),

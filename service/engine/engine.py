@@ -40,8 +40,8 @@ _WINDOW = 512
 _SHARED_WINDOW = 32
 _NS_PER_S = 1e9
 
-Recorder = Callable[[Step], Sequence[int] | None]
-"""Keeps account of a step; returns what falls to each entry of its work of its load, where it reckons that."""
+Recorder = Callable[[Step], None]
+"""Keeps account of a step."""
 
 _log = logging.getLogger(__name__)
 
@@ -318,7 +318,7 @@ class Engine:
         written: list[tuple[str, int]] = []
         if turn is not None:
             step, ended = executor.run(model, turn, lambda: self._is_wanted(executor))
-            self._tell(turn.jobs, self._record(step))
+            self._record(step)
             for job, result in ended:
                 if isinstance(result, Written):
                     written.append((job.key, len(result.ids) * job.rows))
@@ -340,20 +340,12 @@ class Engine:
         look is seen at the next one."""
         return bool(self._backlog.items or executor.errands or not self._lives)
 
-    def _record(self, step: Step) -> Sequence[int] | None:
+    def _record(self, step: Step) -> None:
         try:
-            return self._recorder(step)
+            self._recorder(step)
         except Exception:
             # The device must go on serving; whoever reads the account sees the gap.
             _log.exception("a step of %s was not recorded", step.model)
-            return None
-
-    @staticmethod
-    def _tell(jobs: Sequence[Job], loads_ns: Sequence[int] | None) -> None:
-        """Tell jobs what has fallen to each of a step; nothing where nobody keeps account."""
-        if loads_ns is not None:
-            for job, load_ns in zip(jobs, loads_ns, strict=True):
-                job.load_ns += load_ns
 
     def _drop_cancelled(self, model: str) -> None:
         """Forget waiting jobs that nobody waits for."""

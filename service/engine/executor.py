@@ -108,7 +108,15 @@ class Executor:
             if job.started_ns is None:
                 job.started_ns = step.started_ns
             job.compute_ns += duration_ns
+        _tell(turn, step.load_ns)
         return step, ended
+
+
+def _tell(turn: Turn, load_ns: int) -> None:
+    """Tell jobs what has fallen to each of the load of their step."""
+    load_per_weight_ns = load_ns / sum(turn.weights)
+    for job, weight in zip(turn.jobs, turn.weights, strict=True):
+        job.load_ns += load_per_weight_ns * weight
 
 
 class _Timer:

@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from random import Random
 
@@ -171,11 +171,15 @@ class ForgetfulChannel(Channel):
 class SnapshotRequests(Requests):
     """Charges every request of a step what a snapshot of the counter around it shows: the whole step."""
 
-    def charge(self, device: str, claims: Iterable[tuple[Noted, Claim]]) -> None:
-        for noted, claim in claims:
+    def charge(self, claims: Mapping[Noted, Sequence[Claim]]) -> None:
+        for noted, own in claims.items():
             if noted.phase is not None:
-                charged = Charged(device, noted.phase, noted.model, claim.quality)
-                self._charge(charged, dict.fromkeys(noted.loads, claim.active_uj + claim.idle_uj))
+                charged = [
+                    Charged(channel.device, noted.phase, noted.model, claim.quality)
+                    for channel, claim in zip(noted.place.channels, own, strict=True)
+                ]
+                whole = sum(claim.active_uj for claim in own), *[claim.active_uj + claim.idle_uj for claim in own]
+                self._enter(charged, own[0].quality, noted.loads, [whole] * len(noted.loads))
 
 
 @pytest.mark.parametrize("wrong", [("Channel", ForgetfulChannel), ("Requests", SnapshotRequests)])

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from energy.attribution import DEFAULTS, share_load
-from energy.types import Load, Phase, Step
+from energy.types import Phase, Step
 from models.graph import KEY_BLOCK, Scheme
 from models.manifest import ArtefactError
 from service.engine import buffers, executor
@@ -446,19 +446,23 @@ def test_an_output_says_where_its_time_went(models: dict[str, Loaded]) -> None:
     assert 0 < output.timing.queue_ns <= steps.worked[0].started_ns - submitted_ns
 
 
-def test_an_output_says_what_fell_to_it_of_the_loads_of_its_steps(models: dict[str, Loaded]) -> None:
-    loads_ns: Counter[str] = Counter()
-
-    def reckon(step: Step) -> list[int]:
-        shares_ns = share_load(step, DEFAULTS)
-        loads_ns.update(dict(zip((item.request_id for item in step.work), shares_ns, strict=True)))
-        return shares_ns
-
-    with engine(models, ["decoder"], reckon) as running:
-        outputs = results(running.submit("decoder", [write(0, 9), write(1, 4)]))
-    for number, output in enumerate(outputs):
-        assert output.timing.load == Load("cpu:0", loads_ns[f"request-{number}"])
-    assert loads_ns["request-0"] > loads_ns["request-1"] > 0
+@pytest.mark.parametrize("kind", ["decoder", "encoder-decoder", "classify"])
+def test_an_output_says_about_what_fell_to_it_of_the_loads_of_its_steps(models: dict[str, Loaded], kind: str) -> None:
+    steps = Steps()
+    items = [write(0, 40), write(1, 20), write(2, 30, max_tokens=2)]
+    if kind == "classify":
+        items = [EncodeItem(item.request_id, item.input_ids) for item in items]
+    with engine(models, [kind], steps, executors=1) as running:
+        outputs = results(running.submit(kind, items))
+    exact_ns: Counter[str] = Counter()
+    for step in steps.worked:
+        names = [item.request_id for item in step.work]
+        exact_ns.update(dict(zip(names, share_load(step, DEFAULTS), strict=True)))
+    loads = [output.timing.load for output in outputs]
+    assert [load.device for load in loads] == ["cpu:0"] * 3
+    assert sum(load.load_ns for load in loads) == pytest.approx(sum(step.load_ns for step in steps.worked))
+    for item, load in zip(items, loads, strict=True):
+        assert load.load_ns == pytest.approx(exact_ns[item.request_id], rel=0.15)
 
 
 def test_a_step_is_recorded_before_its_items_are_answered(models: dict[str, Loaded]) -> None:
