@@ -142,7 +142,7 @@ class _History:
 
 
 @dataclass(slots=True)
-class _Followed:
+class Followed:
     """A request that runs, and whose bill will be compared and learned from."""
 
     key: tuple[str, str]
@@ -150,6 +150,8 @@ class _Followed:
     texts: Sequence[Text]
     forecast: Forecast | None
     written: Sequence[Written] | None = None
+    """An entry for each of its texts, once they are computed; whoever runs it puts it here before its bill is settled.
+    """
 
 
 class Predictor:
@@ -164,7 +166,7 @@ class Predictor:
         self._coefficients = {} if coefficients is None else coefficients
         self._lock = threading.Lock()
         self._histories: dict[tuple[str, str], _History] = {}
-        self._followed: dict[str, _Followed] = {}
+        self._followed: dict[str, Followed] = {}
         self._count: Counter[tuple[str, str]] = Counter()
         """How many are followed."""
 
@@ -174,24 +176,17 @@ class Predictor:
             history = self._histories.get((task, model))
             return None if history is None else _forecast(history, texts)
 
-    def begin(self, request_id: str, task: str, model: str, texts: Callable[[], Sequence[Text]]) -> Forecast | None:
-        """The same for a request that will now run; None also where it is not followed, and ``texts`` not called."""
+    def begin(self, request_id: str, task: str, model: str, texts: Callable[[], Sequence[Text]]) -> Followed | None:
+        """A request will now run: foretell it, if it is to be followed; nobody asks for the ``texts`` of others."""
         key = task, model
         if self._count[key] >= _FOLLOWED:
             return None
-        followed = _Followed(key, texts(), None)
-        followed.forecast = self.predict(task, model, followed.texts)
+        known = texts()
+        followed = Followed(key, known, self.predict(task, model, known))
         with self._lock:
             self._followed[request_id] = followed
             self._count[key] += 1
-        return followed.forecast
-
-    def wrote(self, request_id: str, written: Callable[[], Sequence[Written]]) -> None:
-        """A request has been computed; ``written`` has an entry for each of its texts, for whoever is followed."""
-        # Only a bill ends it, and that comes later: no lock is needed.
-        followed = self._followed.get(request_id)
-        if followed is not None:
-            followed.written = written()
+        return followed
 
     def settled(self, records: Iterable[SettledRecord]) -> list[tuple[SettledRecord, float]]:
         """Learn from bills; returns those that had been predicted, with the relative error of that."""
@@ -209,7 +204,7 @@ class Predictor:
                     text = Text(request.input_tokens, request.output_tokens)
                     self._learn(record, figures, [text], [Written(request.output_tokens, ended=True)])
 
-    def _compare(self, record: SettledRecord, followed: _Followed) -> float | None:
+    def _compare(self, record: SettledRecord, followed: Followed) -> float | None:
         """Learn from a bill; returns the relative error of its prediction, None where there was none."""
         self._count[followed.key] -= 1
         figures = _figures(record.bill)

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 
 from energy.account import Account
 from energy.ledger import Ledger
-from energy.prediction import Forecast
+from energy.prediction import Followed, Forecast
 from energy.settlement import BESIDE
 from energy.types import Bill, Load, Phase, Quality, RequestRecord, Step, Work
 from service.books import Books
@@ -112,6 +112,8 @@ class Receipt(Charge):
     """The charge of a task, and the model that does it."""
 
     model: Model = field(kw_only=True)
+    followed: Followed | None = None
+    """Where its bill will be compared with what was foretold."""
 
 
 ChargeT = TypeVar("ChargeT", bound=Charge)
@@ -186,12 +188,13 @@ class Service:
                 receipt.input_tokens = sum(len(item.input_ids) for item in encoded.items)
                 # A text that its client breaks off counts as if it had been written to its end.
                 count.correct(receipt.input_tokens + _most_written(encoded.items))
-                encoded = Encoded(self._foresee(task, request, model, encoded.items, request_id), encoded.plan)
+                encoded = Encoded(self._foresee(task, request, encoded.items, receipt), encoded.plan)
                 items = encoded.items if listener is None else await _overheard(task, encoded, model, listener)
                 told = None if listener is None else _Told(task, encoded.plan, receipt, listener)
                 receipt.computed(await self._compute(model, items, at_once if task.in_groups else len(items), told))
                 count.correct(receipt.input_tokens + receipt.output_tokens)
-                self.books.predictor.wrote(request_id, partial(to_learn, receipt.outputs))
+                if receipt.followed is not None:
+                    receipt.followed.written = to_learn(receipt.outputs)
                 decode = partial(task.decode, encoded.plan, model, receipt.outputs)
                 is_short = is_short and receipt.output_tokens <= _SHORT_TOKENS
                 receipt.results = await self._beside(receipt, Phase.POST, decode, is_short=is_short)
@@ -255,14 +258,14 @@ class Service:
             raise InvalidValue("energy_budget_j", "no energy meter is read here, so no budget can be kept")
 
     def _foresee(
-        self, task: Task[Any, Any], request: TaskRequest, model: Model, items: tuple[Item, ...], request_id: str
+        self, task: Task[Any, Any], request: TaskRequest, items: tuple[Item, ...], receipt: Receipt
     ) -> tuple[Item, ...]:
         """Predict the bill, and hold ``items`` to the request's budget. Raises ``EnergyBudgetExceeded``."""
-        predictor = self.books.predictor
-        predictor.begin(request_id, task.name, model.name, partial(to_predict, items))
+        predictor, texts = self.books.predictor, partial(to_predict, items)
+        receipt.followed = predictor.begin(receipt.request_id, receipt.task, receipt.worker, texts)
         if request.energy_budget_j is None:
             return items
-        forecast = predictor.predict(task.name, model.name, to_predict(items))
+        forecast = predictor.predict(receipt.task, receipt.worker, texts())
         budget_uj = round(request.energy_budget_j * UJ_PER_J)
         if forecast is not None and forecast.allocated_uj > budget_uj:
             interval_j = forecast.interval_uj and (
@@ -270,7 +273,7 @@ class Service:
                 forecast.interval_uj[1] / UJ_PER_J,
             )
             raise EnergyBudgetExceeded(request.energy_budget_j, forecast.allocated_uj / UJ_PER_J, interval_j)
-        return keep_within(items, budget_uj, lambda: self.account.bill(request_id).allocated_uj)
+        return keep_within(items, budget_uj, lambda: self.account.bill(receipt.request_id).allocated_uj)
 
     async def search(
         self, base: str, question: str, passages: int, request_id: str, timeout_s: float | None = None
@@ -331,24 +334,24 @@ class Service:
     async def _beside(self, receipt: Receipt, phase: Phase, work: Callable[[], T], *, is_short: bool) -> T:
         """Do ``work`` and keep its CPU time: where it is short, which is charged in the end; else it is done on a
         thread of the pool, and recorded as a step beside the executors."""
-
-        def recorded() -> T:
-            started_ns, cpu_ns = time.monotonic_ns(), time.thread_time_ns()
-            try:
-                return work()
-            finally:
-                cpu_ns = time.thread_time_ns() - cpu_ns
-                done = (Work(receipt.request_id, phase, 0),)
-                self.account.record(Step(BESIDE, receipt.model.name, started_ns, time.monotonic_ns(), cpu_ns, done))
-
         if not is_short:
-            return await asyncio.to_thread(recorded)
+            return await asyncio.to_thread(self._recorded, receipt, phase, work)
         await self.desk.turn()
-        self.pace.begin((receipt.task, receipt.model.name, phase))
+        receipt.beside_ns[phase] = self.pace.begin((receipt.task, receipt.worker, phase))
         try:
             return work()
         finally:
-            receipt.beside_ns[phase] = self.pace.end()
+            if self.pace.is_timed:
+                receipt.beside_ns[phase] = self.pace.end()
+
+    def _recorded(self, receipt: Receipt, phase: Phase, work: Callable[[], T]) -> T:
+        started_ns, cpu_ns = time.monotonic_ns(), time.thread_time_ns()
+        try:
+            return work()
+        finally:
+            cpu_ns = time.thread_time_ns() - cpu_ns
+            done = (Work(receipt.request_id, phase, 0),)
+            self.account.record(Step(BESIDE, receipt.worker, started_ns, time.monotonic_ns(), cpu_ns, done))
 
     async def _compute(
         self, model: Model, items: Sequence[Item], at_once: int, told: "_Told | None" = None

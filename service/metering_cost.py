@@ -4,10 +4,11 @@
 
 MODEL is a folder under the starters, or a path. *Metered* is the service as it is: every step is recorded, a thread
 reads the meters and settles, every request is foretold, billed, logged, kept in the ledger and entered in the books.
-*Unmetered* there is no account: steps are dropped, no meter is read, nothing is foretold, settled, logged or written;
-every answer bears the same bill, so that headers, JSON and histograms are those of a service that knows one. *Silent*
-it bears none: what a known bill adds is the cost of showing it, not of metering. The rest of the way is the same, from
-the body of a request to that of its answer, and so are the results, which are compared.
+*Unmetered* there is no account: steps are dropped, neither meters nor what is short beside the engine are timed,
+nothing is foretold, settled, logged or written; every answer bears the same bill, so that headers, JSON and histograms
+are those of a service that knows one. *Silent* it bears none: what a known bill adds is the cost of showing it, not of
+metering. *Timed* it is metered and its parts are timed, which itself takes more than they do. The rest of the way is
+the same, from the body of a request to that of its answer, and so are the results, which are compared.
 
 A turn is a slice of each kind, so many requests always under way; the beginning of a slice, in which requests of the
 one before end, is left out. CPU time is told by thread, by the system's clock of each:
@@ -20,7 +21,7 @@ one before end, is left out. CPU time is told by thread, by the system's clock o
 
 A figure is the mean over turns without the outermost tenths, with a 95% interval by bootstrap. Metering is also added
 up where it is spent, which is more precise and does not see what it slows down elsewhere. Neither way sees that a step
-writes down the work in it, which `/metrics` needs as well.
+writes down the work in it, which `/metrics` needs as well; that a request's record is written is only added up.
 """
 
 import asyncio
@@ -31,9 +32,10 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from enum import StrEnum
-from itertools import count, permutations
+from itertools import cycle, permutations
 from pathlib import Path
 from random import Random
 from statistics import fmean
@@ -46,6 +48,7 @@ from fastapi import FastAPI
 
 from energy.host import Moment
 from energy.types import Bill, Quality, RequestRecord, Step
+from service import core
 from service.app import create_app
 from service.core import Service
 from service.engine import executor, workers
@@ -69,19 +72,25 @@ _CUT = 0.1
 _TICKS = 0.02
 """Of what is timed, the largest, which are left out."""
 _RESAMPLES = 2000
+_STRIDE = 7
+"""Through the orders of kinds: of any four in a row each begins with another, and all come."""
+_TEXTS = 64
+"""So few that all are soon known: else a kind of slice that comes first would keep the results for the others."""
 _TIMED = 5
 """Of what is done often, one of so many is timed: timing takes as long as some of it."""
 _WORDS = 12
 _TEXT = """A woman in a red coat walks her dog along the old river while two children play near a small wooden house
 and three young men on bicycles look at the snow on the hills"""
 _PURPOSES = {
-    "measuring": ("clocks", "reading"),
-    "apportioning": ("recording", "weighing", "telling", "closing", "settling"),
-    "keeping": ("publishing", "ledger"),
+    "measuring": ("clocks", "reading", "pacing"),
+    "apportioning": ("recording", "weighing", "telling", "waking", "closing", "settling"),
+    "keeping": ("writing", "publishing", "ledger"),
     "foretelling": ("foretelling",),
 }
 _ON_STEPS = ("clocks", "recording", "weighing", "telling")
 """On the threads of executors."""
+_ON_LOOP = ("pacing", "waking", "closing", "writing", "foretelling")
+"""On the event loop."""
 T = TypeVar("T")
 
 
@@ -91,6 +100,7 @@ class Kind(StrEnum):
     METERED = "metered"
     UNMETERED = "unmetered"
     SILENT = "silent"
+    TIMED = "timed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,13 +153,14 @@ class Cost:
 class _Watch:
     """How much CPU time something takes that is done often; on any thread."""
 
-    def __init__(self, timed: int = _TIMED) -> None:
-        """Of so many times one is ``timed``."""
-        self._timed = timed
+    def __init__(self) -> None:
         self.times = 0
+        """However many of them were timed."""
         self.cpu_ns: list[int] = []
         self.empty_ns: list[int] = []
         """Of timing nothing at all, as often and in the same places."""
+        self.clock_ns: list[int] = []
+        """Of asking for the time where nobody had just done so, likewise."""
 
     @property
     def total_ns(self) -> float:
@@ -158,19 +169,19 @@ class _Watch:
 
     @property
     def timing_ns(self) -> float:
-        """What timing would have taken every time."""
-        return _usual(self.empty_ns) * self.times if self.cpu_ns else 0.0
+        """What timing would have taken every time: asking twice."""
+        return 2 * _usual(self.clock_ns) * self.times if self.cpu_ns else 0.0
 
     def time(self, work: Callable[..., T], *arguments: Any) -> T:
         """Do ``work``."""
-        self.times += 1
-        if self.times % self._timed:
-            return work(*arguments)
+        first_ns = time.thread_time_ns()
         before_ns = time.thread_time_ns()
         began_ns = time.thread_time_ns()
         done = work(*arguments)
         self.cpu_ns.append(time.thread_time_ns() - began_ns)
+        # The first time the clock itself has to come back into the caches: that is not to be taken off.
         self.empty_ns.append(began_ns - before_ns)
+        self.clock_ns.append(before_ns - first_ns)
         return done
 
 
@@ -203,24 +214,27 @@ class _Rig:
         self._app, self._model = app, model
         self._kind = Kind.METERED
         self._slice = _Slice(self._kind)
-        self._numbers = {kind: count() for kind in Kind}
+        self._numbers = {kind: cycle(range(_TEXTS)) for kind in Kind}
         self._results: dict[int, Any] = {}
         self._begun: set[str] = set()
         """Requests that are metered to their end."""
+        self._unwatched: list[tuple[Any, str, Any]] = []
+        """What was there before it was watched."""
         service: Service = app.state.service
         account, predictor = service.account, service.books.predictor
-        for name in ("wake", "read", "sample"):
-            self._switch(account, name, lambda: self._kind is Kind.METERED)
+        for name in ("read", "sample"):
+            self._switch(account, name, self._is_metered)
         self.watches = {
-            "recording": self._switch(account, "record", lambda step: self._kind is Kind.METERED),
-            "weighing": self._switch(
-                workers, "weigh", lambda *work: self._kind is Kind.METERED, lambda work, _: range(1, len(work) + 1)
-            ),
-            "telling": self._switch(executor, "_tell", lambda *told: self._kind is Kind.METERED),
+            "waking": self._switch(account, "wake", self._is_metered),
+            "pacing": self._switch(service.pace, "begin", self._is_metered, lambda kind: 0),
+            "writing": self._switch(core, "RequestRecord", lambda name, *about: name in self._begun, RequestRecord),
+            "recording": self._switch(account, "record", self._is_metered),
+            "weighing": self._switch(workers, "weigh", self._is_metered, lambda work, _: range(1, len(work) + 1)),
+            "telling": self._switch(executor, "_tell", self._is_metered),
             "closing": self._switch(account, "close", self._ends, self._made_up),
             "foretelling": self._switch(predictor, "begin", self._begins),
-            "reading": self._switch(account, "_read", lambda now_ns: True, timed=1),
-            "publishing": self._switch(account, "_publish", lambda *records: True, timed=1),
+            "reading": self._switch(account, "_read", lambda now_ns: True, every=1),
+            "publishing": self._switch(account, "_publish", lambda *records: True, every=1),
         }
         self._keep_steps(service.metrics)
         self._clocks = {
@@ -235,20 +249,36 @@ class _Rig:
         name: str,
         is_on: Callable[..., bool],
         instead: Callable[..., Any] = lambda *arguments: None,
-        timed: int = _TIMED,
+        every: int = _TIMED,
     ) -> _Watch:
-        """Watch a function of metering, and do something else ``instead`` where it is not on."""
-        watch, function = _Watch(timed), getattr(owner, name)
+        """Watch a function of metering, and do something else ``instead`` where it is not on.
+
+        ``every`` so many times it is timed: where that is always, in whatever slice, else in those for it.
+        """
+        watch, function = _Watch(), getattr(owner, name)
+        self._unwatched.append((owner, name, function))
 
         def switched(*arguments: Any) -> Any:
-            return watch.time(function, *arguments) if is_on(*arguments) else instead(*arguments)
+            if not is_on(*arguments):
+                return instead(*arguments)
+            watch.times += 1
+            is_timed = not watch.times % every and (every == 1 or self._kind is Kind.TIMED)
+            return watch.time(function, *arguments) if is_timed else function(*arguments)
 
         setattr(owner, name, switched)
         return watch
 
+    def close(self) -> None:
+        """Leave everything as it was."""
+        for owner, name, function in reversed(self._unwatched):
+            setattr(owner, name, function)
+
+    def _is_metered(self, *about: object) -> bool:
+        return self._kind in (Kind.METERED, Kind.TIMED)
+
     def _begins(self, request_id: str, *about: object) -> bool:
         """Whether a request is metered: to its end, whatever comes meanwhile."""
-        if self._kind is Kind.METERED:
+        if self._is_metered():
             self._begun.add(request_id)
         return request_id in self._begun
 
@@ -290,12 +320,16 @@ class _Rig:
         clients = [asyncio.create_task(self._ask_on()) for _ in range(_AT_ONCE)]
         # Which comes first changes: a machine that gets slower must not look like a cost.
         orders = list(permutations(Kind))
-        kept = [[await self._keep_slice(kind) for kind in orders[turn % len(orders)]] for turn in range(turns)]
+        kept = [
+            [await self._keep_slice(kind) for kind in orders[_STRIDE * turn % len(orders)]] for turn in range(turns)
+        ]
         for client in clients:
             client.cancel()
         for outcome in await asyncio.gather(*clients, return_exceptions=True):
             if isinstance(outcome, Exception):
                 raise outcome
+        # What was metered last is still to be settled.
+        self._kind = Kind.TIMED
         await asyncio.sleep(_REST_S)
         return kept
 
@@ -372,11 +406,11 @@ async def compare(model: Model, settings: Settings, turns: int) -> Cost:
     async with app.router.lifespan_context(app):
         # As the server does.
         calm_collector()
-        rig = _Rig(app, model)
-        # The first requests are slow.
-        await rig.compare(1)
-        before, spent_ns, metered = Moment.now(), rig.spent_ns(), rig.watches["closing"].times
-        slices = await rig.compare(turns)
+        with closing(_Rig(app, model)) as rig:
+            # The first requests are slow.
+            await rig.compare(1)
+            before, spent_ns, metered = Moment.now(), rig.spent_ns(), rig.watches["closing"].times
+            slices = await rig.compare(turns)
         foreign_cores = Moment.now().foreign_cores(before)
         requests = rig.watches["closing"].times - metered
         spent_us = {what: (ns - spent_ns[what]) / requests / _NS_PER_US for what, ns in rig.spent_ns().items()}
@@ -471,6 +505,7 @@ def _told(cost: Cost) -> Iterator[str]:
         yield f"  {purpose} {sum(cost.spent_us[what] for what in whats):.1f} us ({figures})"
     on_step_us = sum(cost.spent_us[what] for what in _ON_STEPS) / cost.steps
     yield f"  on the thread that ran a step {on_step_us:.1f} us a step"
+    yield f"  on the event loop {sum(cost.spent_us[what] for what in _ON_LOOP):.1f} us per request"
     yield f"CPU time added: {cost.cpu}"
     for name, share in cost.added_us.items():
         yield f"  {name} {share.value:+.1f} us per request (95% interval {share.low:+.1f} to {share.high:+.1f})"

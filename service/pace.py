@@ -34,17 +34,21 @@ class Pace:
         self._kinds: defaultdict[Hashable, _Kind] = defaultdict(_Kind)
         self._kind = _Kind()
         """Of the piece that has begun."""
-        self._began_ns: int | None = None
-        """None where it is not measured."""
+        self.is_timed = False
+        """Whether one has begun that is measured."""
+        self._began_ns = 0
 
-    def begin(self, kind: Hashable) -> None:
-        """A piece begins."""
+    def begin(self, kind: Hashable) -> int:
+        """A piece begins; returns what others of its kind took. Where it ``is_timed`` its end must be told."""
         self._kind = known = self._kinds[kind]
-        self._began_ns = None if known.begun % TIMED else self._clock_ns()
+        self.is_timed = known.begun % TIMED == 0
         known.begun += 1
+        if self.is_timed:
+            self._began_ns = self._clock_ns()
+        return known.cpu_ns
 
     def end(self) -> int:
-        """It has ended; returns what it took, or where it was not measured what others of its kind did."""
-        if self._began_ns is not None:
-            self._kind.learn(self._clock_ns() - self._began_ns)
+        """It has ended; returns what it took, smoothed by what others did."""
+        self.is_timed = False
+        self._kind.learn(self._clock_ns() - self._began_ns)
         return self._kind.cpu_ns

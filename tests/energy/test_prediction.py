@@ -45,10 +45,11 @@ def run(
 ) -> tuple[Forecast | None, float | None]:
     """One request from its prediction to its bill."""
     request_id = f"req-{number}"
-    forecast = predictor.begin(request_id, "translate", "tiny", lambda: texts)
-    predictor.wrote(request_id, lambda: [Written(length, ended=True) for length in lengths])
+    followed = predictor.begin(request_id, "translate", "tiny", lambda: texts)
+    assert followed is not None
+    followed.written = [Written(length, ended=True) for length in lengths]
     compared = predictor.settled([record(request_id, round(cost_uj(texts, lengths) * factor))])
-    return forecast, compared[0][1] if compared else None
+    return followed.forecast, compared[0][1] if compared else None
 
 
 def test_nothing_is_predicted_before_there_is_a_bill() -> None:
@@ -128,8 +129,9 @@ def test_a_text_cut_at_its_limit_does_not_teach_that_texts_are_short() -> None:
         run(predictor, number, [Text(20, 100)], [40])
     for number in range(20, 60):
         request_id = f"req-{number}"
-        predictor.begin(request_id, "translate", "tiny", lambda: [Text(20, 5)])
-        predictor.wrote(request_id, lambda: [Written(5, ended=False)])
+        followed = predictor.begin(request_id, "translate", "tiny", lambda: [Text(20, 5)])
+        assert followed is not None
+        followed.written = [Written(5, ended=False)]
         predictor.settled([record(request_id, cost_uj([Text(20)], [5]))])
     forecast = predictor.predict("translate", "tiny", [Text(20, 100)])
     assert forecast is not None and forecast.output_tokens == 40
@@ -139,9 +141,10 @@ def test_a_text_cut_at_its_limit_does_not_teach_that_texts_are_short() -> None:
 def test_what_was_not_computed_or_not_billed_teaches_nothing(how: str) -> None:
     predictor = Predictor()
     if how != "refused":
-        predictor.begin("req-0", "translate", "tiny", lambda: [Text(9)])
-    if how == "unknown":
-        predictor.wrote("req-0", lambda: [Written(0, ended=True)])
+        followed = predictor.begin("req-0", "translate", "tiny", lambda: [Text(9)])
+        assert followed is not None
+        if how == "unknown":
+            followed.written = [Written(0, ended=True)]
     assert predictor.settled([record("req-0", None if how == "unknown" else 500)]) == []
     assert predictor.predict("translate", "tiny", [Text(9)]) is None
 
