@@ -207,6 +207,19 @@ class TestCounter:
         # As the steps before: 10 uJ a microsecond of CPU time.
         assert (c.active_uj, c.quality, c.settled) == (200_000, Quality.APPORTIONED, False)
 
+    def test_what_is_expected_is_apportioned(self, held: HeldClock, meter: CountingMeter) -> None:
+        account = counted(held, meter)
+        assert account.close(over("early"), loads=[]).allocated_uj is None  # nothing is known yet
+        held.run(ms=10, cpu_ms=10)
+        meter.energy_uj["cpu"] += 500_000
+        account.record(step(held, 10, encode("a")))
+        account.sample()
+        bill = account.close(over("b"), loads=[Load("cpu:0", 4 * MS), Load("cpu:0", MS)])
+        # Of 10 ms, 0.4 J active and 0.1 J idle.
+        assert (bill.active_uj, bill.allocated_uj) == (200_000, 250_000)
+        assert bill.gco2e == pytest.approx(Carbon().gco2e(250_000, 0))
+        assert (bill.quality, bill.settled, bill.parts) == (Quality.APPORTIONED, False, ())
+
     def test_the_energy_of_other_programs_is_on_no_bill(
         self, held: HeldClock, meter: CountingMeter, tmp_path: Path
     ) -> None:

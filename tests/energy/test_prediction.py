@@ -6,7 +6,7 @@ import pytest
 
 from energy.attribution import DEFAULTS
 from energy.carbon import Carbon
-from energy.prediction import Forecast, Predictor, Text, Written
+from energy.prediction import Followed, Forecast, Predictor, Text, Written
 from energy.types import Bill, Quality, RequestRecord, SettledRecord
 
 READ_UJ, WRITE_UJ = 3, 7
@@ -135,6 +135,25 @@ def test_a_text_cut_at_its_limit_does_not_teach_that_texts_are_short() -> None:
         predictor.settled([record(request_id, cost_uj([Text(20)], [5]))])
     forecast = predictor.predict("translate", "tiny", [Text(20, 100)])
     assert forecast is not None and forecast.output_tokens == 40
+
+
+def test_of_many_at_once_some_are_followed_and_of_the_others_nothing_is_asked() -> None:
+    predictor = Predictor()
+    asked: list[str] = []
+
+    def begin(number: int) -> Followed | None:
+        def texts() -> list[Text]:
+            asked.append(f"req-{number}")
+            return [Text(9)]
+
+        return predictor.begin(f"req-{number}", "translate", "tiny", texts)
+
+    followed = [begin(number) is not None for number in range(20)]
+    some = sum(followed)
+    assert 0 < some < 20 and followed == [True] * some + [False] * (20 - some)
+    predictor.settled([record("req-1", 500)])
+    assert [begin(number) is not None for number in (20, 21)] == [True, False]
+    assert asked == [*(f"req-{number}" for number in range(some)), "req-20"]
 
 
 @pytest.mark.parametrize("how", ["refused", "failed", "unknown"])
