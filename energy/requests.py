@@ -8,9 +8,9 @@ between two readings, or that was running when the last stretches were settled, 
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, compress, repeat
+from itertools import compress, repeat
 from operator import add
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from energy.attribution import charge, split
 from energy.settlement import BESIDE, Channel, Claim, Stretch
@@ -31,19 +31,28 @@ class Charged(NamedTuple):
     quality: Quality
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+Row = tuple[int, ...]
+"""What a request has been charged on a sheet, in microjoules: active energy of all devices together, and then what is
+allocated for each of ``charged``."""
+
+
+@dataclass(slots=True, eq=False)
 class Sheet:
-    """What is charged at once: one model in one phase."""
+    """All charges for one model in one phase: few of them, and of the rest much at once, without a look at each."""
 
     charged: tuple[Charged, ...]
     """One for each device that energy was burnt on."""
     quality: Quality
     """Of all devices together."""
+    rows: dict[str, Row] = field(default_factory=dict)
+    """By request, as long as it is not settled."""
 
-
-Row = tuple[int, ...]
-"""What a request has been charged on a sheet, in microjoules: active energy of all devices together, and then what is
-allocated for each of ``charged``."""
+    def enter(self, rows: Mapping[str, Row]) -> None:
+        """Charge requests."""
+        known = self.rows.keys() & rows.keys()
+        again = {name: tuple(map(add, self.rows[name], rows[name])) for name in known}
+        self.rows.update(rows)
+        self.rows.update(again)
 
 
 class End(NamedTuple):
@@ -157,8 +166,6 @@ class Requests:
         """What began since then and took less than that may go there."""
         self._sheets: dict[tuple[tuple[Charged, ...], Quality], Sheet] = {}
         self._forms: dict[tuple[Sheet, ...], _Form] = {}
-        self._rows: defaultdict[str, dict[Sheet, Row]] = defaultdict(dict)
-        """What each open request has been charged."""
         self._settled_uj: dict[tuple[str, _Form], list[int]] = {}
         """What settled requests had been, by task and form."""
         self._machine_ns: dict[str, float] = {}
@@ -294,28 +301,34 @@ class Requests:
 
     def cost(self, name: str) -> Cost:
         """What a request has been charged so far."""
-        rows = self._rows.get(name, {})
+        rows = {sheet: sheet.rows[name] for sheet in self._sheets.values() if name in sheet.rows}
         if not rows:
             return NOTHING
         columns = [(number,) for row in rows.values() for number in row]
         return next(self._form(tuple(rows)).costs(columns, [self._machine_ns.get(name, 0.0)]))
 
-    def settle(self, records: Iterable[RequestRecord]) -> dict[str, Cost]:
+    def settle(self, records: Sequence[RequestRecord]) -> dict[str, Cost]:
         """What these requests have been charged, by name; they are no longer open, and that counts for their tasks."""
-        alike: defaultdict[tuple[str, tuple[Sheet, ...]], dict[str, Row]] = defaultdict(dict)
-        for record in records:
-            rows = self._rows.pop(record.request_id, {})
-            alike[record.task, tuple(rows)][record.request_id] = tuple(chain.from_iterable(rows.values()))
-        costs = {}
-        for (task, sheets), rows_of in alike.items():
-            if not sheets:
-                costs.update(dict.fromkeys(rows_of, NOTHING))
-                continue
-            form, columns = self._form(sheets), list(zip(*rows_of.values(), strict=True))
-            before_uj = self._settled_uj.get((task, form), [0] * len(columns))
-            self._settled_uj[task, form] = list(map(add, before_uj, map(sum, columns)))
-            machine_ns = map(self._machine_ns.pop, rows_of, repeat(0.0))
-            costs.update(zip(rows_of, form.costs(columns, machine_ns), strict=True))
+        names, tasks = [record.request_id for record in records], [record.task for record in records]
+        every_row = {
+            sheet: list(map(sheet.rows.pop, names, repeat(None))) for sheet in self._sheets.values() if sheet.rows
+        }
+        costs = dict.fromkeys(names, NOTHING)
+        for places in _alike(tasks, every_row.values()):
+            own = [names[place] for place in places]
+            columns: list[Sequence[int]] = []
+            sheets = []
+            for sheet, rows in every_row.items():
+                if rows[places[0]] is not None:
+                    sheets.append(sheet)
+                    columns += zip(*[rows[place] for place in places], strict=True)
+            if sheets:
+                form = self._form(tuple(sheets))
+                key = tasks[places[0]], form
+                before_uj = self._settled_uj.get(key, [0] * len(columns))
+                self._settled_uj[key] = list(map(add, before_uj, map(sum, columns)))
+                machine_ns = map(self._machine_ns.pop, own, repeat(0.0))
+                costs.update(zip(own, form.costs(columns, machine_ns), strict=True))
         return costs
 
     def attributed(self) -> Counter[tuple[Charged, str]]:
@@ -330,10 +343,10 @@ class Requests:
     def open_uj(self) -> Counter[str]:
         """What has been charged and is not settled, by device."""
         total: Counter[str] = Counter()
-        for rows in self._rows.values():
-            for sheet, row in rows.items():
-                for charged, energy_uj in zip(sheet.charged, row[1:], strict=True):
-                    total[charged.device] += energy_uj
+        for sheet in self._sheets.values():
+            columns = list(zip(*sheet.rows.values(), strict=True))
+            for charged, energies_uj in zip(sheet.charged, columns[1:], strict=False):
+                total[charged.device] += sum(energies_uj)
         return total
 
     def _form(self, sheets: tuple[Sheet, ...]) -> _Form:
@@ -345,9 +358,7 @@ class Requests:
         """Charge each of ``names`` a row."""
         key = tuple(charged), quality
         sheet = self._sheets.get(key) or self._sheets.setdefault(key, Sheet(*key))
-        for name, row in zip(names, rows, strict=True):
-            known = self._rows[name]
-            known[sheet] = tuple(map(add, known[sheet], row)) if sheet in known else row
+        sheet.enter(dict(zip(names, rows, strict=True)))
 
     def _find_place(self, device: str) -> Place:
         own, is_executor = device if device.startswith("gpu:") else "cpu", device != BESIDE
@@ -406,6 +417,17 @@ def _by_phase(step: Step, loads_ns: Sequence[int], time_ns: int) -> list[_Portio
     phases, sums = [phase for phase, _, _ in portions], [sum(mine) for _, _, mine in portions]
     parts = zip(*[split(whole, sums, phases) for whole in wholes], strict=True)
     return [(*portion, part) for portion, part in zip(portions, parts, strict=True)]
+
+
+def _alike(tasks: Sequence[str], every_row: Collection[Sequence[Row | None]]) -> Iterable[Sequence[int]]:
+    """Places with the same task, and with a row in the same lists."""
+    if len(set(tasks)) == 1 and not any([None in rows for rows in every_row]):
+        # Nearly always.
+        return [range(len(tasks))]
+    alike: defaultdict[tuple[Any, ...], list[int]] = defaultdict(list)
+    for place, kind in enumerate(zip(tasks, *[[row is None for row in rows] for rows in every_row], strict=True)):
+        alike[kind].append(place)
+    return alike.values()
 
 
 def _added(columns: Sequence[Sequence[int]]) -> Sequence[int]:
