@@ -25,7 +25,7 @@ from energy.ledger import Ledger
 from energy.meters.base import Meter
 from energy.meters.observe import observe_idle
 from energy.owner import Owner
-from energy.requests import NOTHING, Cost, End, Noted, Requests, weaker, weakest
+from energy.requests import Cost, End, Noted, Requests, weaker, weakest
 from energy.settlement import BESIDE, HORIZON_NS, Channel, Claim, Reason
 from energy.types import Bill, Load, Parts, Phase, Quality, RequestRecord, SettledRecord, Step
 
@@ -142,8 +142,8 @@ class Account:
         self._coefficients = {} if coefficients is None else coefficients
         self._steps: deque[Step] = deque()
         """As executors record them: appending takes no lock."""
-        self._closed: deque[tuple[RequestRecord, int, Mapping[Phase, int]]] = deque()
-        """As the event loop closes requests, likewise: the fields of ``End`` but for the wall time."""
+        self._closed: deque[End] = deque()
+        """As the event loop closes requests, likewise."""
         self._settling = threading.Lock()
         """Held by whoever reads meters and settles; guards the channels."""
         self._alarmed_ns: int | None = None
@@ -233,7 +233,7 @@ class Account:
                     allocated_uj += cpu_ns * allocated
         except KeyError:
             # Nothing was settled yet to judge by.
-            return self._bill(record.request_id, Quality.UNAVAILABLE, 0, 0)
+            return Bill(record.request_id, None, None, None, Quality.UNAVAILABLE, False)
         whole_uj = round(allocated_uj)
         return Bill(record.request_id, round(active_uj), whole_uj, whole_uj * self._g_per_uj, self._expected, False)
 
@@ -279,13 +279,8 @@ class Account:
 
     def _note(self) -> None:
         """Put what happened on the books: ends of requests first, for their steps were recorded before them."""
-        # The wall time of an end is reckoned here: asking for it takes the event loop longer.
-        began_s = self._clock.unix_s() - self._clock.monotonic_ns() / NS_PER_S
-        closed = []
-        for _ in range(len(self._closed)):
-            record, at_ns, beside_ns = self._closed.popleft()
-            closed.append(End(record, began_s + at_ns / NS_PER_S, at_ns, beside_ns))
-        self._over.update({end.record.request_id: end for end in closed})
+        closed = [self._closed.popleft() for _ in range(len(self._closed))]
+        self._over.update({end[0].request_id: end for end in closed})
         self._requests.note_beside(closed)
         while self._steps:
             step = self._steps.popleft()
@@ -327,8 +322,9 @@ class Account:
         final, open_records = [], []
         waiting = self._requests.waiting_names()
         for request_id, end in self._over.items():
-            open_ns = now_ns - end.at_ns
-            late_ns = 0 if end.record.status in _NEVER_LATE else HORIZON_NS
+            record, at_ns, _ = end
+            open_ns = now_ns - at_ns
+            late_ns = 0 if record.status in _NEVER_LATE else HORIZON_NS
             if open_ns >= late_ns and request_id not in waiting:
                 final.append(end)
             elif request_id not in self._kept and open_ns >= _KEPT_AFTER_NS:
@@ -338,42 +334,40 @@ class Account:
 
     def _settle(self, final: Sequence[End]) -> list[SettledRecord]:
         """Move requests that are over to the totals."""
-        settled, carbon = [], self._carbon.assumptions
-        costs = self._requests.settle([end.record for end in final])
-        for end in final:
-            record = end.record
-            cost = costs[record.request_id]
-            del self._over[record.request_id]
-            quality = cost.quality or self.quality
-            bill = self._bill(record.request_id, quality, cost.active_uj, cost.allocated_uj, cost, True)
-            settled.append(SettledRecord(record, bill, end.time_s, carbon))
+        settled, carbon, began_s = [], self._carbon.assumptions, self._began_s()
+        costs = self._requests.settle([record for record, _, _ in final])
+        for record, at_ns, _ in final:
+            request_id = record.request_id
+            del self._over[request_id]
+            bill = self._bill(request_id, costs[request_id], True)
+            settled.append(SettledRecord(record, bill, began_s + at_ns / NS_PER_S, carbon))
         self._kept.intersection_update(self._over)
         return settled
 
     def _provisional(self, request_id: str) -> Bill:
-        cost = self._requests.cost(request_id)
-        active_uj, allocated_uj, expected = self._requests.expect_waiting(request_id)
-        quality = weaker(cost.quality or self.quality, expected)
-        return self._bill(request_id, quality, cost.active_uj + active_uj, cost.allocated_uj + allocated_uj, cost)
+        parts, allocated_uj, active_uj, machine_ns, quality = self._requests.cost(request_id)
+        active_more_uj, allocated_more_uj, expected = self._requests.expect_waiting(request_id)
+        allocated_uj, active_uj = allocated_uj + allocated_more_uj, active_uj + active_more_uj
+        quality = weaker(quality or self.quality, expected)
+        return self._bill(request_id, (parts, allocated_uj, active_uj, machine_ns, quality), False)
 
     def _over_record(self, request_id: str) -> SettledRecord:
-        end = self._over[request_id]
-        return SettledRecord(end.record, self._provisional(request_id), end.time_s, self._carbon.assumptions)
+        record, at_ns, _ = self._over[request_id]
+        time_s = self._began_s() + at_ns / NS_PER_S
+        return SettledRecord(record, self._provisional(request_id), time_s, self._carbon.assumptions)
 
-    def _bill(
-        self,
-        request_id: str,
-        quality: Quality,
-        active_uj: int,
-        allocated_uj: int,
-        cost: Cost = NOTHING,
-        settled: bool = False,
-    ) -> Bill:
-        """Energy is known where ``quality`` says so; of ``cost`` it has the rest."""
+    def _began_s(self) -> float:
+        """The wall time at which the monotonic clock began: asking for it at every end takes the event loop longer."""
+        return self._clock.unix_s() - self._clock.monotonic_ns() / NS_PER_S
+
+    def _bill(self, request_id: str, cost: Cost, settled: bool) -> Bill:
+        """Of what was never charged anything, quality is that of the meters."""
+        parts, allocated_uj, active_uj, machine_ns, quality = cost
+        quality = quality or self.quality
         if quality is Quality.UNAVAILABLE:
             return Bill(request_id, None, None, None, quality, settled)
-        gco2e = self._carbon.gco2e(allocated_uj, cost.machine_ns)
-        return Bill(request_id, active_uj, allocated_uj, gco2e, quality, settled, cost.parts)
+        gco2e = self._carbon.gco2e(allocated_uj, machine_ns)
+        return Bill(request_id, active_uj, allocated_uj, gco2e, quality, settled, parts)
 
     def _attributions(self) -> Iterator[Attributed]:
         for ((device, phase, model, quality), task), energy_uj in self._requests.attributed().items():

@@ -73,16 +73,18 @@ def split(total: int, weights: Sequence[int], keys: Sequence[Any]) -> list[int]:
     whole = sum(weights)
     if not whole:
         weights, whole = [1] * len(weights), len(weights)
-    parts = [divmod(total * weight, whole) for weight in weights]
-    shares = [share for share, _ in parts]
+    shares = [total * weight // whole for weight in weights]
     left = total - sum(shares)
     if left:
-        remainders = [remainder for _, remainder in parts]
+        remainders = [total * weight % whole for weight in weights]
         least = sorted(remainders)[-left]
-        above = [i for i, remainder in enumerate(remainders) if remainder > least]
-        tied = [i for i, remainder in enumerate(remainders) if remainder == least]
-        if len(above) + len(tied) > left:
+        shares = [
+            share + 1 if remainder >= least else share for share, remainder in zip(shares, remainders, strict=True)
+        ]
+        too_many = sum(shares) - total
+        if too_many:
+            tied = [i for i, remainder in enumerate(remainders) if remainder == least]
             tied.sort(key=keys.__getitem__)
-        for i in (*above, *tied[: left - len(above)]):
-            shares[i] += 1
+            for i in tied[-too_many:]:
+                shares[i] -= 1
     return shares

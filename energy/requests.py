@@ -55,33 +55,14 @@ class Sheet:
         self.rows.update(again)
 
 
-class End(NamedTuple):
-    """Of a request."""
+End = tuple[RequestRecord, int, Mapping[Phase, int]]
+"""Of a request: when it was over, by the monotonic clock, and CPU time that it took beside the executors, by phase, of
+which no step was recorded. Plain, as ``Cost`` is: of each there is one for every request."""
 
-    record: RequestRecord
-    time_s: float
-    """Since 1970."""
-    at_ns: int
-    """The same by the monotonic clock."""
-    beside_ns: Mapping[Phase, int]
-    """CPU time that it took beside the executors, by phase, and no step was recorded of."""
-
-
-class Cost(NamedTuple):
-    """One request's."""
-
-    parts: Iterable[Part]
-    allocated_uj: int
-    """The sum of them."""
-    active_uj: int
-    machine_ns: float
-    """Time of the whole machine, of which an executor is a part."""
-    quality: Quality | None
-    """None as long as nothing has been charged."""
-
-
-NOTHING = Cost((), 0, 0, 0.0, None)
-"""Of a request that nothing has been charged to."""
+Cost = tuple[Iterable[Part], int, int, float, Quality | None]
+"""One request's: parts, their sum, the active energy among that (in microjoules), the time of the whole machine (in
+nanoseconds; an executor is a part of it), and a quality, None as long as nothing has been charged."""
+NOTHING: Cost = ((), 0, 0, 0.0, None)
 
 
 class _Form:
@@ -105,7 +86,8 @@ class _Form:
         active_uj = _added([columns[i] for i in self._active])
         parts_uj = list(zip(*[_added([columns[i] for i in each]) for each in self._allocated], strict=True))
         parts_uj = parts_uj or [()] * len(active_uj)
-        return map(Cost, map(self._parts, parts_uj), map(sum, parts_uj), active_uj, machine_ns, repeat(self._quality))
+        parts, allocated_uj = map(self._parts, parts_uj), map(sum, parts_uj)
+        return zip(parts, allocated_uj, active_uj, machine_ns, repeat(self._quality), strict=False)
 
     def _parts(self, row_uj: Row) -> Parts:
         """What is nothing is left out."""
@@ -192,14 +174,13 @@ class Requests:
         """Put CPU time that requests took beside the executors on the books, as if it had been spent in the end."""
         # What ended before the last reading is charged apart, as steps are.
         alike: defaultdict[tuple[str, bool], list[End]] = defaultdict(list)
-        for end in ends:
-            if end.beside_ns:
-                alike[end.record.model, end.at_ns > self._settled_ns].append(end)
+        for record, at_ns, beside_ns in ends:
+            if beside_ns:
+                alike[record.model, at_ns > self._settled_ns].append((record, at_ns, beside_ns))
         for (model, _), some in alike.items():
-            ends_ns = [end.at_ns for end in some]
-            for phase in sorted(set().union(*[end.beside_ns for end in some])):
-                loads = {end.record.request_id: end.beside_ns[phase] for end in some if phase in end.beside_ns}
-                self._note_beside(model, phase, loads, ends_ns)
+            for phase in sorted(set().union(*[beside_ns for _, _, beside_ns in some])):
+                loads = {record.request_id: beside_ns[phase] for record, _, beside_ns in some if phase in beside_ns}
+                self._note_beside(model, phase, loads, [at_ns for _, at_ns, _ in some])
 
     def _note_beside(self, model: str, phase: Phase, loads: Mapping[str, int], ends_ns: Sequence[int]) -> None:
         place = self._places.get(BESIDE) or self._find_place(BESIDE)
@@ -261,14 +242,15 @@ class Requests:
             if noted.phase is None:
                 continue
             names, loads_ns = list(noted.loads), list(noted.loads.values())
-            charged, columns, active_uj = [], [], [0] * len(names)
+            charged, columns, actives_uj = [], [], []
             for channel, claim in zip(noted.place.channels, own, strict=True):
-                if claim.active_uj or claim.idle_uj:
-                    active = split(claim.active_uj, loads_ns, names)
-                    idle = split(claim.idle_uj, loads_ns, names)
+                shares_uj = [split(uj, loads_ns, names) for uj in (claim.active_uj, claim.idle_uj) if uj]
+                if shares_uj:
                     charged.append(Charged(channel.device, noted.phase, noted.model, claim.quality))
-                    columns.append(list(map(add, active, idle)))
-                    active_uj = list(map(add, active_uj, active))
+                    columns.append(_added(shares_uj))
+                if claim.active_uj:
+                    actives_uj.append(shares_uj[0])
+            active_uj = _added(actives_uj) if actives_uj else [0] * len(names)
             # What costs nothing is known no better than what does.
             quality = weakest(claim.quality for claim in own)
             self._enter(charged, quality, names, zip(active_uj, *columns, strict=True))
