@@ -5,7 +5,7 @@ limit; none begins after it.
 """
 
 import threading
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -55,17 +55,20 @@ class DailyBudgets:
         """Count what was spent at ``time_s`` (seconds since 1970), unless that was on another day."""
         with self._lock:
             self._turn()
-            self._spend(key, energy_uj, time_s)
+            if time_s // _S_PER_DAY == self._day:
+                self._spent_uj[key] += energy_uj
 
     def settled(self, records: Iterable[SettledRecord]) -> None:
         """Count bills for everyone and for their keys; those that are not known count nothing."""
         with self._lock:
             self._turn()
+            began_s, ends_s = self._day * _S_PER_DAY, (self._day + 1) * _S_PER_DAY
+            spent_uj: defaultdict[str | None, int] = defaultdict(int)
             for request, bill, time_s, _ in records:
-                if bill.allocated_uj is not None:
-                    self._spend(EVERYONE, bill.allocated_uj, time_s)
-                    if request.key is not None:
-                        self._spend(request.key, bill.allocated_uj, time_s)
+                if bill.allocated_uj is not None and began_s <= time_s < ends_s:
+                    spent_uj[request.key] += bill.allocated_uj
+            self._spent_uj[EVERYONE] += sum(spent_uj.values())
+            self._spent_uj.update({key: energy_uj for key, energy_uj in spent_uj.items() if key is not None})
 
     def standing(self, key: str, limit_uj: int) -> Standing:
         """Where a key stands that may spend ``limit_uj`` in a day."""
@@ -73,10 +76,6 @@ class DailyBudgets:
             self._turn()
             resets_in_s = (self._day + 1) * _S_PER_DAY - self._clock.unix_s()
             return Standing(limit_uj, self._spent_uj[key], resets_in_s)
-
-    def _spend(self, key: str, energy_uj: int, time_s: float) -> None:
-        if time_s // _S_PER_DAY == self._day:
-            self._spent_uj[key] += energy_uj
 
     def _turn(self) -> None:
         """Begin a new day, if it has come."""

@@ -15,7 +15,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 from energy.clock import Clock
-from energy.schema import SCHEMA_VERSION, SELECT, UnknownSchema, from_row, insert, schema_version, upgrade
+from energy.schema import SCHEMA_VERSION, SELECT, Row, Rows, UnknownSchema, from_row, schema_version, upgrade
 from energy.types import SettledRecord
 
 MAX_WAITING = 10_000
@@ -41,7 +41,11 @@ class Ledger:
         self._max_bytes = max_mb * _MB
         self._clock = clock or Clock()
         self._lock = threading.Lock()
-        self._waiting: dict[str, SettledRecord] = {}
+        self._rows = Rows()
+        self._waiting: dict[str, Row] = {}
+        """By request. Made where records are: all that belongs to one is in no cache by the time it is written."""
+        self._writing: dict[str, Row] = {}
+        """Those that are being written."""
         self._failure: str | None = None
         self._dropped = 0
         self._dropped_before = 0
@@ -71,23 +75,21 @@ class Ledger:
 
     def put(self, *records: SettledRecord) -> None:
         """Write ``records`` soon; a later record of the same request replaces an earlier one."""
+        rows = self._rows.of(records)
         with self._lock:
-            self._waiting.update({record.request.request_id: record for record in records})
-            while len(self._waiting) > MAX_WAITING:
-                del self._waiting[next(iter(self._waiting))]
-                self._dropped += 1
+            self._wait({row[0]: row for row in rows})
         if not self._wake.is_set():
             self._wake.set()
 
     def find(self, request_id: str) -> SettledRecord | None:
         """The latest record of a request, written or not; None where there is none. Raises ``LedgerUnreadable``."""
         with self._lock:
-            waiting = self._waiting.get(request_id)
-        if waiting is not None:
-            return waiting
+            row = self._waiting.get(request_id) or self._writing.get(request_id)
+        if row is not None:
+            return self._rows.record_of(row)
         with open_to_read(self.path) as database:
-            row = database.execute(f"{SELECT} WHERE request_id = ?", (request_id,)).fetchone()
-        return None if row is None else from_row(row)
+            found = database.execute(f"{SELECT} WHERE request_id = ?", (request_id,)).fetchone()
+        return None if found is None else from_row(found)
 
     def latest(self, count: int, key: str | None = None) -> list[SettledRecord]:
         """The last ``count`` requests, of ``key`` alone where one is named, newest first, written or not.
@@ -95,11 +97,12 @@ class Ledger:
         Raises ``LedgerUnreadable``.
         """
         with self._lock:
-            waiting = {name: record for name, record in self._waiting.items() if key in (None, record.request.key)}
+            unwritten = (self._writing | self._waiting).values()
+        recent = [self._rows.record_of(row) for row in unwritten if key in (None, self._rows.key_of(row))]
         query = f'{SELECT} WHERE (:key IS NULL OR "key" = :key) ORDER BY time_s DESC LIMIT :count'
         with open_to_read(self.path) as database:
             written = [from_row(row) for row in database.execute(query, {"key": key, "count": count})]
-        records = {record.request.request_id: record for record in written} | waiting
+        records = {record.request.request_id: record for record in (*written, *recent)}
         return sorted(records.values(), key=lambda record: record.time_s, reverse=True)[:count]
 
     def allocated_uj(self, since_s: float) -> dict[str | None, int]:
@@ -129,33 +132,40 @@ class Ledger:
         self._flush()
         self._close()
 
+    def _wait(self, rows: dict[str, Row]) -> None:
+        """These wait too, the oldest of too many no longer; the lock is held."""
+        self._waiting |= rows
+        while len(self._waiting) > MAX_WAITING:
+            del self._waiting[next(iter(self._waiting))]
+            self._dropped += 1
+
     def _flush(self) -> None:
         """Write everything that waits in one transaction; on failure it goes on waiting."""
         with self._lock:
-            batch = dict(self._waiting)
+            self._writing, self._waiting = self._waiting, {}
         try:
-            self._write(list(batch.values()))
+            self._write(list(self._writing.values()))
         except (sqlite3.Error, OSError, UnknownSchema) as error:
             if self._failure is None:
                 _log.warning("the ledger %s cannot be written, the service goes on without it: %s", self.path, error)
             self._failure = _reason(error)
             self._close()
+            with self._lock:
+                since, self._waiting, self._writing = self._waiting, self._writing, {}
+                self._wait(since)
             return
         with self._lock:
-            for request_id, record in batch.items():
-                # Identity, not equality: a newer record of the same request may have come meanwhile.
-                if self._waiting.get(request_id) is record:
-                    del self._waiting[request_id]
+            self._writing = {}
             dropped, self._dropped_before = self._dropped - self._dropped_before, self._dropped
         if self._failure is not None:
             _log.warning("the ledger %s is written again; %d records were dropped", self.path, dropped)
             self._failure = None
 
-    def _write(self, batch: Sequence[SettledRecord]) -> None:
+    def _write(self, rows: Sequence[Row]) -> None:
         database = self._open()
         with database:
-            insert(database, batch)
-            database.execute("DELETE FROM requests WHERE time_s < ?", (self._clock.unix_s() - self._max_age_s,))
+            self._rows.insert(database, rows)
+            database.execute("DELETE FROM bills WHERE time_s < ?", (self._clock.unix_s() - self._max_age_s,))
         self._shrink(database)
 
     def _open(self) -> sqlite3.Connection:
@@ -195,10 +205,10 @@ class Ledger:
             return
         kept = self._max_bytes * _SHRUNK / (size * (pages - free))
         if kept < 1:
-            share = f"SELECT CAST(count(*) * {1 - kept} AS INTEGER) + 1 FROM requests"
-            oldest = f"SELECT rowid FROM requests ORDER BY time_s LIMIT ({share})"
+            share = f"SELECT CAST(count(*) * {1 - kept} AS INTEGER) + 1 FROM bills"
+            oldest = f"SELECT rowid FROM bills ORDER BY time_s LIMIT ({share})"
             with database:
-                database.execute(f"DELETE FROM requests WHERE rowid IN ({oldest})")
+                database.execute(f"DELETE FROM bills WHERE rowid IN ({oldest})")
         # Not `execute`, which ends after the first page.
         database.executescript("PRAGMA incremental_vacuum")
 

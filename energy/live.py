@@ -2,14 +2,14 @@
 
 import threading
 from bisect import bisect_left
-from collections import Counter, deque
-from collections.abc import Iterable, Mapping
+from collections import Counter, defaultdict, deque
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import add
 
 from energy.account import MeterTotal, Totals
 from energy.clock import Clock
-from energy.types import SettledRecord
+from energy.types import Bill, SettledRecord
 
 INTERVAL_S = 5.0
 """Between two moments that are kept."""
@@ -43,6 +43,17 @@ class TaskSums:
     gco2e: float = 0.0
     counts: list[int] = field(default_factory=lambda: [0] * (len(BOUNDS_UJ) + 1))
     """Requests by class of allocated energy, see ``BOUNDS_UJ``."""
+
+    def count(self, bills: Sequence[Bill]) -> None:
+        """Count requests that cost so much."""
+        self.requests += len(bills)
+        for _, _, allocated_uj, gco2e, _, _, _ in bills:
+            if allocated_uj is None or gco2e is None:
+                self.unknown += 1
+            else:
+                self.allocated_uj += allocated_uj
+                self.gco2e += gco2e
+                self.counts[bisect_left(BOUNDS_UJ, allocated_uj)] += 1
 
     def add(self, other: "TaskSums") -> None:
         """Count the requests of ``other`` too."""
@@ -82,10 +93,14 @@ class Live:
 
     def settled(self, records: Iterable[SettledRecord]) -> None:
         """Count bills."""
+        shown = [record for record in records if record.request.status != "refused"]
+        bills: defaultdict[tuple[str | None, str], list[Bill]] = defaultdict(list)
+        for request, bill, _, _ in shown:
+            bills[request.key, request.task].append(bill)
         with self._lock:
-            for record in records:
-                if record.request.status != "refused":
-                    self._count(record)
+            self._recent.extendleft(shown[-RECENT:])
+            for whose, their_bills in bills.items():
+                self._sums.setdefault(whose, TaskSums()).count(their_bills)
 
     def tick(self, totals: Totals) -> None:
         """Keep the account's counters, unless the last ones are younger than the interval."""
@@ -111,17 +126,3 @@ class Live:
                     tasks.setdefault(task, TaskSums()).add(sums)
             recent = tuple(record for record in self._recent if only in (None, record.request.key))
             return View(self._began_s, self._meters, tuple(self._moments), tasks, recent)
-
-    def _count(self, record: SettledRecord) -> None:
-        self._recent.appendleft(record)
-        whose = record.request.key, record.request.task
-        if whose not in self._sums:
-            self._sums[whose] = TaskSums()
-        sums = self._sums[whose]
-        sums.requests += 1
-        if record.bill.allocated_uj is None or record.bill.gco2e is None:
-            sums.unknown += 1
-            return
-        sums.allocated_uj += record.bill.allocated_uj
-        sums.gco2e += record.bill.gco2e
-        sums.counts[bisect_left(BOUNDS_UJ, record.bill.allocated_uj)] += 1

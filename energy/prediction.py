@@ -191,8 +191,10 @@ class Predictor:
     def settled(self, records: Iterable[SettledRecord]) -> list[tuple[SettledRecord, float]]:
         """Learn from bills; returns those that had been predicted, with the relative error of that."""
         with self._lock:
-            followed = [(record, self._followed.pop(record.bill.request_id, None)) for record in records]
-            errors = [(record, self._compare(record, its)) for record, its in followed if its is not None]
+            followed = [record for record in records if record.bill.request_id in self._followed]
+            errors = [
+                (record, self._compare(record, self._followed.pop(record.bill.request_id))) for record in followed
+            ]
         return [(record, error) for record, error in errors if error is not None]
 
     def learn_past(self, records: Iterable[SettledRecord]) -> None:

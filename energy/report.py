@@ -4,8 +4,9 @@ Sums are over every request whose bill is known, however it ended; figures per q
 answered. A figure that no request gives is None.
 """
 
+import json
 import sqlite3
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -163,11 +164,11 @@ def _percentiles(database: sqlite3.Connection, name: str, span: Span) -> dict[st
 def _parts(database: sqlite3.Connection, name: str, span: Span) -> dict[str | None, Parts]:
     """Allocated energy by group, device and phase."""
     query = f"""
-        SELECT {name}, json_extract(part.value, '$[0]'), json_extract(part.value, '$[1]'),
-            sum(json_extract(part.value, '$[2]'))
-        FROM requests, json_each(parts) AS part WHERE {_BETWEEN} GROUP BY 1, 2, 3
+        SELECT {name}, places, part.key, sum(part.value)
+        FROM requests, json_each(parts_uj) AS part WHERE {_BETWEEN} GROUP BY 1, kind_id, 3
     """
-    parts: dict[str | None, Parts] = {}
-    for group, device, phase, energy_uj in database.execute(query, span):
-        parts.setdefault(group, Counter())[device, phase] = energy_uj
+    parts: defaultdict[str | None, Parts] = defaultdict(Counter)
+    for group, places, number, energy_uj in database.execute(query, span):
+        device, phase = json.loads(places)[number]
+        parts[group][device, phase] += energy_uj
     return parts

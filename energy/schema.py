@@ -1,31 +1,43 @@
-"""The ledger's table: its versions, and records as rows. Knows nothing of when they are written."""
+"""The ledger's tables: their versions, and records as rows. Knows nothing of when they are written."""
 
 import json
 import logging
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
-from typing import Any
+from hashlib import blake2b
+from itertools import chain
+from typing import Any, NamedTuple
 
-from energy.types import Bill, CarbonAssumptions, Part, Parts, Phase, Quality, RequestRecord, SettledRecord
+import orjson
 
-SCHEMA_VERSION = 2
+from energy.types import Bill, CarbonAssumptions, Parts, Phase, Places, Quality, RequestRecord, SettledRecord
+
+SCHEMA_VERSION = 3
 _log = logging.getLogger(__name__)
 
-# The rows lie in the order of their writing, so that forgetting the oldest frees whole pages. What they all assume
-# about carbon is longer than the rest of a row, and kept once.
-_TABLES = """
-CREATE TABLE carbon (
-    carbon_id INTEGER PRIMARY KEY,
-    assumptions TEXT NOT NULL UNIQUE
-);
-CREATE TABLE requests (
-    request_id TEXT NOT NULL UNIQUE,
-    time_s REAL NOT NULL,
+# The rows lie in the order of their writing, so that forgetting the oldest frees whole pages. What many have in common
+# is kept once: it is longer than the rest, and takes as long to write.
+_PARTS = """(
+    SELECT json_group_array(json_insert(place.value, '$[2]', part.value))
+    FROM json_each(places) AS place JOIN json_each(parts_uj) AS part ON part.key = place.key
+)"""
+_TABLES = f"""
+CREATE TABLE kinds (
+    kind_id INTEGER PRIMARY KEY,
     task TEXT NOT NULL,
     model TEXT NOT NULL,
     "key" TEXT,
     status TEXT NOT NULL,
+    quality TEXT NOT NULL,
+    settled INTEGER NOT NULL,
+    places TEXT NOT NULL,
+    assumptions TEXT NOT NULL
+);
+CREATE TABLE bills (
+    request_id TEXT NOT NULL UNIQUE,
+    time_s REAL NOT NULL,
+    kind_id INTEGER NOT NULL REFERENCES kinds,
     input_tokens INTEGER NOT NULL,
     output_tokens INTEGER NOT NULL,
     queue_ms REAL NOT NULL,
@@ -33,40 +45,66 @@ CREATE TABLE requests (
     active_uj INTEGER,
     allocated_uj INTEGER,
     gco2e REAL,
-    quality TEXT NOT NULL,
-    settled INTEGER NOT NULL,
-    parts TEXT NOT NULL DEFAULT '[]',
-    carbon_id INTEGER NOT NULL REFERENCES carbon
+    parts_uj TEXT NOT NULL
 );
-CREATE INDEX requests_by_time ON requests (time_s);
+CREATE INDEX bills_by_time ON bills (time_s);
+CREATE VIEW requests AS
+    SELECT request_id, time_s, task, model, "key", status, input_tokens, output_tokens, queue_ms, compute_ms,
+        active_uj, allocated_uj, gco2e, quality, settled, {_PARTS} AS parts, assumptions, places, parts_uj, kind_id
+    FROM bills CROSS JOIN kinds USING (kind_id);
 """
-_FIRST_COLUMNS = (
-    "request_id, time_s, task, model, status, input_tokens, output_tokens, queue_ms, compute_ms, "
-    "active_uj, allocated_uj, gco2e, quality, settled"
-)
-_REQUEST = ", ".join(f'"{name}"' for name in RequestRecord._fields)
-_COLUMNS = f"{_REQUEST}, time_s, active_uj, allocated_uj, gco2e, quality, settled, parts"
-SELECT = f"SELECT {_COLUMNS}, assumptions FROM requests NATURAL JOIN carbon"
-"""The rows that ``from_row`` reads; ``parts`` is ``[[device, phase, microjoules], ...]``."""
-_ID = "(SELECT carbon_id FROM carbon WHERE assumptions = {})"
-_INSERT_CARBON = "INSERT OR IGNORE INTO carbon (assumptions) VALUES (?)"
-_INSERT = f"INSERT OR REPLACE INTO requests ({_COLUMNS}, carbon_id) VALUES "
-_ROW = f"({', '.join('?' * 17)})"
+Row = tuple[str, float, int, int, int, float, float, int | None, int | None, float | None, str]
+"""Of ``bills``. ``parts_uj`` is JSON: the energy at each of the places of its kind."""
+_ROW = f"({', '.join('?' * 11)})"
 _ROWS_AT_ONCE = 32
-"""Of one statement: each lets go of the interpreter and waits to have it again, and is prepared once for each number
-of rows, which takes longer the more there are."""
+"""Of one statement: each lets go of the interpreter and waits to have it again."""
+_INSERT = f"INSERT OR REPLACE INTO bills VALUES {_ROW}"
+_INSERT_MANY = ", ".join([_INSERT, *[_ROW] * (_ROWS_AT_ONCE - 1)])
+_INSERT_KIND = f"INSERT OR IGNORE INTO kinds VALUES ({', '.join('?' * 9)})"
+SELECT = "SELECT bills.*, kinds.* FROM bills CROSS JOIN kinds USING (kind_id)"
+"""The rows that ``from_row`` reads."""
+
+
+class Kind(NamedTuple):
+    """What records have in common; a row of ``kinds`` behind its id."""
+
+    task: str
+    model: str
+    key: str | None
+    status: str
+    quality: str
+    settled: bool
+    places: str
+    """JSON: ``[[device, phase], ...]``."""
+    assumptions: str
+    """JSON: about carbon."""
+
+    @property
+    def kind_id(self) -> int:
+        """A hash of all of it: whatever process writes a kind to whatever file gives it this id."""
+        text = json.dumps(self._replace(settled=bool(self.settled)))
+        return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "big", signed=True)
+
+
+def _moving(table: str, key: str, parts: str, assumptions: str) -> str:
+    """What brings the ``requests`` of an earlier version here, with expressions for what they lacked or wrote
+    otherwise."""
+    return f"""
+ALTER TABLE requests RENAME TO earlier;
+DROP INDEX requests_by_time;
+{_TABLES}
+INSERT INTO bills
+    SELECT request_id, time_s, kind_id(task, model, {key}, status, quality, settled, places({parts}), {assumptions}),
+        input_tokens, output_tokens, queue_ms, compute_ms, active_uj, allocated_uj, gco2e, parts_uj({parts})
+    FROM {table} ORDER BY time_s;
+DROP TABLE earlier;
+"""
+
 
 _UPGRADES = {
     0: _TABLES,
-    1: f"""
-ALTER TABLE requests RENAME TO requests_1;
-DROP INDEX requests_by_time;
-{_TABLES}
-INSERT INTO carbon (assumptions) SELECT DISTINCT carbon FROM requests_1;
-INSERT INTO requests ({_FIRST_COLUMNS}, carbon_id)
-    SELECT {_FIRST_COLUMNS}, {_ID.format("requests_1.carbon")} FROM requests_1 ORDER BY time_s;
-DROP TABLE requests_1;
-""",
+    1: _moving("earlier", "NULL", "'[]'", "carbon"),
+    2: _moving("earlier NATURAL JOIN carbon", '"key"', "parts", "assumptions") + "DROP TABLE carbon;",
 }
 """From each earlier version to the present one; 0 is an empty file."""
 
@@ -82,7 +120,13 @@ def upgrade(database: sqlite3.Connection) -> None:
         return
     if version:
         _log.info("the ledger's schema goes from version %d to %d", version, SCHEMA_VERSION)
-    database.executescript(f"BEGIN IMMEDIATE; {_UPGRADES[version]} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
+    rows = Rows()
+    database.create_function("kind_id", len(Kind._fields), rows.kind_id)
+    database.create_function("places", 1, lambda parts: _as_json([part[:2] for part in orjson.loads(parts)]))
+    database.create_function("parts_uj", 1, lambda parts: _as_json([part[2] for part in orjson.loads(parts)]))
+    database.executescript(f"BEGIN IMMEDIATE; {_UPGRADES[version]} PRAGMA user_version = {SCHEMA_VERSION};")
+    rows.insert_kinds(database, rows.kinds)
+    database.commit()
     # Lets the file shrink when records go; takes effect with a VACUUM.
     database.executescript("PRAGMA auto_vacuum = INCREMENTAL; VACUUM;")
 
@@ -95,43 +139,73 @@ def schema_version(database: sqlite3.Connection) -> int:
     return version
 
 
-def insert(database: sqlite3.Connection, records: Sequence[SettledRecord]) -> None:
-    """Write records; one of a request that is there already replaces it."""
-    carbon_ids = {}
-    # Those of one process are one object: comparing what they say would take as long as the rest of a row.
-    for name, carbon in {id(record.carbon): record.carbon for record in records}.items():
-        assumptions = json.dumps(asdict(carbon))
-        database.execute(_INSERT_CARBON, (assumptions,))
-        (carbon_ids[name],) = database.execute(f"SELECT {_ID.format('?')}", (assumptions,)).fetchone()
-    for first in range(0, len(records), _ROWS_AT_ONCE):
-        some = records[first : first + _ROWS_AT_ONCE]
-        values = [value for record in some for value in _to_row(record, carbon_ids[id(record.carbon)])]
-        database.execute(_INSERT + ", ".join([_ROW] * len(some)), values)
+class Rows:
+    """Records as rows, and what is known of their kinds; its methods may be called from any thread."""
+
+    def __init__(self) -> None:
+        self.kinds: dict[int, Kind] = {}
+        self._ids: dict[tuple[object, ...], int] = {}
+
+    def of(self, records: Iterable[SettledRecord]) -> list[Row]:
+        """A row for each of ``records``."""
+        rows: list[Row] = []
+        carbon, assumptions = None, ""
+        for request, bill, time_s, its_carbon in records:
+            if its_carbon is not carbon:
+                # Those of one process are one object.
+                carbon, assumptions = its_carbon, json.dumps(asdict(its_carbon))
+            request_id, task, model, status, read, written, queue_ms, compute_ms, key = request
+            _, active_uj, allocated_uj, gco2e, quality, settled, parts = bill
+            parts = Parts.of(parts)
+            kind_id = self.kind_id(task, model, key, status, quality, settled, parts.places.names, assumptions)
+            own_uj = active_uj, allocated_uj, gco2e, _as_json(parts.row_uj)
+            rows.append((request_id, time_s, kind_id, read, written, queue_ms, compute_ms, *own_uj))
+        return rows
+
+    def kind_id(self, *kind: Any) -> int:
+        """The id of the kind with these fields."""
+        kind_id = self._ids.get(kind)
+        if kind_id is None:
+            noted = Kind(*kind)
+            kind_id = self._ids[kind] = noted.kind_id
+            self.kinds[kind_id] = noted
+        return kind_id
+
+    def key_of(self, row: Row) -> str | None:
+        """The label of the API key that asked."""
+        return self.kinds[row[2]].key
+
+    def record_of(self, row: Row) -> SettledRecord:
+        """The record that a row was made of."""
+        return from_row((*row, row[2], *self.kinds[row[2]]))
+
+    def insert(self, database: sqlite3.Connection, rows: Sequence[Row]) -> None:
+        """Write rows of this object's making; one of a request that is there already replaces it."""
+        self.insert_kinds(database, {row[2] for row in rows})
+        whole = len(rows) - len(rows) % _ROWS_AT_ONCE
+        for first in range(0, whole, _ROWS_AT_ONCE):
+            database.execute(_INSERT_MANY, list(chain.from_iterable(rows[first : first + _ROWS_AT_ONCE])))
+        database.executemany(_INSERT, rows[whole:])
+
+    def insert_kinds(self, database: sqlite3.Connection, kind_ids: Iterable[int]) -> None:
+        """Write kinds that may be there already."""
+        database.executemany(_INSERT_KIND, [(kind_id, *self.kinds[kind_id]) for kind_id in kind_ids])
 
 
 def from_row(row: tuple[Any, ...]) -> SettledRecord:
     """A record that ``SELECT`` has found."""
-    count = len(RequestRecord._fields)
-    time_s, active_uj, allocated_uj, gco2e, quality, settled, parts, carbon = row[count:]
-    request = RequestRecord(*row[:count])
+    request_id, time_s, _, read, written, queue_ms, compute_ms, active_uj, allocated_uj, gco2e, parts_uj = row[:11]
+    # Before it stands its id once more.
+    kind = Kind(*row[12:])
+    places = Places((device, Phase(phase)) for device, phase in json.loads(kind.places))
+    parts = Parts(places, tuple(json.loads(parts_uj)))
     return SettledRecord(
-        request,
-        Bill(
-            request.request_id,
-            active_uj,
-            allocated_uj,
-            gco2e,
-            Quality(quality),
-            bool(settled),
-            tuple(Part(device, Phase(phase), energy_uj) for device, phase, energy_uj in json.loads(parts)),
-        ),
+        RequestRecord(request_id, kind.task, kind.model, kind.status, read, written, queue_ms, compute_ms, kind.key),
+        Bill(request_id, active_uj, allocated_uj, gco2e, Quality(kind.quality), bool(kind.settled), parts),
         time_s,
-        CarbonAssumptions(**json.loads(carbon)),
+        CarbonAssumptions(**json.loads(kind.assumptions)),
     )
 
 
-def _to_row(record: SettledRecord, carbon_id: int) -> tuple[object, ...]:
-    request, bill, time_s, _ = record
-    _, active_uj, allocated_uj, gco2e, quality, settled, parts = bill
-    json_parts = Parts.of(parts).as_lists()
-    return (*request, time_s, active_uj, allocated_uj, gco2e, str(quality), settled, json_parts, carbon_id)
+def _as_json(values: Sequence[object]) -> str:
+    return orjson.dumps(values).decode()

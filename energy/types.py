@@ -94,19 +94,19 @@ class Places:
     def __init__(self, places: Iterable[tuple[str, Phase]]) -> None:
         """No device's name needs escaping."""
         self.all = tuple(places)
-        lists = [f'["{device}","{phase}",%d]' for device, phase in self.all]
+        names = [f'["{device}","{phase}"]' for device, phase in self.all]
         objects = [f'{{"device":"{device}","phase":"{phase}","energy_uj":%d}}' for device, phase in self.all]
-        self.lists, self.objects = f"[{','.join(lists)}]", f"[{','.join(objects)}]"
+        self.names, self.objects = f"[{','.join(names)}]", f"[{','.join(objects)}]"
 
 
 class Parts:
     """A bill's parts as a row of a table: most are only written down, and an object for each would take longer."""
 
-    __slots__ = ("_places", "_row_uj")
+    __slots__ = ("places", "row_uj")
 
     def __init__(self, places: Places, row_uj: tuple[int, ...]) -> None:
         """``row_uj`` has the energy at each of ``places``."""
-        self._places, self._row_uj = places, row_uj
+        self.places, self.row_uj = places, row_uj
 
     @classmethod
     def of(cls, parts: Iterable[Part]) -> "Parts":
@@ -119,7 +119,7 @@ class Parts:
 
     def __iter__(self) -> Iterator[Part]:
         """Each of them."""
-        for (device, phase), energy_uj in zip(self._places.all, self._row_uj, strict=True):
+        for (device, phase), energy_uj in zip(self.places.all, self.row_uj, strict=True):
             yield Part(device, phase, energy_uj)
 
     def __eq__(self, other: object) -> bool:
@@ -128,13 +128,9 @@ class Parts:
 
     __hash__ = None  # type: ignore[assignment]
 
-    def as_lists(self) -> str:
-        """JSON: a list of lists of the fields."""
-        return self._places.lists % self._row_uj
-
     def as_objects(self) -> str:
         """JSON: a list of objects."""
-        return self._places.objects % self._row_uj
+        return self.places.objects % self.row_uj
 
 
 class Bill(NamedTuple):
