@@ -415,11 +415,12 @@ class Account:
 
 
 def _as_lines(records: Sequence[SettledRecord]) -> str:
-    """Of JSON, one for each: the record's fields side by side, parts and carbon assumptions below their own names."""
-    lines = []
+    """Of JSON, one for each: the record's fields side by side, named as in the ledger, carbon assumptions below their
+    own name."""
+    lines, as_json, places = [], orjson.dumps, None
     # One for all of them: making another of so many entries takes longer than writing it down.
     line: dict[str, object] = dict.fromkeys(("time_s", *RequestRecord._fields))
-    line["carbon"] = orjson.Fragment(orjson.dumps(records[0].carbon))
+    line["carbon"] = orjson.Fragment(as_json(records[0].carbon))
     for request, bill, line["time_s"], _ in records:
         (
             line["request_id"],
@@ -433,6 +434,10 @@ def _as_lines(records: Sequence[SettledRecord]) -> str:
             line["key"],
         ) = request
         _, line["active_uj"], line["allocated_uj"], line["gco2e"], line["quality"], _, parts = bill
-        line["parts"] = orjson.Fragment(Parts.of(parts).as_objects())
-        lines.append(orjson.dumps(line).decode())
+        row = Parts.of(parts)
+        line["parts_uj"] = row.row_uj
+        if row.places is not places:
+            places = row.places
+            line["places"] = orjson.Fragment(places.names)
+        lines.append(as_json(line).decode())
     return "\n".join(lines)

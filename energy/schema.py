@@ -149,17 +149,20 @@ class Rows:
     def of(self, records: Iterable[SettledRecord]) -> list[Row]:
         """A row for each of ``records``."""
         rows: list[Row] = []
-        carbon, assumptions = None, ""
+        # Looked up once: all of this runs with nothing in the caches.
+        ids, as_json, carbon, assumptions = self._ids, orjson.dumps, None, ""
         for request, bill, time_s, its_carbon in records:
             if its_carbon is not carbon:
                 # Those of one process are one object.
                 carbon, assumptions = its_carbon, json.dumps(asdict(its_carbon))
             request_id, task, model, status, read, written, queue_ms, compute_ms, key = request
             _, active_uj, allocated_uj, gco2e, quality, settled, parts = bill
-            parts = Parts.of(parts)
-            kind_id = self.kind_id(task, model, key, status, quality, settled, parts.places.names, assumptions)
-            own_uj = active_uj, allocated_uj, gco2e, _as_json(parts.row_uj)
-            rows.append((request_id, time_s, kind_id, read, written, queue_ms, compute_ms, *own_uj))
+            row = Parts.of(parts)
+            kind = task, model, key, status, quality, settled, row.places.names, assumptions
+            kind_id = ids.get(kind) or self.kind_id(*kind)
+            parts_uj = as_json(row.row_uj).decode()
+            own = (read, written, queue_ms, compute_ms, active_uj, allocated_uj, gco2e, parts_uj)
+            rows.append((request_id, time_s, kind_id, *own))
         return rows
 
     def kind_id(self, *kind: Any) -> int:

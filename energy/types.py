@@ -95,8 +95,7 @@ class Places:
         """No device's name needs escaping."""
         self.all = tuple(places)
         names = [f'["{device}","{phase}"]' for device, phase in self.all]
-        objects = [f'{{"device":"{device}","phase":"{phase}","energy_uj":%d}}' for device, phase in self.all]
-        self.names, self.objects = f"[{','.join(names)}]", f"[{','.join(objects)}]"
+        self.names = f"[{','.join(names)}]"
 
 
 class Parts:
@@ -127,10 +126,6 @@ class Parts:
         return isinstance(other, Iterable) and tuple(self) == tuple(other)
 
     __hash__ = None  # type: ignore[assignment]
-
-    def as_objects(self) -> str:
-        """JSON: a list of objects."""
-        return self.places.objects % self.row_uj
 
 
 class Bill(NamedTuple):

@@ -471,11 +471,11 @@ class TestRecords:
         assert found.time_s == pytest.approx(closed_s, abs=1e-3)
         assert found.bill.parts == (Part("cpu", Phase.ENCODE, 360_000),)
         (line,) = [json.loads(entry.getMessage()) for entry in caplog.records]
-        told = {*RequestRecord._fields, *Bill._fields} - {"settled"}
-        assert set(line) == told | {"time_s", "carbon"}
+        told = {*RequestRecord._fields, *Bill._fields} - {"settled", "parts"}
+        assert set(line) == told | {"time_s", "places", "parts_uj", "carbon"}
         assert (line["request_id"], line["task"], line["status"]) == ("a", "translate", "ok")
         assert (line["active_uj"], line["quality"]) == (360_000, "apportioned")
-        assert line["parts"] == [{"device": "cpu", "phase": "encode", "energy_uj": 360_000}]
+        assert (line["places"], line["parts_uj"]) == ([["cpu", "encode"]], [360_000])
         assert line["gco2e"] == pytest.approx(360_000 / 3.6e12 * 380.95)
         assert (line["carbon"]["zone"], line["carbon"]["pue"]) == ("DEU", 1.0)
 
