@@ -38,7 +38,7 @@ allocated for each of ``charged``."""
 
 @dataclass(slots=True, eq=False)
 class Sheet:
-    """All charges for one model in one phase: few of them, and of the rest much at once, without a look at each."""
+    """All charges for one model in one phase. There are few of them, so that most is done for all requests at once."""
 
     charged: tuple[Charged, ...]
     """One for each device that energy was burnt on."""
@@ -147,11 +147,12 @@ class Requests:
         self.window_ns = 0
         """What began since then and took less than that may go there."""
         self._sheets: dict[tuple[tuple[Charged, ...], Quality], Sheet] = {}
+        """By what they are for."""
         self._forms: dict[tuple[Sheet, ...], _Form] = {}
         self._settled_uj: dict[tuple[str, _Form], list[int]] = {}
         """What settled requests had been, by task and form."""
         self._machine_ns: dict[str, float] = {}
-        """Likewise."""
+        """By open request."""
 
     def note(self, step: Step, loads_ns: Sequence[int]) -> None:
         """Put a step on the books, with what falls to each entry of its work; where its device has no meter, the bills

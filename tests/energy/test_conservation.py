@@ -64,7 +64,7 @@ class World:
     def close(self, request_id: str) -> None:
         self.open.remove(request_id)
         status = self.random.choice(["ok", "cancelled", "failed"])
-        self.account.close(RequestRecord(request_id, "translate", "tiny", status))
+        self.account.close(RequestRecord(request_id, self.random.choice(["translate", "generate"]), "tiny", status))
 
     def happen(self) -> None:
         match self.random.randint(0, 5):
@@ -110,7 +110,14 @@ class World:
         totals = self.account.totals()
         for total in totals.meters:
             assert (total.open_uj, total.settled_uj) == (0, self.meter.energy_uj[total.device])
+        by_task: Counter[tuple[str, str, str]] = Counter()
+        for row in totals.attributed:
+            by_task[row.task, row.device, row.phase] += row.energy_uj
+        for record in self.book.records.values():
+            by_task.subtract({(record.request.task, device, phase): uj for device, phase, uj in record.bill.parts})
         bills = [record.bill for record in self.book.records.values()]
+        if all(bill.allocated_uj is not None for bill in bills):
+            assert not any(by_task.values())
         assert len(bills) == self.requests
         assert all(bill.settled for bill in bills)
         parts_uj = sum(part.energy_uj for bill in bills for part in bill.parts)
