@@ -421,7 +421,8 @@ def _as_lines(records: Sequence[SettledRecord]) -> str:
     # One for all of them: making another of so many entries takes longer than writing it down.
     line: dict[str, object] = dict.fromkeys(("time_s", *RequestRecord._fields))
     line["carbon"] = orjson.Fragment(as_json(records[0].carbon))
-    for request, bill, line["time_s"], _ in records:
+    for request, bill, time_s, _ in records:
+        line["time_s"] = time_s
         (
             line["request_id"],
             line["task"],
