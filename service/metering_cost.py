@@ -79,6 +79,7 @@ _TEXTS = 64
 _TIMED = 5
 """Of what is done often, one of so many is timed: timing takes as long as some of it."""
 _WORDS = 12
+_MAX_TOKENS = 32
 _TEXT = """A woman in a red coat walks her dog along the old river while two children play near a small wooden house
 and three young men on bicycles look at the snow on the hills"""
 _PURPOSES = {
@@ -395,8 +396,12 @@ def body_of(model: Model, number: int) -> bytes:
     """A request for ``model`` about a dozen words; another for each number."""
     random = Random(number)
     text = " ".join(random.choices(_TEXT.split(), k=_WORDS)) + "."
-    answers = model.manifest.tasks[0] == "answer"
-    body = {"question": "Who walks?", "context": text} if answers else {"input": text, "truncate": True}
+    body: dict[str, object] = {"input": text, "truncate": True}
+    if model.manifest.tasks[0] == "answer":
+        body = {"question": "Who walks?", "context": text}
+    elif model.manifest.tasks[0] == "generate":
+        # Behind a full stop little is written, and by chance always something else.
+        body = {"input": f"{text} He said:", "max_tokens": _MAX_TOKENS, "temperature": 0}
     return json.dumps(body).encode()
 
 
