@@ -51,7 +51,7 @@ from energy.types import Bill, Quality, RequestRecord, Step
 from service import core
 from service.app import create_app
 from service.core import Service
-from service.engine import executor, workers
+from service.engine import executor
 from service.metrics import Metrics
 from service.models import Model, load_model
 from service.server import TURN_S, calm_collector
@@ -230,7 +230,7 @@ class _Rig:
             "pacing": self._switch(service.pace, "begin", self._is_metered, lambda kind: 0),
             "writing": self._switch(core, "RequestRecord", lambda name, *about: name in self._begun, RequestRecord),
             "recording": self._switch(account, "record", self._is_metered),
-            "weighing": self._switch(workers, "weigh", self._is_metered, lambda work, _: range(1, len(work) + 1)),
+            "weighing": self._switch(executor, "weigh", self._is_metered, lambda work, _: range(1, len(work) + 1)),
             "telling": self._switch(executor, "_tell", self._is_metered),
             "closing": self._switch(account, "close", self._ends, self._made_up),
             "foretelling": self._switch(predictor, "begin", self._begins),

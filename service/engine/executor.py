@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
+from energy.attribution import DEFAULTS, weigh
 from energy.types import Step, Work
 from service.engine.types import Answer
 from service.engine.workers import Job, Result, Turn, Worker
@@ -91,6 +92,8 @@ class Executor:
         It goes on with further passes for a while, unless something else ``is_wanted`` of this executor: what there is
         to do between two steps costs the more, the fewer texts they are for.
         """
+        # Weighed while its work is still in the caches, which a forward pass empties.
+        weights = weigh(turn.work, DEFAULTS)
         timer, name, passes, cancellations = _Timer(self._threads), self._names[model], 1, Answer.cancellations
         may_go_on = turn.repeats and not any([worker.busy for key, worker in self.workers.items() if key != model])
         try:
@@ -108,14 +111,15 @@ class Executor:
             if job.started_ns is None:
                 job.started_ns = step.started_ns
             job.compute_ns += duration_ns
-        _tell(turn, step.load_ns)
+        _tell(turn.jobs, weights, step.load_ns)
         return step, ended
 
 
-def _tell(turn: Turn, load_ns: int) -> None:
-    """Tell jobs what has fallen to each of the load of their step."""
-    load_per_weight_ns = load_ns / sum(turn.weights)
-    for job, weight in zip(turn.jobs, turn.weights, strict=True):
+def _tell(jobs: Sequence[Job], weights: Sequence[int], load_ns: int) -> None:
+    """Tell jobs about what falls to each of the load of their step, for a first bill; the last one follows the model's
+    own coefficients."""
+    load_per_weight_ns = load_ns / sum(weights)
+    for job, weight in zip(jobs, weights, strict=True):
         job.load_ns += load_per_weight_ns * weight
 
 

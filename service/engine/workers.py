@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
-from energy.attribution import DEFAULTS, weigh
 from energy.types import Phase, Work
 from models.manifest import Manifest
 from service.engine.batching import PACKED_PADDING_SHARE, PADDING_SHARE, form_batch, padded_width
@@ -70,12 +69,6 @@ class Turn:
     """Called where ``run`` raised: forgets the jobs."""
     repeats: bool = False
     """Whether ``run`` may be called again, for one token more of each job, as long as none of them ends."""
-    weights: Sequence[int] = field(init=False)
-    """About what falls to each of ``jobs`` of the step, for a first bill; the last one follows the model's own
-    coefficients. Weighed while the work is still in the caches, which a forward pass empties."""
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "weights", weigh(self.work, DEFAULTS))
 
     def work_of(self, passes: int) -> tuple[Work, ...]:
         """What so many passes did: each of them looks back on what those before it have written."""
