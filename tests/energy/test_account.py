@@ -468,7 +468,7 @@ class TestRecords:
         found = account.find("a")
         assert found is not None
         assert (found.bill.settled, found.request) == (True, over("a"))
-        assert found.time_s == pytest.approx(closed_s, abs=1e-3)
+        assert found.time_s == pytest.approx(closed_s, abs=1e-6)
         assert found.bill.parts == (Part("cpu", Phase.ENCODE, 360_000),)
         (line,) = [json.loads(entry.getMessage()) for entry in caplog.records]
         told = {*RequestRecord._fields, *Bill._fields} - {"settled", "parts"}

@@ -284,9 +284,9 @@ def test_two_seeds_write_two_texts(models: dict[str, Loaded]) -> None:
     items = [write(1, 9, temperature=1.5, seed=seed, max_tokens=20) for seed in range(5)]
     with engine(models, ["decoder"]) as running:
         assert len(set(texts(running.submit("decoder", items)))) == 5
-        fresh = [write(1, 9, temperature=1.5, max_tokens=20)] * 5
-        # Two of them may happen to be alike.
-        assert len(set(texts(running.submit("decoder", fresh)))) > 1
+        fresh = [write(1, 9, temperature=1.5, max_tokens=20)] * 20
+        # One or two may happen to be like another, as of some nothing is written.
+        assert len(set(texts(running.submit("decoder", fresh)))) >= 18
 
 
 @settings(max_examples=25)
@@ -463,7 +463,7 @@ def test_an_output_says_about_what_fell_to_it_of_the_loads_of_its_steps(models: 
     assert [load.device for load in loads] == ["cpu:0"] * 3
     assert sum(load.load_ns for load in loads) == pytest.approx(sum(step.load_ns for step in steps.worked))
     for item, load in zip(items, loads, strict=True):
-        assert load.load_ns == pytest.approx(exact_ns[item.request_id], rel=0.15)
+        assert load.load_ns == pytest.approx(exact_ns[item.request_id], rel=0.005)
 
 
 def test_a_step_is_recorded_before_its_items_are_answered(models: dict[str, Loaded]) -> None:
