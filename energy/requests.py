@@ -6,7 +6,7 @@ between two readings, or that was running when the last stretches were settled, 
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import compress, repeat
 from operator import add
@@ -16,7 +16,7 @@ from energy.attribution import charge, split
 from energy.settlement import BESIDE, Channel, Claim, Stretch
 from energy.types import Part, Parts, Phase, Places, Quality, RequestRecord, Step, Work
 
-T = TypeVar("T", int, float)
+T = TypeVar("T")
 Rates = tuple[float, float]
 """Active and allocated energy per nanosecond of load, on all metered devices together, in microjoules."""
 _RANK = {quality: rank for rank, quality in enumerate(Quality)}
@@ -46,13 +46,6 @@ class Sheet:
     """Of all devices together."""
     rows: dict[str, Row] = field(default_factory=dict)
     """By request, as long as it is not settled."""
-
-    def enter(self, rows: Mapping[str, Row]) -> None:
-        """Charge requests."""
-        known = self.rows.keys() & rows.keys()
-        again = {name: tuple(map(add, self.rows[name], rows[name])) for name in known}
-        self.rows.update(rows)
-        self.rows.update(again)
 
 
 End = tuple[RequestRecord, int, Mapping[Phase, int]]
@@ -192,7 +185,7 @@ class Requests:
         cpu_ns = sum(loads.values())
         noted.load_ns += cpu_ns
         noted.cpu_ns += cpu_ns
-        _add(noted.loads, loads)
+        _merge(noted.loads, loads, add)
 
     def part(self) -> None:
         """What is noted from now on is charged apart from what was noted before."""
@@ -260,7 +253,8 @@ class Requests:
         """Share the machine's time that steps took."""
         for noted in covered:
             shares_ns = charge(noted.time_ns, noted.loads) if noted.loads else {}
-            _add(self._machine_ns, {name: time_ns / self._executors for name, time_ns in shares_ns.items()})
+            own_ns = {name: time_ns / self._executors for name, time_ns in shares_ns.items()}
+            _merge(self._machine_ns, own_ns, add)
 
     def lose_all(self) -> None:
         """What waits will never have a reading."""
@@ -341,7 +335,7 @@ class Requests:
         """Charge each of ``names`` a row."""
         key = tuple(charged), quality
         sheet = self._sheets.get(key) or self._sheets.setdefault(key, Sheet(*key))
-        sheet.enter(dict(zip(names, rows, strict=True)))
+        _merge(sheet.rows, dict(zip(names, rows, strict=True)), lambda one, other: tuple(map(add, one, other)))
 
     def _find_place(self, device: str) -> Place:
         own, is_executor = device if device.startswith("gpu:") else "cpu", device != BESIDE
@@ -418,9 +412,9 @@ def _added(columns: Sequence[Sequence[int]]) -> Sequence[int]:
     return columns[0] if len(columns) == 1 else list(map(sum, zip(*columns, strict=True)))
 
 
-def _add(totals: dict[str, T], amounts: Mapping[str, T]) -> None:
+def _merge(totals: dict[str, T], amounts: Mapping[str, T], plus: Callable[[T, T], T]) -> None:
     # Nearly all names are new: without a look-up for each in Python, this takes a third of the time.
-    known = {name: totals[name] + amounts[name] for name in totals.keys() & amounts.keys()}
+    known = {name: plus(totals[name], amounts[name]) for name in totals.keys() & amounts.keys()}
     totals.update(amounts)
     totals.update(known)
 
