@@ -17,7 +17,7 @@ from types import MappingProxyType
 
 import orjson
 
-from energy.attribution import DEFAULTS, Coefficients, share_load
+from energy.balances import Cost
 from energy.carbon import Carbon
 from energy.clock import NS_PER_S, Clock
 from energy.host import Neighbours
@@ -25,9 +25,9 @@ from energy.ledger import Ledger
 from energy.meters.base import Meter
 from energy.meters.observe import observe_idle
 from energy.owner import Owner
-from energy.requests import Cost, End, Noted, Requests, weaker, weakest
-from energy.settlement import BESIDE, HORIZON_NS, Channel, Claim, Reason
-from energy.types import Bill, Load, Parts, Phase, Quality, RequestRecord, SettledRecord, Step
+from energy.requests import End, Noted, Requests, weaker, weakest
+from energy.settlement import HORIZON_NS, Channel, Claim, Reason
+from energy.types import BESIDE, Bill, Load, Parts, Phase, Quality, RequestRecord, SettledRecord, Step
 
 _log = logging.getLogger(__name__)
 _requests_log = logging.getLogger("wattle.requests")
@@ -104,15 +104,13 @@ class Account:
         *,
         executors: int = 1,
         idle_uw: Mapping[str, int] | None = None,
-        coefficients: Mapping[str, Coefficients] | None = None,
         owner: Owner | None = None,
         neighbours: Neighbours | None = None,
         clock: Clock | None = None,
         on_settled: Callable[[Sequence[SettledRecord]], None] | None = None,
     ) -> None:
         """Start counting. ``idle_uw`` is the idle power by device in microwatts, for devices of which the meter
-        does not know it; where nobody does, half a second is spent watching. ``coefficients`` are by model, and may
-        come to hold more of them.
+        does not know it; where nobody does, half a second is spent watching.
         ``on_settled`` is told the final bills, on whichever thread settles them."""
         self._meter = meter
         self._carbon = carbon
@@ -120,6 +118,7 @@ class Account:
         self._owner = owner
         self._neighbours = neighbours or Neighbours()
         self._clock = clock or Clock()
+        self._executors = executors
         self._on_settled = on_settled
         known = {**meter.idle_uw, **(idle_uw or {})}
         if any(reading.device not in known for reading in meter.read()):
@@ -139,7 +138,6 @@ class Account:
         """Whether nothing is learnt from reading more often than settling."""
         self.awake = threading.Event()
         """Set when there is something to sample."""
-        self._coefficients = {} if coefficients is None else coefficients
         self._steps: deque[Step] = deque()
         """As executors record them: appending takes no lock."""
         self._closed: deque[End] = deque()
@@ -149,7 +147,7 @@ class Account:
         self._alarmed_ns: int | None = None
         self._lock = threading.Lock()
         """Guards what follows; held for microseconds, and taken after ``_settling``."""
-        self._requests = Requests(self._channels.values(), executors)
+        self._requests = Requests(self._channels.values())
         """Running ones, and those that are over but not settled."""
         self._over: dict[str, End] = {}
         self._kept: set[str] = set()
@@ -283,8 +281,7 @@ class Account:
         self._over.update({end[0].request_id: end for end in closed})
         self._requests.note_beside(closed)
         while self._steps:
-            step = self._steps.popleft()
-            self._requests.note(step, share_load(step, self._coefficients.get(step.model, DEFAULTS)))
+            self._requests.note(self._steps.popleft())
 
     def _read(self, now_ns: int) -> None:
         process_ns = self._clock.process_ns()
@@ -336,20 +333,20 @@ class Account:
         """Move requests that are over to the totals."""
         settled, carbon, began_s = [], self._carbon.assumptions, self._began_s()
         costs = self._requests.settle([record for record, _, _ in final])
-        for record, at_ns, _ in final:
+        for (record, at_ns, _), cost in zip(final, costs, strict=True):
             request_id = record.request_id
             del self._over[request_id]
-            bill = self._bill(request_id, costs[request_id], True)
+            bill = self._bill(request_id, cost, True)
             settled.append(SettledRecord(record, bill, began_s + at_ns / NS_PER_S, carbon))
         self._kept.intersection_update(self._over)
         return settled
 
     def _provisional(self, request_id: str) -> Bill:
-        parts, allocated_uj, active_uj, machine_ns, quality = self._requests.cost(request_id)
+        parts, allocated_uj, active_uj, executors_ns, quality = self._requests.balances.find(request_id)
         active_more_uj, allocated_more_uj, expected = self._requests.expect_waiting(request_id)
         allocated_uj, active_uj = allocated_uj + allocated_more_uj, active_uj + active_more_uj
         quality = weaker(quality or self.quality, expected)
-        return self._bill(request_id, (parts, allocated_uj, active_uj, machine_ns, quality), False)
+        return self._bill(request_id, (parts, allocated_uj, active_uj, executors_ns, quality), False)
 
     def _over_record(self, request_id: str) -> SettledRecord:
         record, at_ns, _ = self._over[request_id]
@@ -362,16 +359,16 @@ class Account:
 
     def _bill(self, request_id: str, cost: Cost, settled: bool) -> Bill:
         """Of what was never charged anything, quality is that of the meters."""
-        parts, allocated_uj, active_uj, machine_ns, quality = cost
+        parts, allocated_uj, active_uj, executors_ns, quality = cost
         quality = quality or self.quality
         if quality is Quality.UNAVAILABLE:
             return Bill(request_id, None, None, None, quality, settled)
-        gco2e = self._carbon.gco2e(allocated_uj, machine_ns)
+        gco2e = self._carbon.gco2e(allocated_uj, executors_ns / self._executors)
         return Bill(request_id, active_uj, allocated_uj, gco2e, quality, settled, parts)
 
     def _attributions(self) -> Iterator[Attributed]:
-        for ((device, phase, model, quality), task), energy_uj in self._requests.attributed().items():
-            yield Attributed(device, model, task, phase, quality, energy_uj)
+        for key, energy_uj in self._requests.attributed().items():
+            yield Attributed(*key, energy_uj)
 
     def _balance(self) -> dict[str, MeterTotal]:
         """Where what each device counted is, by device."""

@@ -139,9 +139,9 @@ def read_calibration(model: str, revision: str, beside: Path, elsewhere: Path) -
 
 
 def _features(step: Step) -> tuple[int, int, int, int]:
-    written = sum(item.tokens for item in step.work if item.phase is Phase.DECODE)
-    read = sum(item.tokens for item in step.work) - written + step.padding_tokens
-    return step.passes, read, written, sum(item.context_tokens for item in step.work)
+    writes = step.work is not None and step.work.phase is Phase.DECODE
+    read, written = (0, step.tokens) if writes else (step.tokens, 0)
+    return step.passes, read + step.padding_tokens, written, step.context_tokens
 
 
 def _load_ns(step: Step) -> int:

@@ -6,90 +6,25 @@ between two readings, or that was running when the last stretches were settled, 
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import compress, repeat
-from operator import add
-from typing import Any, NamedTuple, TypeVar
+from itertools import count
+from typing import NamedTuple
 
-from energy.attribution import charge, split
-from energy.settlement import BESIDE, Channel, Claim, Stretch
-from energy.types import Part, Parts, Phase, Places, Quality, RequestRecord, Step, Work
+import numpy as np
 
-T = TypeVar("T")
+from energy.attribution import share_loads, split
+from energy.balances import Balances, Charged, Cost, Numbers, Rows
+from energy.settlement import Channel, Claim, Stretch
+from energy.types import BESIDE, Phase, Quality, RequestRecord, Step
+
 Rates = tuple[float, float]
 """Active and allocated energy per nanosecond of load, on all metered devices together, in microjoules."""
 _RANK = {quality: rank for rank, quality in enumerate(Quality)}
 
-
-class Charged(NamedTuple):
-    """What a charge is for."""
-
-    device: str
-    phase: Phase
-    model: str
-    quality: Quality
-
-
-Row = tuple[int, ...]
-"""What a request has been charged on a sheet, in microjoules: active energy of all devices together, and then what is
-allocated for each of ``charged``."""
-
-
-@dataclass(slots=True, eq=False)
-class Sheet:
-    """All charges for one model in one phase. There are few of them, so that most is done for all requests at once."""
-
-    charged: tuple[Charged, ...]
-    """One for each device that energy was burnt on."""
-    quality: Quality
-    """Of all devices together."""
-    rows: dict[str, Row] = field(default_factory=dict)
-    """By request, as long as it is not settled."""
-
-
 End = tuple[RequestRecord, int, Mapping[Phase, int]]
 """Of a request: when it was over, by the monotonic clock, and CPU time that it took beside the executors, by phase, of
-which no step was recorded. Plain, as ``Cost`` is: of each there is one for every request."""
-
-Cost = tuple[Iterable[Part], int, int, float, Quality | None]
-"""One request's: parts, their sum, the active energy among that (in microjoules), the time of the whole machine (in
-nanoseconds; an executor is a part of it), and a quality, None as long as nothing has been charged."""
-NOTHING: Cost = ((), 0, 0, 0.0, None)
-
-
-class _Form:
-    """How rows of some sheets make a bill; the rows of each request stand side by side."""
-
-    def __init__(self, sheets: Sequence[Sheet]) -> None:
-        self.charged: list[Charged | None] = []
-        """What each number of such rows is for; None is active energy."""
-        for sheet in sheets:
-            self.charged += [None, *sheet.charged]
-        self._quality = weakest(sheet.quality for sheet in sheets)
-        places = [charged and (charged.device, charged.phase) for charged in self.charged]
-        self._all = Places(sorted(place for place in set(places) if place))
-        self._active = [i for i, place in enumerate(places) if place is None]
-        self._allocated = [[i for i, each in enumerate(places) if each == place] for place in self._all.all]
-        self._some = {(True,) * len(self._all.all): self._all}
-        """By which of them have energy."""
-
-    def costs(self, columns: Sequence[Sequence[int]], machine_ns: Iterable[float]) -> Iterator[Cost]:
-        """Of some requests, whose numbers stand in ``columns``."""
-        active_uj = _added([columns[i] for i in self._active])
-        parts_uj = list(zip(*[_added([columns[i] for i in each]) for each in self._allocated], strict=True))
-        parts_uj = parts_uj or [()] * len(active_uj)
-        parts, allocated_uj = map(self._parts, parts_uj), map(sum, parts_uj)
-        return zip(parts, allocated_uj, active_uj, machine_ns, repeat(self._quality), strict=False)
-
-    def _parts(self, row_uj: Row) -> Parts:
-        """What is nothing is left out."""
-        if 0 not in row_uj:
-            return Parts(self._all, row_uj)
-        has = tuple(map(bool, row_uj))
-        if has not in self._some:
-            self._some[has] = Places(compress(self._all.all, has))
-        return Parts(self._some[has], tuple(filter(None, row_uj)))
+which no step was recorded. Plain, as ``Cost`` is."""
 
 
 @dataclass(slots=True, eq=False)
@@ -118,17 +53,37 @@ class Noted(Stretch):
     phase: Phase | None
     """None of a step without requests."""
     load_ns: int = 0
-    loads: defaultdict[str, int] = field(default_factory=lambda: defaultdict(int))
-    """By request, what falls to it of that."""
+    unread: list[Step] = field(default_factory=list)
+    """Those among the steps of which it is still to be seen what falls to each request."""
+    read_ns: dict[str, int] = field(default_factory=dict)
+    """What falls to each of the loads of the others."""
+
+    @property
+    def loads_ns(self) -> Mapping[str, int]:
+        """What falls to each request of the load, to the nanosecond."""
+        if self.unread:
+            steps, self.unread = self.unread, []
+            places: defaultdict[str, int] = defaultdict(count().__next__)
+            whose = np.array([places[name] for step in steps if step.work for name in step.work.request_ids])
+            sums_ns = np.bincount(whose, share_loads(steps)).astype(np.int64)
+            self.add(dict(zip(places, sums_ns.tolist(), strict=True)))
+        return self.read_ns
+
+    def add(self, loads_ns: Mapping[str, int]) -> None:
+        """So much more falls to these requests."""
+        # Nearly all names are new: without a look-up for each in Python, this takes a third of the time.
+        known = {name: self.read_ns[name] + loads_ns[name] for name in self.read_ns.keys() & loads_ns.keys()}
+        self.read_ns.update(loads_ns)
+        self.read_ns.update(known)
 
 
 class Requests:
     """The open requests; whoever calls holds the account's lock."""
 
-    def __init__(self, channels: Iterable[Channel], executors: int) -> None:
+    def __init__(self, channels: Iterable[Channel]) -> None:
+        self.balances = Balances()
         self.waiting: list[Noted] = []
         """What waits for a reading."""
-        self._executors = executors
         self._channels = {channel.device: channel for channel in channels}
         self._places: dict[str, Place] = {}
         """By device of a step."""
@@ -139,30 +94,23 @@ class Requests:
         self._settled_ns = self._read_ns()
         self.window_ns = 0
         """What began since then and took less than that may go there."""
-        self._sheets: dict[tuple[tuple[Charged, ...], Quality], Sheet] = {}
-        """By what they are for."""
-        self._forms: dict[tuple[Sheet, ...], _Form] = {}
-        self._settled_uj: dict[tuple[str, _Form], list[int]] = {}
-        """What settled requests had been, by task and form."""
-        self._machine_ns: dict[str, float] = {}
-        """By open request."""
+        self._settled_uj: dict[str, Numbers] = {}
+        """What settled requests had been charged, by task: sums of their rows."""
 
-    def note(self, step: Step, loads_ns: Sequence[int]) -> None:
-        """Put a step on the books, with what falls to each entry of its work; where its device has no meter, the bills
-        of its requests are unknown."""
+    def note(self, step: Step) -> None:
+        """Put a step on the books; where its device has no meter, the bills of its requests are unknown."""
         place = self._places.get(step.device) or self._find_place(step.device)
         if not place.channels:
-            self._lose([item.request_id for item in step.work])
+            self._lose(step.work.request_ids if step.work else ())
             return
-        time_ns = step.ended_ns - step.started_ns if place.is_executor else 0
-        for phase, work, work_loads_ns, (load_ns, cpu_ns, own_time_ns) in _by_phase(step, loads_ns, time_ns):
-            noted = self._noted(place, step.model, phase, step.started_ns, step.ended_ns)
-            noted.load_ns += load_ns
-            noted.cpu_ns += cpu_ns
-            noted.time_ns += own_time_ns
-            loads = noted.loads
-            for item, load_ns in zip(work, work_loads_ns, strict=True):
-                loads[item.request_id] += load_ns
+        phase = None if step.work is None else step.work.phase
+        noted = self._noted(place, step.model, phase, step.started_ns, step.ended_ns)
+        noted.load_ns += step.load_ns
+        noted.cpu_ns += step.cpu_ns
+        if place.is_executor:
+            noted.time_ns += step.ended_ns - step.started_ns
+        if step.work is not None:
+            noted.unread.append(step)
 
     def note_beside(self, ends: Sequence[End]) -> None:
         """Put CPU time that requests took beside the executors on the books, as if it had been spent in the end."""
@@ -185,7 +133,7 @@ class Requests:
         cpu_ns = sum(loads.values())
         noted.load_ns += cpu_ns
         noted.cpu_ns += cpu_ns
-        _merge(noted.loads, loads, add)
+        noted.add(loads)
 
     def part(self) -> None:
         """What is noted from now on is charged apart from what was noted before."""
@@ -203,7 +151,7 @@ class Requests:
             elif noted.ended_ns >= horizon_ns:
                 waiting.append(noted)
             else:
-                self._lose(noted.loads)
+                self._lose(noted.loads_ns)
         self.waiting = waiting
         return covered
 
@@ -225,41 +173,45 @@ class Requests:
 
     def waiting_names(self) -> set[str]:
         """The requests that have a share of something that waits for a reading."""
-        return set().union(*[noted.loads for noted in self.waiting])
+        return set().union(*[noted.loads_ns for noted in self.waiting])
 
     def charge(self, claims: Mapping[Noted, Sequence[Claim]]) -> None:
         """Share what steps took among their requests; each has a claim on every channel of its place.
 
         Idle energy is shared as active energy is: a step lasts as long as its work makes it last.
         """
+        due = []
         for noted, own in claims.items():
             if noted.phase is None:
                 continue
-            names, loads_ns = list(noted.loads), list(noted.loads.values())
-            charged, columns, actives_uj = [], [], []
-            for channel, claim in zip(noted.place.channels, own, strict=True):
-                shares_uj = [split(uj, loads_ns, names) for uj in (claim.active_uj, claim.idle_uj) if uj]
-                if shares_uj:
-                    charged.append(Charged(channel.device, noted.phase, noted.model, claim.quality))
-                    columns.append(_added(shares_uj))
-                if claim.active_uj:
-                    actives_uj.append(shares_uj[0])
-            active_uj = _added(actives_uj) if actives_uj else [0] * len(names)
+            shared = self._shared(noted)
             # What costs nothing is known no better than what does.
-            quality = weakest(claim.quality for claim in own)
-            self._enter(charged, quality, names, zip(active_uj, *columns, strict=True))
+            self.balances.know(shared.rows, weakest(claim.quality for claim in own))
+            for channel, claim in zip(noted.place.channels, own, strict=True):
+                for energy_uj, is_active in ((claim.active_uj, True), (claim.idle_uj, False)):
+                    if energy_uj:
+                        charged = Charged(channel.device, noted.phase, noted.model, claim.quality, is_active)
+                        due.append((energy_uj, shared, charged))
+        if due:
+            energies_uj, whose, what = zip(*due, strict=True)
+            self.balances.charge([shared.rows for shared in whose], what, _split(energies_uj, whose))
 
-    def occupy(self, covered: Sequence[Noted]) -> None:
-        """Share the machine's time that steps took."""
-        for noted in covered:
-            shares_ns = charge(noted.time_ns, noted.loads) if noted.loads else {}
-            own_ns = {name: time_ns / self._executors for name, time_ns in shares_ns.items()}
-            _merge(self._machine_ns, own_ns, add)
+    def occupy(self, covered: Iterable[Noted]) -> None:
+        """Share the time on executors that steps took."""
+        due = [(noted.time_ns, self._shared(noted)) for noted in covered if noted.phase is not None]
+        if due:
+            times_ns, whose = zip(*due, strict=True)
+            self.balances.occupy([shared.rows for shared in whose], _split(times_ns, whose))
+
+    def _shared(self, noted: Noted) -> "_Shared":
+        loads_ns = noted.loads_ns
+        names = list(loads_ns)
+        return _Shared(names, self.balances.rows_of(names), np.array(list(loads_ns.values()), np.int64))
 
     def lose_all(self) -> None:
         """What waits will never have a reading."""
         for noted in self.waiting:
-            self._lose(noted.loads)
+            self._lose(noted.loads_ns)
         self.waiting = []
 
     def expect_waiting(self, name: str) -> tuple[int, int, Quality]:
@@ -267,75 +219,47 @@ class Requests:
         quality, unavailable where there is nothing to judge by."""
         active_uj, allocated_uj, quality = 0.0, 0.0, Quality.MEASURED
         for each in self.waiting:
-            if name in each.loads:
+            load_ns = each.loads_ns.get(name)
+            if load_ns is not None:
                 if each.place.rates is None:
                     return 0, 0, Quality.UNAVAILABLE
                 active, allocated = each.place.rates
-                active_uj += each.loads[name] * active
-                allocated_uj += each.loads[name] * allocated
+                active_uj += load_ns * active
+                allocated_uj += load_ns * allocated
                 quality = weaker(quality, each.place.inferred)
         return round(active_uj), round(allocated_uj), quality
 
-    def cost(self, name: str) -> Cost:
-        """What a request has been charged so far."""
-        rows = {sheet: sheet.rows[name] for sheet in self._sheets.values() if name in sheet.rows}
-        if not rows:
-            return NOTHING
-        columns = [(number,) for row in rows.values() for number in row]
-        return next(self._form(tuple(rows)).costs(columns, [self._machine_ns.get(name, 0.0)]))
+    def settle(self, records: Sequence[RequestRecord]) -> list[Cost]:
+        """What each of these requests has been charged; they are no longer open, and that counts for their tasks."""
+        numbers = self.balances.take([record.request_id for record in records])
+        alike: defaultdict[str, list[int]] = defaultdict(list)
+        for place, record in enumerate(records):
+            alike[record.task].append(place)
+        costs: dict[int, Cost] = {}
+        for task, places in alike.items():
+            own = numbers[places]
+            sums_uj, before_uj = own.sum(0), self._settled_uj.get(task)
+            if before_uj is not None:
+                # Since then there may be more columns.
+                sums_uj[: len(before_uj)] += before_uj
+            self._settled_uj[task] = sums_uj
+            costs.update(zip(places, self.balances.costs(own), strict=True))
+        return [costs[place] for place in range(len(records))]
 
-    def settle(self, records: Sequence[RequestRecord]) -> dict[str, Cost]:
-        """What these requests have been charged, by name; they are no longer open, and that counts for their tasks."""
-        names, tasks = [record.request_id for record in records], [record.task for record in records]
-        every_row = {
-            sheet: list(map(sheet.rows.pop, names, repeat(None))) for sheet in self._sheets.values() if sheet.rows
-        }
-        costs = dict.fromkeys(names, NOTHING)
-        for places in _alike(tasks, every_row.values()):
-            own = [names[place] for place in places]
-            columns: list[Sequence[int]] = []
-            sheets = []
-            for sheet, rows in every_row.items():
-                if rows[places[0]] is not None:
-                    sheets.append(sheet)
-                    columns += zip(*[rows[place] for place in places], strict=True)
-            if sheets:
-                form = self._form(tuple(sheets))
-                key = tasks[places[0]], form
-                before_uj = self._settled_uj.get(key, [0] * len(columns))
-                self._settled_uj[key] = list(map(add, before_uj, map(sum, columns)))
-                machine_ns = map(self._machine_ns.pop, own, repeat(0.0))
-                costs.update(zip(own, form.costs(columns, machine_ns), strict=True))
-        return costs
-
-    def attributed(self) -> Counter[tuple[Charged, str]]:
-        """What settled requests were charged for what, by task."""
-        total: Counter[tuple[Charged, str]] = Counter()
-        for (task, form), sums_uj in self._settled_uj.items():
-            for charged, energy_uj in zip(form.charged, sums_uj, strict=True):
-                if charged is not None:
-                    total[charged, task] += energy_uj
+    def attributed(self) -> Counter[tuple[str, str, str, Phase, Quality]]:
+        """What settled requests were charged, by device, model, task, phase and quality."""
+        total: Counter[tuple[str, str, str, Phase, Quality]] = Counter()
+        for task, sums_uj in self._settled_uj.items():
+            for (device, phase, model, quality, _), energy_uj in self.balances.by_charged(sums_uj):
+                total[device, model, task, phase, quality] += energy_uj
         return total
 
     def open_uj(self) -> Counter[str]:
         """What has been charged and is not settled, by device."""
         total: Counter[str] = Counter()
-        for sheet in self._sheets.values():
-            columns = list(zip(*sheet.rows.values(), strict=True))
-            for charged, energies_uj in zip(sheet.charged, columns[1:], strict=False):
-                total[charged.device] += sum(energies_uj)
+        for charged, energy_uj in self.balances.sums():
+            total[charged.device] += energy_uj
         return total
-
-    def _form(self, sheets: tuple[Sheet, ...]) -> _Form:
-        if sheets not in self._forms:
-            self._forms[sheets] = _Form(sheets)
-        return self._forms[sheets]
-
-    def _enter(self, charged: Iterable[Charged], quality: Quality, names: Iterable[str], rows: Iterable[Row]) -> None:
-        """Charge each of ``names`` a row."""
-        key = tuple(charged), quality
-        sheet = self._sheets.get(key) or self._sheets.setdefault(key, Sheet(*key))
-        _merge(sheet.rows, dict(zip(names, rows, strict=True)), lambda one, other: tuple(map(add, one, other)))
 
     def _find_place(self, device: str) -> Place:
         own, is_executor = device if device.startswith("gpu:") else "cpu", device != BESIDE
@@ -374,49 +298,21 @@ class Requests:
 
     def _lose(self, names: Collection[str]) -> None:
         """Some energy of these requests will never be known."""
-        self._enter((), Quality.UNAVAILABLE, names, repeat((0,), len(names)))
+        self.balances.know(self.balances.rows_of(names), Quality.UNAVAILABLE)
 
 
-_Portion = tuple[Phase | None, Sequence[Work], Sequence[int], Sequence[int]]
-"""A phase, the work in it, the loads of that, and what falls to it of the step's load, CPU time and time."""
+class _Shared(NamedTuple):
+    """Who shares what some steps took."""
+
+    names: Sequence[str]
+    rows: Rows
+    """In the balances."""
+    loads_ns: Numbers
 
 
-def _by_phase(step: Step, loads_ns: Sequence[int], time_ns: int) -> list[_Portion]:
-    """What a step did in each phase; nearly always there is one."""
-    work, wholes = step.work, (step.load_ns, step.cpu_ns, time_ns)
-    phase = work[0].phase if work else None
-    if all([item.phase is phase for item in work]):
-        return [(phase, work, loads_ns, wholes)]
-    portions = []
-    for phase in sorted({item.phase for item in work}):
-        pairs = [(item, load_ns) for item, load_ns in zip(work, loads_ns, strict=True) if item.phase is phase]
-        portions.append((phase, [item for item, _ in pairs], [load_ns for _, load_ns in pairs]))
-    phases, sums = [phase for phase, _, _ in portions], [sum(mine) for _, _, mine in portions]
-    parts = zip(*[split(whole, sums, phases) for whole in wholes], strict=True)
-    return [(*portion, part) for portion, part in zip(portions, parts, strict=True)]
-
-
-def _alike(tasks: Sequence[str], every_row: Collection[Sequence[Row | None]]) -> Iterable[Sequence[int]]:
-    """Places with the same task, and with a row in the same lists."""
-    if len(set(tasks)) == 1 and not any([None in rows for rows in every_row]):
-        # Nearly always.
-        return [range(len(tasks))]
-    alike: defaultdict[tuple[Any, ...], list[int]] = defaultdict(list)
-    for place, kind in enumerate(zip(tasks, *[[row is None for row in rows] for rows in every_row], strict=True)):
-        alike[kind].append(place)
-    return alike.values()
-
-
-def _added(columns: Sequence[Sequence[int]]) -> Sequence[int]:
-    """The sums of numbers side by side."""
-    return columns[0] if len(columns) == 1 else list(map(sum, zip(*columns, strict=True)))
-
-
-def _merge(totals: dict[str, T], amounts: Mapping[str, T], plus: Callable[[T, T], T]) -> None:
-    # Nearly all names are new: without a look-up for each in Python, this takes a third of the time.
-    known = {name: plus(totals[name], amounts[name]) for name in totals.keys() & amounts.keys()}
-    totals.update(amounts)
-    totals.update(known)
+def _split(totals: Sequence[int], whose: Sequence[_Shared]) -> Numbers:
+    """What of each of ``totals`` falls to each of those who share it."""
+    return split(totals, [shared.loads_ns for shared in whose], [shared.names for shared in whose])
 
 
 def weakest(qualities: Iterable[Quality]) -> Quality:

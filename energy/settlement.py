@@ -26,8 +26,6 @@ from energy.clock import NS_PER_S
 from energy.meters.base import Reading
 from energy.types import Quality
 
-BESIDE = "cpu"
-"""The device of work beside the executors."""
 HORIZON_NS = 10 * NS_PER_S
 """How long a window waits for steps that began in it: longer than any step."""
 IDLE_WINDOW_NS = NS_PER_S // 2
@@ -144,7 +142,10 @@ class Channel:
 
     @property
     def window_ns(self) -> int:
-        """How long the latest window lasted."""
+        """How long a step must last for readings to tell what it took: as long as the latest window. No reading of an
+        estimate does."""
+        if self.is_continuous:
+            return HORIZON_NS
         return self._windows[-1].length_ns if self._windows else 0
 
     @property

@@ -3,7 +3,7 @@
 A *reading* comes from a *meter*; a *step* carries work per request; a *bill* is what one request is charged.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
@@ -35,21 +35,34 @@ class Phase(StrEnum):
     """Token ids, or scores, to the answer."""
 
 
-class Work(NamedTuple):
-    """One request's part in one step, in real tokens (padding is no request's work)."""
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a forward pass does for its requests, side by side, in real tokens (padding is no request's work).
 
-    request_id: str
+    Rows of names and numbers: an object for each of them would have left the caches when it is looked at again.
+    """
+
     phase: Phase
-    tokens: int
-    """Tokens computed in this step."""
-    context_tokens: int = 0
-    """Tokens of the request that were already in its key/value buffers; of several passes, the sum."""
+    request_ids: Sequence[str]
+    tokens: Sequence[int]
+    """Of each, computed in the pass."""
+    context_tokens: Sequence[int] = ()
+    """Of each, already in its key/value buffers; empty where nobody has such."""
+
+
+Weights = tuple[Sequence[float], float]
+"""How requests share what a step takes (``attribution.weigh``): the weight of each in the first pass, and how much
+heavier each is in any pass than in the one before. Plain, for it is made at every step: anything else takes longer
+than to reckon it."""
+NOBODY: Weights = (), 0
+"""Of a step for no request."""
+ALONE: Weights = (1,), 0
+"""Of one for a single request."""
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A forward pass of one model on one device, or several in succession over the same texts, with the work for each
-    request."""
+    """A forward pass of one model on one device, or several in succession over the same texts."""
 
     device: str
     """``cpu:<group>`` or ``gpu:<index>``: an executor's; ``cpu`` is work beside the executors."""
@@ -59,16 +72,44 @@ class Step:
     ended_ns: int
     cpu_ns: int
     """CPU time that the process spent during the step, over all threads of the device."""
-    work: tuple[Work, ...]
+    load_ns: int
+    """See ``load_of``."""
+    work: Work | None
+    """Of the first pass; None where it was for no request. Each further one computes as many tokens, of which all
+    requests then have equally many, and looks back on what those before it have computed."""
+    weights: Weights
     padding_tokens: int = 0
+    """Of a pass."""
     passes: int = 1
-    """How many forward passes it was; the work is that of all together."""
 
     @property
-    def load_ns(self) -> int:
-        """What its energy is shared by: on a processor CPU time, on a GPU time."""
-        duration_ns = self.ended_ns - self.started_ns
-        return duration_ns if self.device.startswith("gpu:") else self.cpu_ns or duration_ns
+    def tokens(self) -> int:
+        """That all passes computed for all requests."""
+        return self.passes * sum(self.work.tokens) if self.work else 0
+
+    @property
+    def context_tokens(self) -> int:
+        """That all passes found in the buffers of all requests."""
+        if self.work is None:
+            return 0
+        looked_back = self.passes * (self.passes - 1) // 2
+        return self.passes * sum(self.work.context_tokens) + looked_back * sum(self.work.tokens)
+
+
+BESIDE = "cpu"
+"""The device of work beside the executors."""
+
+
+def step_beside(model: str, request_id: str, phase: Phase, started_ns: int, ended_ns: int, cpu_ns: int) -> Step:
+    """Work for one request beside the executors."""
+    ended_ns = max(ended_ns, started_ns + 1)
+    load_ns = load_of(BESIDE, ended_ns - started_ns, cpu_ns)
+    return Step(BESIDE, model, started_ns, ended_ns, cpu_ns, load_ns, Work(phase, [request_id], [0]), ALONE)
+
+
+def load_of(device: str, duration_ns: int, cpu_ns: int) -> int:
+    """What the energy of a step is shared by: on a processor CPU time, on a GPU time."""
+    return duration_ns if device.startswith("gpu:") else cpu_ns or duration_ns
 
 
 class Load(NamedTuple):
@@ -103,7 +144,7 @@ class Parts:
 
     __slots__ = ("places", "row_uj")
 
-    def __init__(self, places: Places, row_uj: tuple[int, ...]) -> None:
+    def __init__(self, places: Places, row_uj: Sequence[int]) -> None:
         """``row_uj`` has the energy at each of ``places``."""
         self.places, self.row_uj = places, row_uj
 

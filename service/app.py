@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
@@ -169,7 +169,7 @@ def build_service(settings: Settings) -> Iterator[Service]:
     ledger = Ledger(settings.ledger, settings.ledger_max_days, settings.ledger_max_mb)
     books = Books(metrics, settings.daily_budget_j, coefficients)
     books.restore(ledger)
-    account = open_account(settings, coefficients, ledger, books.settled)
+    account = open_account(settings, ledger, books.settled)
 
     def record(step: Step) -> None:
         account.record(step)
@@ -177,7 +177,7 @@ def build_service(settings: Settings) -> Iterator[Service]:
 
     try:
         with Sampler(account, settings.sample_interval_ms / 1000):
-            engine = Engine({}, record, engine_settings(settings))
+            engine = Engine({}, record, engine_settings(settings), coefficients)
             embedder = find_embedder(models)
             repository = Repository(
                 models,
@@ -266,7 +266,6 @@ def meter_settings(settings: Settings, gpu_numbers: tuple[int, ...] | None) -> M
 
 def open_account(
     settings: Settings,
-    coefficients: Mapping[str, Coefficients],
     ledger: Ledger,
     on_settled: Callable[[Sequence[SettledRecord]], None] | None = None,
 ) -> Account:
@@ -287,7 +286,6 @@ def open_account(
         carbon,
         ledger,
         executors=settings.executors + len(devices),
-        coefficients=coefficients,
         owner=Owner(settings.state),
         on_settled=on_settled,
     )

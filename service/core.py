@@ -14,8 +14,7 @@ from pydantic import BaseModel
 from energy.account import Account
 from energy.ledger import Ledger
 from energy.prediction import Followed, Forecast
-from energy.settlement import BESIDE
-from energy.types import Bill, Load, Phase, Quality, RequestRecord, Step, Work
+from energy.types import Bill, Load, Phase, Quality, RequestRecord, step_beside
 from service.books import Books
 from service.budgets import keep_within, to_learn, to_predict
 from service.caller import Count, caller
@@ -349,9 +348,9 @@ class Service:
         try:
             return work()
         finally:
-            cpu_ns = time.thread_time_ns() - cpu_ns
-            done = (Work(receipt.request_id, phase, 0),)
-            self.account.record(Step(BESIDE, receipt.worker, started_ns, time.monotonic_ns(), cpu_ns, done))
+            cpu_ns, ended_ns = time.thread_time_ns() - cpu_ns, time.monotonic_ns()
+            step = step_beside(receipt.worker, receipt.request_id, phase, started_ns, ended_ns, cpu_ns)
+            self.account.record(step)
 
     async def _compute(
         self, model: Model, items: Sequence[Item], at_once: int, told: "_Told | None" = None

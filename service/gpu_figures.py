@@ -102,7 +102,7 @@ def integrated_j(read_mw: Callable[[], int], seconds: float, now_ns: Callable[[]
 
 def load(model: Model, settings: Settings, seconds: float) -> tuple[int, Totals]:
     """Ask for as much as a service with many clients, and bill it: how many requests, and where the energy went."""
-    account: Account = open_account(settings, {}, Ledger(settings.ledger))
+    account: Account = open_account(settings, Ledger(settings.ledger))
     with Sampler(account, settings.sample_interval_ms / 1000):
         engine = Engine({model.name: model}, account.record, engine_settings(settings))
         try:

@@ -47,7 +47,7 @@ import uvloop
 from fastapi import FastAPI
 
 from energy.host import Moment
-from energy.types import Bill, Quality, RequestRecord, Step
+from energy.types import NOBODY, Bill, Quality, RequestRecord, Step
 from service import core
 from service.app import create_app
 from service.core import Service
@@ -229,9 +229,9 @@ class _Rig:
             "waking": self._switch(account, "wake", self._is_metered),
             "pacing": self._switch(service.pace, "begin", self._is_metered, lambda kind: 0),
             "writing": self._switch(core, "RequestRecord", lambda name, *about: name in self._begun, RequestRecord),
-            "recording": self._switch(account, "record", self._is_metered),
-            "weighing": self._switch(executor, "weigh", self._is_metered, lambda work, _: range(1, len(work) + 1)),
-            "telling": self._switch(executor, "_tell", self._is_metered),
+            "recording": self._switch(account, "record", self._is_weighed),
+            "weighing": self._switch(executor, "weigh", self._is_metered, lambda *about: NOBODY),
+            "telling": self._switch(executor, "_tell", lambda jobs, step: self._is_weighed(step)),
             "closing": self._switch(account, "close", self._ends, self._made_up),
             "foretelling": self._switch(predictor, "begin", self._begins),
             "reading": self._switch(account, "_read", lambda now_ns: True, every=1),
@@ -277,6 +277,10 @@ class _Rig:
     def _is_metered(self, *about: object) -> bool:
         return self._kind in (Kind.METERED, Kind.TIMED)
 
+    def _is_weighed(self, step: Step) -> bool:
+        """Whether a step is metered: only where it was from its beginning."""
+        return self._is_metered() and (step.work is None or step.weights is not NOBODY)
+
     def _begins(self, request_id: str, *about: object) -> bool:
         """Whether a request is metered: to its end, whatever comes meanwhile."""
         if self._is_metered():
@@ -298,7 +302,7 @@ class _Rig:
         counted = metrics.step
 
         def kept(step: Step) -> None:
-            if step.work:
+            if step.work is not None:
                 self._slice.steps[step.device].append((step, time.thread_time_ns()))
             counted(step)
 
@@ -465,8 +469,9 @@ def _cost(
 def _usual_ns(steps: Sequence[Step]) -> dict[int, float]:
     """By the identity of each of ``steps``, CPU time that steps of its shape take: a line through all of its phase."""
     usual_ns: dict[int, float] = {}
-    for phase in {step.work[0].phase for step in steps}:
-        alike = [step for step in steps if step.work[0].phase is phase]
+    phases = {id(step): step.work and step.work.phase for step in steps}
+    for phase in set(phases.values()):
+        alike = [step for step in steps if phases[id(step)] is phase]
         shapes = np.array([_shape(step) for step in alike], float)
         line = np.linalg.lstsq(shapes, np.array([step.cpu_ns for step in alike], float), rcond=None)[0]
         usual_ns |= {id(step): float(ns) for step, ns in zip(alike, shapes @ line, strict=True)}
@@ -474,8 +479,8 @@ def _usual_ns(steps: Sequence[Step]) -> dict[int, float]:
 
 
 def _shape(step: Step) -> tuple[int, int, int, int]:
-    tokens = sum(item.tokens for item in step.work) + step.padding_tokens
-    return step.passes, step.passes * len(step.work), tokens, sum(item.context_tokens for item in step.work)
+    rows = len(step.work.request_ids) if step.work else 0
+    return step.passes, step.passes * rows, step.tokens + step.padding_tokens, step.context_tokens
 
 
 def _usual(values: Sequence[int]) -> float:

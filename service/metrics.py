@@ -150,7 +150,7 @@ class Metrics:
 
     def step(self, step: Step) -> None:
         """Count a step of the engine; one without work is a warm-up."""
-        if not step.work:
+        if step.work is None:
             return
         self._steps.append(step)
         if len(self._steps) >= _TOGETHER:
@@ -170,9 +170,9 @@ class Metrics:
             self._count_request(*over)
 
     def _count_step(self, step: Step) -> None:
-        tokens = (step.padding_tokens + sum(work.tokens for work in step.work)) // step.passes
-        self._batch_size(step.model).observe(len(step.work))
-        self._batch_tokens(step.model).observe(tokens)
+        assert step.work is not None
+        self._batch_size(step.model).observe(len(step.work.request_ids))
+        self._batch_tokens(step.model).observe(sum(step.work.tokens) + step.padding_tokens)
 
     def _count_request(self, charge: "Charge", status: str, elapsed_s: float) -> None:
         labels = (charge.task, charge.worker)

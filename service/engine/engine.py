@@ -8,8 +8,8 @@ from concurrent.futures import Future
 from functools import partial
 from typing import Any, Literal, Protocol
 
-from energy.settlement import BESIDE
-from energy.types import Load, Step
+from energy.attribution import UNCALIBRATED, Coefficients
+from energy.types import BESIDE, NOBODY, Load, Step
 from models.manifest import Manifest
 from service.engine.backlog import Backlog
 from service.engine.batching import fair_share
@@ -109,15 +109,22 @@ def engine_settings(settings: ServiceSettings) -> EngineSettings:
 class Engine:
     """Runs the models that it is given; its methods may be called from any thread."""
 
-    def __init__(self, models: Mapping[str, LoadedModel], recorder: Recorder, settings: EngineSettings) -> None:
+    def __init__(
+        self,
+        models: Mapping[str, LoadedModel],
+        recorder: Recorder,
+        settings: EngineSettings,
+        coefficients: Mapping[str, Coefficients] = UNCALIBRATED,
+    ) -> None:
         """Load the graphs and start the executors; returns when every model has run once.
 
         ``recorder`` is called on the executor's thread after each step, before the items that ended in it are
-        answered. Raises ``ArtefactError`` for a model that the engine does not run.
+        answered. ``coefficients``, by which items share a step, are by model, and may come to hold more of them.
+        Raises ``ArtefactError`` for a model that the engine does not run.
         """
         self._recorder, self._settings = recorder, settings
         self._reuse = Reuse(settings.reuse_bytes)
-        self._executors = open_executors(settings)
+        self._executors = open_executors(settings, coefficients)
         self._changed = threading.Condition()
         """Guards what follows; notified when work comes, when none is left, and at the end."""
         self._manifests: dict[str, Manifest] = {}
@@ -152,7 +159,8 @@ class Engine:
         opened = open_workers(models, self._settings)
         cpu_ns = opened.cpu_ns // max(1, len(models))
         for model in models.values():
-            self._record(Step(BESIDE, model.manifest.name, started_ns, time.monotonic_ns(), cpu_ns, ()))
+            name, ended_ns = model.manifest.name, time.monotonic_ns()
+            self._record(Step(BESIDE, name, started_ns, ended_ns, cpu_ns, cpu_ns, None, NOBODY))
         try:
             for key, model in models.items():
                 rows = rows_that_fit(model, self._settings)

@@ -6,12 +6,12 @@ import select
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
-from energy.attribution import DEFAULTS, weigh
-from energy.types import Step, Work
+from energy.attribution import DEFAULTS, UNCALIBRATED, Coefficients, weigh
+from energy.types import NOBODY, Step, Weights, Work, load_of
 from service.engine.types import Answer
 from service.engine.workers import Job, Result, Turn, Worker
 
@@ -41,7 +41,9 @@ class Errand:
 class Executor:
     """Everything but ``running`` and ``errands`` is used by one thread, the device's own."""
 
-    def __init__(self, device: str, cores: Sequence[int], threads: int) -> None:
+    def __init__(
+        self, device: str, cores: Sequence[int], threads: int, coefficients: Mapping[str, Coefficients] = UNCALIBRATED
+    ) -> None:
         self.device = device
         self.workers: dict[str, Worker] = {}
         """By the key under which a model is loaded."""
@@ -51,7 +53,7 @@ class Executor:
         """What the device's thread is to do between two steps; guarded by the engine's lock."""
         self._names: dict[str, str] = {}
         """What the models are called."""
-        self._cores, self._threads = cores, threads
+        self._cores, self._threads, self._coefficients = cores, threads, coefficients
         self.order: list[str] = []
         """The models, the one that has waited longest for a step first."""
 
@@ -75,7 +77,7 @@ class Executor:
         worker.warm_up()
         self.workers[model], self._names[model] = worker, name
         self.order.append(model)
-        return timer.step(self.device, name, (), 0)
+        return timer.step(self.device, name, None, NOBODY, 0)
 
     def drop(self, model: str) -> Sequence[Job]:
         """Forget ``model``, if it is here; returns the jobs that it had not finished."""
@@ -92,9 +94,10 @@ class Executor:
         It goes on with further passes for a while, unless something else ``is_wanted`` of this executor: what there is
         to do between two steps costs the more, the fewer texts they are for.
         """
+        name = self._names[model]
         # Weighed while its work is still in the caches, which a forward pass empties.
-        weights = weigh(turn.work, DEFAULTS)
-        timer, name, passes, cancellations = _Timer(self._threads), self._names[model], 1, Answer.cancellations
+        weights = weigh(turn.work, self._coefficients.get(name, DEFAULTS))
+        timer, passes, cancellations = _Timer(self._threads), 1, Answer.cancellations
         may_go_on = turn.repeats and not any([worker.busy for key, worker in self.workers.items() if key != model])
         try:
             ended = turn.run()
@@ -105,22 +108,23 @@ class Executor:
             _log.exception("a step of %s failed", name)
             turn.abandon()
             ended = [(job, error) for job in turn.jobs]
-        step = timer.step(self.device, name, turn.work_of(passes), turn.padding_tokens, passes)
+        step = timer.step(self.device, name, turn.work, weights, turn.padding_tokens, passes)
         duration_ns = step.ended_ns - step.started_ns
         for job in turn.jobs:
             if job.started_ns is None:
                 job.started_ns = step.started_ns
             job.compute_ns += duration_ns
-        _tell(turn.jobs, weights, step.load_ns)
+        _tell(turn.jobs, step)
         return step, ended
 
 
-def _tell(jobs: Sequence[Job], weights: Sequence[int], load_ns: int) -> None:
-    """Tell jobs about what falls to each of the load of their step, for a first bill; the last one follows the model's
-    own coefficients."""
-    load_per_weight_ns = load_ns / sum(weights)
+def _tell(jobs: Sequence[Job], step: Step) -> None:
+    """Tell jobs about what falls to each of the load of their step, for a first bill; that they grow heavier from pass
+    to pass is left to the last one."""
+    weights, _ = step.weights
+    ns_per_weight = step.load_ns / sum(weights)
     for job, weight in zip(jobs, weights, strict=True):
-        job.load_ns += load_per_weight_ns * weight
+        job.load_ns += ns_per_weight * weight
 
 
 class _Timer:
@@ -139,12 +143,22 @@ class _Timer:
         """Whether the step has lasted long enough."""
         return time.monotonic_ns() - self._started_ns > _LONG_NS
 
-    def step(self, device: str, model: str, work: tuple[Work, ...], padding_tokens: int, passes: int = 1) -> Step:
+    def step(
+        self,
+        device: str,
+        model: str,
+        work: Work | None,
+        weights: Weights,
+        padding_tokens: int,
+        passes: int = 1,
+    ) -> Step:
         """What has run since then."""
         ended_ns = time.monotonic_ns()
         # The system takes the core from who has computed for long, and does so at the end of a call to it, such as the
         # clock below: by then the interpreter must be free, or all others wait as well. Waiting for nothing lets go of
         # it; so does sleeping for no time, but that takes 60 microseconds.
         select.select((), (), (), 0)
-        cpu_ns = min(self._cpu_clock() - self._cpu_ns, self._threads * (ended_ns - self._started_ns))
-        return Step(device, model, self._started_ns, ended_ns, cpu_ns, work, padding_tokens, passes)
+        duration_ns = ended_ns - self._started_ns
+        cpu_ns = min(self._cpu_clock() - self._cpu_ns, self._threads * duration_ns)
+        load_ns = load_of(device, duration_ns, cpu_ns)
+        return Step(device, model, self._started_ns, ended_ns, cpu_ns, load_ns, work, weights, padding_tokens, passes)

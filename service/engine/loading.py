@@ -11,6 +11,7 @@ from typing import Protocol
 
 import onnxruntime as ort
 
+from energy.attribution import Coefficients
 from models.config import TransformerConfig
 from models.manifest import ArtefactError, Manifest
 from service.engine.devices import CPU, Device, gpus
@@ -50,12 +51,14 @@ class Opened:
     """Where the weights lie: the addresses of the large pages that they would fill."""
 
 
-def open_executors(settings: EngineSettings) -> list[Executor]:
+def open_executors(settings: EngineSettings, coefficients: Mapping[str, Coefficients]) -> list[Executor]:
     """Executors without models: on the processor, each with cores of its own where there are enough, and one for each
     GPU. Raises ``DeviceUnavailable``."""
     groups = core_groups(_cores(), settings.executors, settings.threads)
-    executors = [Executor(f"cpu:{number}", cores, settings.threads) for number, cores in enumerate(groups)]
-    return [*executors, *(Executor(device.name, _cores(), 1) for device in gpus(settings))]
+    executors = [
+        Executor(f"cpu:{number}", cores, settings.threads, coefficients) for number, cores in enumerate(groups)
+    ]
+    return [*executors, *(Executor(device.name, _cores(), 1, coefficients) for device in gpus(settings))]
 
 
 def executors_of(manifest: Manifest, settings: EngineSettings) -> int:

@@ -60,8 +60,8 @@ class Turn:
     """One step that is ready to run."""
 
     jobs: tuple[Job, ...]
-    work: tuple[Work, ...]
-    """Of each of ``jobs`` in one forward pass."""
+    work: Work
+    """Of ``jobs`` in one forward pass."""
     padding_tokens: int
     run: Callable[[], Sequence[tuple[Job, Result]]]
     """A forward pass and what follows from it; returns the jobs that have ended."""
@@ -69,16 +69,6 @@ class Turn:
     """Called where ``run`` raised: forgets the jobs."""
     repeats: bool = False
     """Whether ``run`` may be called again, for one token more of each job, as long as none of them ends."""
-
-    def work_of(self, passes: int) -> tuple[Work, ...]:
-        """What so many passes did: each of them looks back on what those before it have written."""
-        if passes == 1:
-            return self.work
-        earlier = passes * (passes - 1) // 2
-        return tuple(
-            Work(name, phase, passes * tokens, passes * context + earlier * tokens)
-            for name, phase, tokens, context in self.work
-        )
 
 
 class Worker(Protocol):
@@ -139,8 +129,8 @@ class EncodeWorker:
         if not jobs:
             self._forget()
             return None
-        work = tuple(Work(job.item.request_id, Phase.ENCODE, job.tokens) for job in jobs)
-        return Turn(jobs, work, _padding(jobs), lambda: self._encode(jobs), self._forget)
+        work = _reading(Phase.ENCODE, jobs)
+        return Turn(jobs, work, _padding(work), lambda: self._encode(jobs), self._forget)
 
     def warm_up(self) -> None:
         """See ``Worker``."""
@@ -273,21 +263,19 @@ class WriteWorker:
             phase, run = Phase.PREFILL, self._read_prompts
         else:
             phase, run = Phase.ENCODE, self._read_sources
-        work = tuple(Work(job.item.request_id, phase, job.tokens) for job in jobs)
-        return Turn(jobs, work, _padding(jobs), lambda: run(jobs), lambda: self._drop(jobs))
+        work = _reading(phase, jobs)
+        return Turn(jobs, work, _padding(work), lambda: run(jobs), lambda: self._drop(jobs))
 
     def _reading_on(self, reader: _Reader) -> Turn:
         job = reader.job
         piece = job.item.input_ids[reader.read : reader.read + self._limits.piece_tokens]
-        work = Work(job.item.request_id, Phase.PREFILL, len(piece), reader.read)
-        return Turn((job,), (work,), 0, lambda: self._read_on(reader, piece), lambda: self._drop((job,)))
+        work = Work(Phase.PREFILL, [job.item.request_id], [len(piece)], [reader.read])
+        return Turn((job,), work, 0, lambda: self._read_on(reader, piece), lambda: self._drop((job,)))
 
     def _writing(self, lane: Lane[Job], is_alone: bool) -> Turn:
         jobs, decoder = tuple(lane.keys), lane.decoder
-        work = tuple(
-            Work(job.item.request_id, Phase.DECODE, decoder.beams, context)
-            for job, context in zip(jobs, decoder.contexts(len(jobs)), strict=True)
-        )
+        names = [job.item.request_id for job in jobs]
+        work = Work(Phase.DECODE, names, [decoder.beams] * len(jobs), decoder.contexts(len(jobs)))
         # Who looks at a text's tokens may want to know what those before have cost, which the end of a step tells.
         repeats = is_alone and not any([job.is_watched for job in jobs])
         return Turn(jobs, work, 0, lane.write, lambda: self._drop(jobs), repeats)
@@ -373,6 +361,10 @@ class Limits:
     """Of the beginnings of prompts that are kept for prompts to come."""
 
 
-def _padding(jobs: Sequence[Job]) -> int:
-    lengths = [job.tokens for job in jobs]
+def _reading(phase: Phase, jobs: Sequence[Job]) -> Work:
+    return Work(phase, [job.item.request_id for job in jobs], [job.tokens for job in jobs])
+
+
+def _padding(work: Work) -> int:
+    lengths = work.tokens
     return padded_width(max(lengths)) * len(lengths) - sum(lengths)

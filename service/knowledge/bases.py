@@ -17,8 +17,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from energy.settlement import BESIDE
-from energy.types import Phase, Step, Work
+from energy.types import Phase, Step, step_beside
 from service.caller import caller
 from service.engine.types import EncodeItem, Item, Overloaded, Ticket
 from service.errors import InvalidValue, KnowledgeBaseNotFound, KnowledgeUnavailable
@@ -225,10 +224,8 @@ class Knowledge:
             try:
                 return work(*arguments)
             finally:
-                spent_ns = time.thread_time_ns() - cpu_ns
-                ended_ns = max(time.monotonic_ns(), started_ns + 1)
-                share = (Work(request_id, phase, tokens=0),)
-                self._record(Step(BESIDE, self.name, started_ns, ended_ns, spent_ns, share))
+                spent_ns, ended_ns = time.thread_time_ns() - cpu_ns, time.monotonic_ns()
+                self._record(step_beside(self.name, request_id, phase, started_ns, ended_ns, spent_ns))
 
         return await asyncio.to_thread(timed)
 

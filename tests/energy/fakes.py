@@ -2,11 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
+from energy.attribution import DEFAULTS, Coefficients, weigh
 from energy.clock import Clock
 from energy.meters.base import Reading
-from energy.types import Phase, Quality, SettledRecord, Step, Work
+from energy.types import NOBODY, Phase, Quality, SettledRecord, Step, Work, load_of
 
 MS = 1_000_000
 S = 1_000_000_000
@@ -67,23 +69,43 @@ class Book:
 def step(
     held: HeldClock,
     ms: int,
-    *work: Work,
+    *works: Work,
     cpu_ms: int | None = None,
     device: str = "cpu:0",
 ) -> Step:
-    """A step that ends now; one core is busy for all of it unless said otherwise."""
-    return Step(
-        device=device,
-        model="tiny",
-        started_ns=held.now_ns - ms * MS,
-        ended_ns=held.now_ns,
-        cpu_ns=(ms if cpu_ms is None else cpu_ms) * MS,
-        work=work,
-    )
+    """A step that ends now and does these works side by side; one core is busy for all of it unless said otherwise."""
+    cpu_ns = (ms if cpu_ms is None else cpu_ms) * MS
+    return step_of(together(*works), held.now_ns - ms * MS, held.now_ns, cpu_ns, device)
+
+
+def step_of(
+    work: Work | None,
+    started_ns: int = 0,
+    ended_ns: int = 1,
+    cpu_ns: int = 1,
+    device: str = "cpu:0",
+    model: str = "tiny",
+    passes: int = 1,
+    padding_tokens: int = 0,
+    coefficients: Coefficients = DEFAULTS,
+) -> Step:
+    """A step whose load is shared as an executor does it."""
+    load_ns = load_of(device, ended_ns - started_ns, cpu_ns)
+    weights = weigh(work, coefficients) if work else NOBODY
+    return Step(device, model, started_ns, ended_ns, cpu_ns, load_ns, work, weights, padding_tokens, passes)
 
 
 def encode(request_id: str, tokens: int = 10) -> Work:
-    return Work(request_id, Phase.ENCODE, tokens)
+    return Work(Phase.ENCODE, (request_id,), (tokens,))
+
+
+def together(*works: Work) -> Work | None:
+    """All of these, of one phase, in one step."""
+    if not works:
+        return None
+    (phase,) = {work.phase for work in works}
+    rows = [(work.request_ids, work.tokens, work.context_tokens) for work in works]
+    return Work(phase, *(tuple(chain.from_iterable(row)) for row in zip(*rows, strict=True)))
 
 
 def write_zone(folder: Path, name: str, energy_uj: int, range_uj: int = 262_143_328_850) -> Path:

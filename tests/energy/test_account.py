@@ -18,8 +18,8 @@ from energy.meters.estimator import Estimator, PowerModel
 from energy.meters.observe import observe_idle
 from energy.sampler import Sampler
 from energy.settlement import HORIZON_NS, Reason
-from energy.types import Bill, Load, Part, Phase, Quality, RequestRecord, Step, Work
-from tests.energy.fakes import MS, Book, CountingMeter, HeldClock, S, encode, step
+from energy.types import Bill, Load, Part, Phase, Quality, RequestRecord, Work
+from tests.energy.fakes import MS, Book, CountingMeter, HeldClock, S, encode, step, step_of
 
 ALONE = Neighbours(Path("/nonexistent"))
 
@@ -285,7 +285,7 @@ class TestCounter:
         account = counted(held, meter, idle_uw=0)
         held.run(ms=10, cpu_ms=10)
         meter.energy_uj["cpu"] += 100
-        account.record(Step("cpu", "tiny", held.now_ns - 5000, held.now_ns, 5000, (Work("little", Phase.POST, 0),)))
+        account.record(step_of(Work(Phase.POST, ["little"], [0]), held.now_ns - 5000, held.now_ns, 5000, "cpu"))
         account.record(step(held, 10, encode("much")))
         little = bill_of(account, "little")
         assert (little.allocated_uj, little.quality) == (0, Quality.APPORTIONED)
@@ -430,7 +430,7 @@ class TestEstimate:
         assert bill.gco2e - Carbon().gco2e(bill.allocated_uj, 0) == pytest.approx(500)
 
     def test_phases_of_one_request_are_told_apart(self, held: HeldClock, account: Account) -> None:
-        for work in (Work("a", Phase.PREFILL, 12), Work("a", Phase.DECODE, 1, 12)):
+        for work in (Work(Phase.PREFILL, ["a"], [12]), Work(Phase.DECODE, ["a"], [1], [12])):
             held.run(ms=10, cpu_ms=10)
             account.record(step(held, 10, work))
         bill_of(account, "a")
@@ -510,9 +510,9 @@ def test_many_threads_conserve_every_microjoule(tmp_path: Path) -> None:
             started_ns, cpu_ns = time.monotonic_ns(), time.thread_time_ns()
             sum(range(20_000))
             names = f"{executor}-{i}", f"{executor}-{i + 1}", f"shared-{i}"
-            work = tuple(encode(name, 1 + i) for name in names)
+            work = Work(Phase.ENCODE, names, [1 + i] * 3)
             cpu_ns = time.thread_time_ns() - cpu_ns
-            account.record(Step(f"cpu:{executor}", "tiny", started_ns, time.monotonic_ns(), cpu_ns, work))
+            account.record(step_of(work, started_ns, time.monotonic_ns(), cpu_ns, f"cpu:{executor}"))
             account.bill(names[0])
             account.close(over(names[0], status="cancelled" if i % 3 == 0 else "ok"))
             if i % 10 == 0:
@@ -542,11 +542,11 @@ def test_recording_is_cheap() -> None:
     model = PowerModel(watts_per_core=3.5, cores=2, memory_gb=8, basis="a test")
     held = HeldClock()
     account = Account(Estimator(model, held.clock), Carbon(), Book(), clock=held.clock)
-    work = tuple(Work(f"r{i}", Phase.DECODE, 1, 50) for i in range(8))
+    work = Work(Phase.DECODE, [f"r{i}" for i in range(8)], [1] * 8, [50] * 8)
     durations = []
     for _ in range(300):
         held.run(ms=10, cpu_ms=10)
-        one = step(held, 10, *work)
+        one = step(held, 10, work)
         started = time.perf_counter_ns()
         account.record(one)
         durations.append(time.perf_counter_ns() - started)

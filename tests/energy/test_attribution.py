@@ -1,12 +1,16 @@
 from collections import Counter
 from collections.abc import Sequence
+from itertools import chain
 from random import Random
 
+import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from energy.attribution import Coefficients, charge, share_load, split, weigh
-from energy.types import Phase, Step, Work
+from energy.attribution import Coefficients, share_loads, split, weigh
+from energy.types import Phase, Work
+from tests.energy.fakes import step_of
 
 coefficients = st.builds(
     Coefficients,
@@ -16,78 +20,90 @@ coefficients = st.builds(
     context_token=st.integers(0, 1000),
 )
 energies = st.integers(0, 10**12)
+Sizes = list[tuple[str, int, int]]
+"""Requests with tokens and context tokens."""
 
 
 @st.composite
-def works(draw: st.DrawFn, at_least: int = 1) -> list[Work]:
-    kinds = st.tuples(st.sampled_from([Phase.PREFILL, Phase.DECODE]), st.integers(0, 4096), st.integers(0, 4096))
-    sizes = draw(st.lists(kinds, min_size=at_least, max_size=20))
-    return [Work(f"r{i}", phase, tokens, context) for i, (phase, tokens, context) in enumerate(sizes)]
+def sizes(draw: st.DrawFn, at_least: int = 1) -> Sizes:
+    each = st.tuples(st.integers(0, 4096), st.integers(0, 4096))
+    drawn = draw(st.lists(each, min_size=at_least, max_size=20))
+    return [(f"r{i}", tokens, context) for i, (tokens, context) in enumerate(drawn)]
 
 
-def shares(energy_uj: int, work: Sequence[Work], c: Coefficients) -> list[int]:
-    """What each entry of one step is charged."""
-    charged = charge(energy_uj, parts(work, c))
-    return [charged.get(item.request_id, 0) for item in work]
+phases = st.sampled_from([Phase.PREFILL, Phase.DECODE])
 
 
-def parts(work: Sequence[Work], c: Coefficients) -> dict[str, int]:
-    return dict(zip((item.request_id for item in work), weigh(work, c), strict=True))
+def work_of(rows: Sizes, phase: Phase = Phase.DECODE) -> Work:
+    return Work(phase, *zip(*rows, strict=True))
 
 
-@given(energies, works(), coefficients)
-def test_charges_sum_to_the_energy_exactly(energy_uj: int, work: list[Work], c: Coefficients) -> None:
-    charges = shares(energy_uj, work, c)
+def charge(energy_uj: int, rows: Sizes, c: Coefficients, phase: Phase = Phase.DECODE) -> dict[str, int]:
+    """What each request of one step is charged."""
+    names = [name for name, _, _ in rows]
+    return dict(zip(names, split_one(energy_uj, whole(work_of(rows, phase), c), names), strict=True))
+
+
+def whole(work: Work, c: Coefficients) -> list[int]:
+    return list(map(int, weigh(work, c)[0]))
+
+
+def split_one(total: int, weights: Sequence[int], keys: Sequence[str]) -> list[int]:
+    shares = split([total], [np.array(weights)], [keys]).tolist()
+    assert isinstance(shares, list)
+    return shares
+
+
+@given(energies, sizes(), coefficients, phases)
+def test_charges_sum_to_the_energy_exactly(energy_uj: int, rows: Sizes, c: Coefficients, phase: Phase) -> None:
+    charges = charge(energy_uj, rows, c, phase).values()
     assert sum(charges) == energy_uj
     assert min(charges) >= 0
 
 
-@given(energies, works(), coefficients, st.randoms())
-def test_order_does_not_matter(energy_uj: int, work: list[Work], c: Coefficients, random: Random) -> None:
-    shuffled = list(work)
+@given(energies, sizes(), coefficients, phases, st.randoms())
+def test_order_does_not_matter(energy_uj: int, rows: Sizes, c: Coefficients, phase: Phase, random: Random) -> None:
+    shuffled = list(rows)
     random.shuffle(shuffled)
-    before = dict(zip((item.request_id for item in work), shares(energy_uj, work, c), strict=True))
-    after = dict(zip((item.request_id for item in shuffled), shares(energy_uj, shuffled, c), strict=True))
-    assert before == after
+    assert charge(energy_uj, rows, c, phase) == charge(energy_uj, shuffled, c, phase)
 
 
-@given(energies, works(at_least=2), coefficients)
-def test_equal_work_is_charged_equally_and_more_work_never_less(
-    energy_uj: int, work: list[Work], c: Coefficients
-) -> None:
-    twins = [*work, Work("twin", work[0].phase, work[0].tokens, work[0].context_tokens)]
-    charges = shares(energy_uj, twins, c)
+@given(energies, sizes(at_least=2), coefficients)
+def test_equal_work_is_charged_equally_and_more_work_never_less(energy_uj: int, rows: Sizes, c: Coefficients) -> None:
+    twins = [*rows, ("twin", *rows[0][1:])]
+    charges = list(charge(energy_uj, twins, c).values())
     assert abs(charges[0] - charges[-1]) <= 1
-    weights = weigh(twins, c)
+    heavy = whole(work_of(twins), c)
     for i, j in zip(range(len(twins)), range(1, len(twins)), strict=False):
-        if weights[i] > weights[j]:
+        if heavy[i] > heavy[j]:
             assert charges[i] >= charges[j] - 1
 
 
-@given(energies, works(), coefficients)
-def test_alone_a_request_pays_everything(energy_uj: int, work: list[Work], c: Coefficients) -> None:
-    assert shares(energy_uj, work[:1], c) == [energy_uj]
+@given(energies, sizes(), coefficients)
+def test_alone_a_request_pays_everything(energy_uj: int, rows: Sizes, c: Coefficients) -> None:
+    assert list(charge(energy_uj, rows[:1], c).values()) == [energy_uj]
+    assert share_loads([step_of(work_of(rows[:1]), cpu_ns=12345, coefficients=c)]).tolist() == [12345]
 
 
-@given(energies, works(), st.integers(1, 10**6))
-def test_without_work_a_request_pays_nothing_of_m(energy_uj: int, work: list[Work], fixed: int) -> None:
-    guest = Work("guest", Phase.DECODE, 0, 0)
+@given(energies, sizes(), st.integers(1, 10**6))
+def test_without_work_a_request_pays_nothing_of_m(energy_uj: int, rows: Sizes, fixed: int) -> None:
+    guest = ("guest", 0, 0)
     free = Coefficients(fixed=0, prefill_token=3, decode_token=5, context_token=1)
-    if sum(weigh(work, free)):
-        assert shares(energy_uj, [*work, guest], free)[-1] == 0
+    if sum(whole(work_of(rows), free)):
+        assert charge(energy_uj, [*rows, guest], free)["guest"] == 0
     # Of F it pays one share in n, whatever the others do.
     c = Coefficients(fixed=fixed, prefill_token=3, decode_token=5, context_token=1)
-    assert weigh([*work, guest], c)[-1] == fixed
+    assert whole(work_of([*rows, guest]), c)[-1] == fixed
 
 
-@given(st.lists(st.tuples(energies, works()), max_size=8), coefficients, st.randoms())
+@given(st.lists(st.tuples(energies, sizes()), max_size=8), coefficients, st.randoms())
 def test_over_many_steps_nothing_is_made_or_lost_in_any_order(
-    steps: list[tuple[int, list[Work]]], c: Coefficients, random: Random
+    steps: list[tuple[int, Sizes]], c: Coefficients, random: Random
 ) -> None:
     def charge_all() -> Counter[str]:
         charged: Counter[str] = Counter()
-        for energy_uj, work in steps:
-            charged.update(charge(energy_uj, parts(work, c)))
+        for energy_uj, rows in steps:
+            charged.update(charge(energy_uj, rows, c))
         return charged
 
     charged = charge_all()
@@ -96,37 +112,67 @@ def test_over_many_steps_nothing_is_made_or_lost_in_any_order(
     assert charge_all() == charged
 
 
+@given(st.lists(st.tuples(sizes(), phases, st.integers(0, 10**10)), min_size=1), coefficients)
+def test_loads_of_many_steps_are_shared_in_proportion_to_weights(
+    some: list[tuple[Sizes, Phase, int]], c: Coefficients
+) -> None:
+    steps, expected = [], []
+    for rows, phase, load_ns in some:
+        work = work_of(rows, phase)
+        heavy = whole(work, c)
+        steps.append(step_of(work, ended_ns=load_ns, device="gpu:0", coefficients=c))
+        expected += [load_ns * weight / sum(heavy) for weight in heavy]
+    assert share_loads(steps).tolist() == [pytest.approx(load_ns, abs=0.51) for load_ns in expected]
+
+
 def test_the_affine_cost_is_charged_to_those_who_cause_it() -> None:
     # F = 40 shared by four, m = 10 a token: 10 + 30, 10 + 10, 10 and 10.
-    work = [Work(name, Phase.DECODE, tokens) for name, tokens in (("a", 3), ("b", 1), ("c", 0), ("d", 0))]
-    assert shares(80, work, Coefficients(fixed=40, decode_token=10)) == [40, 20, 10, 10]
-    assert shares(40, work, Coefficients(fixed=0, decode_token=10)) == [30, 10, 0, 0]
+    rows = [(name, tokens, 0) for name, tokens in (("a", 3), ("b", 1), ("c", 0), ("d", 0))]
+    assert list(charge(80, rows, Coefficients(fixed=40, decode_token=10)).values()) == [40, 20, 10, 10]
+    assert list(charge(40, rows, Coefficients(fixed=0, decode_token=10)).values()) == [30, 10, 0, 0]
 
 
-@given(st.lists(works(at_least=2), min_size=1, max_size=4), coefficients)
-def test_several_passes_weigh_what_each_of_them_does(passes: list[list[Work]], c: Coefficients) -> None:
-    rows = min(map(len, passes))
-    passes = [[item._replace(phase=passes[0][i].phase) for i, item in enumerate(work[:rows])] for work in passes]
-    together = [
-        Work(each[0].request_id, each[0].phase, sum(w.tokens for w in each), sum(w.context_tokens for w in each))
-        for each in zip(*passes, strict=True)
-    ]
-    apart = [sum(weights) for weights in zip(*(weigh(work, c) for work in passes), strict=True)]
-    assert weigh(together, c, len(passes)) == apart
+@given(st.integers(1, 4), st.lists(st.integers(0, 4096), min_size=1, max_size=9), st.integers(1, 5), coefficients)
+def test_in_several_passes_requests_weigh_what_they_do_in_each(
+    tokens: int, contexts: list[int], passes: int, c: Coefficients
+) -> None:
+    rows = [(f"r{i}", tokens, context) for i, context in enumerate(contexts)]
+    first, growth = weigh(work_of(rows), c)
+    for number in range(passes):
+        later = work_of([(name, tokens, context + number * tokens) for name, _, context in rows])
+        assert whole(later, c) == [weight + number * growth for weight in first]
 
 
 def test_the_load_of_a_step_of_several_passes_is_shared_by_all_of_them() -> None:
-    work = (Work("a", Phase.DECODE, 3, 30), Work("b", Phase.DECODE, 3, 330))
-    step = Step("cpu:0", "tiny", 0, 10**6, 10**6, work, passes=3)
-    # F = 100 three times for two, m = 10 a token and 1 a token of context: 150 + 30 + 30, and 150 + 30 + 330.
-    assert share_load(step, Coefficients(100, 10, 10, 1)) == [10**6 * 210 // 720, 10**6 * 510 // 720]
+    work = work_of([("a", 1, 9), ("b", 1, 109)])
+    step = step_of(work, cpu_ns=720_000, passes=3, coefficients=Coefficients(100, 10, 10, 1))
+    # F = 100 three times for two, m = 10 a token and 1 a token of context: 150 + 30 + 9 + 10 + 11, and 100 more each.
+    assert share_loads([step]).tolist() == [210_000, 510_000]
 
 
 def test_context_weighs_little_but_weighs() -> None:
-    short, long = weigh([Work("a", Phase.DECODE, 1, 0), Work("b", Phase.DECODE, 1, 512)], Coefficients())
+    short, long = whole(work_of([("a", 1, 0), ("b", 1, 512)]), Coefficients())
     assert 1 < long / short < 2.5
 
 
 def test_the_odd_microjoule_goes_to_the_largest_remainder_then_to_the_smaller_key() -> None:
-    assert split(10, [1, 2, 4], ["a", "b", "c"]) == [1, 3, 6]
-    assert split(1, [1, 1], ["b", "a"]) == [0, 1]
+    assert split_one(10, [1, 2, 4], ["a", "b", "c"]) == [1, 3, 6]
+    assert split_one(1, [1, 1], ["b", "a"]) == [0, 1]
+    assert split_one(5, [2, 2, 2], ["c", "a", "b"]) == [1, 2, 2]
+    assert split_one(5, [0, 0, 0], ["c", "a", "b"]) == [1, 2, 2]
+
+
+amounts = st.integers(0, 10**13)
+
+
+@given(st.lists(st.tuples(amounts, st.lists(amounts, min_size=1, max_size=20)), max_size=5))
+def test_many_totals_are_split_as_each_alone_however_large(some: list[tuple[int, list[int]]]) -> None:
+    keys = [[f"r{i}" for i in range(len(heavy))] for _, heavy in some]
+    together = split([total for total, _ in some], [np.array(heavy) for _, heavy in some], keys).tolist()
+    apart = [split_one(total, heavy, own) for (total, heavy), own in zip(some, keys, strict=True)]
+    assert together == list(chain.from_iterable(apart))
+    for (total, heavy), shares in zip(some, apart, strict=True):
+        assert sum(shares) == total
+        for share_uj, weight in zip(shares, heavy, strict=True):
+            if sum(heavy):
+                assert share_uj - total * weight // sum(heavy) in (0, 1)

@@ -15,6 +15,7 @@ from energy.calibration import (
     write_calibration,
 )
 from energy.types import Phase, Step, Work
+from tests.energy.fakes import step_of
 
 FIT = Fit(100_000.0, 50_000.0, 80_000.0, 400.0, 0.99, 0.02, 0.2, 300)
 
@@ -25,18 +26,22 @@ def steps(count: int, noise: float = 0.0, phases: tuple[Phase, ...] = (Phase.PRE
     made = []
     for _ in range(count):
         phase, rows = draw.choice(phases), draw.choice([1, 2, 8, 32])
+        names = [f"r{i}" for i in range(rows)]
         if phase is Phase.DECODE:
             passes = draw.choice([1, 1, 4])
-            work = tuple(Work(f"r{i}", phase, passes, passes * draw.randint(1, 200)) for i in range(rows))
+            work = Work(phase, names, [1] * rows, [draw.randint(1, 200) for _ in names])
             padding, token_ns = 0, 80_000
         else:
             lengths = [draw.randint(1, 64) for _ in range(rows)]
-            work = tuple(Work(f"r{i}", phase, length) for i, length in enumerate(lengths))
+            work = Work(phase, names, lengths)
             padding, token_ns, passes = max(lengths) * rows - sum(lengths), 50_000, 1
-        tokens = sum(item.tokens for item in work) + padding
-        load_ns = 100_000 * passes + token_ns * tokens + 400 * sum(item.context_tokens for item in work)
+        load_ns = 0
+        for number in range(passes):
+            tokens = sum(work.tokens) + padding
+            context_tokens = sum(work.context_tokens) + number * sum(work.tokens)
+            load_ns += 100_000 + token_ns * tokens + 400 * context_tokens
         load_ns = round(load_ns * draw.uniform(1 - noise, 1 + noise))
-        made.append(Step("cpu:0", "tiny", 0, 2 * load_ns, load_ns, work, padding, passes))
+        made.append(step_of(work, 0, 2 * load_ns, load_ns, passes=passes, padding_tokens=padding))
     return made
 
 
@@ -77,7 +82,7 @@ def test_nothing_costs_less_than_nothing() -> None:
 
 def test_too_few_steps_are_no_measurement() -> None:
     with pytest.raises(CalibrationError, match="29 steps"):
-        fit_steps([*steps(29), Step("cpu:0", "tiny", 0, 9, 9, ())])
+        fit_steps([*steps(29), step_of(None, 0, 9, 9)])
 
 
 def test_is_read_as_it_was_written(tmp_path: Path) -> None:

@@ -6,18 +6,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from random import Random
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from energy import account as account_module
 from energy.account import Account
+from energy.balances import Charged
 from energy.carbon import Carbon
 from energy.host import Neighbours
-from energy.requests import Charged, Noted, Requests
+from energy.requests import Noted, Requests
 from energy.settlement import HORIZON_NS, Channel, Claim
 from energy.types import Phase, RequestRecord, Step, Work
-from tests.energy.fakes import MS, Book, CountingMeter, HeldClock
+from tests.energy.fakes import MS, Book, CountingMeter, HeldClock, step_of
 
 EXECUTORS = ("cpu:0", "cpu:1", "gpu:0", "cpu")
 PHASES = (Phase.ENCODE, Phase.PREFILL, Phase.DECODE)
@@ -54,12 +56,15 @@ class World:
         self.requests += len(new)
         self.open += new
         names = new + self.random.sample(self.open, self.random.randint(0, min(5, len(self.open))))
-        work = tuple(
-            Work(name, self.random.choice(PHASES), self.random.randint(0, 50), self.random.randint(0, 500))
-            for name in names
+        work = Work(
+            self.random.choice(PHASES),
+            names,
+            [self.random.randint(0, 50) for _ in names],
+            [self.random.randint(0, 500) for _ in names],
         )
         now_ns = self.held.now_ns
-        return Step(device or self.random.choice(EXECUTORS), "tiny", now_ns - ms * MS, now_ns, cpu_ms * MS, work)
+        device = device or self.random.choice(EXECUTORS)
+        return step_of(work if names else None, now_ns - ms * MS, now_ns, cpu_ms * MS, device)
 
     def close(self, request_id: str) -> None:
         self.open.remove(request_id)
@@ -181,12 +186,11 @@ class SnapshotRequests(Requests):
     def charge(self, claims: Mapping[Noted, Sequence[Claim]]) -> None:
         for noted, own in claims.items():
             if noted.phase is not None:
-                charged = [
-                    Charged(channel.device, noted.phase, noted.model, claim.quality)
-                    for channel, claim in zip(noted.place.channels, own, strict=True)
-                ]
-                whole = sum(claim.active_uj for claim in own), *[claim.active_uj + claim.idle_uj for claim in own]
-                self._enter(charged, own[0].quality, noted.loads, [whole] * len(noted.loads))
+                rows = self.balances.rows_of(list(noted.loads_ns))
+                for channel, claim in zip(noted.place.channels, own, strict=True):
+                    charged = Charged(channel.device, noted.phase, noted.model, claim.quality, is_active=True)
+                    whole_uj = np.full(len(rows), claim.active_uj + claim.idle_uj)
+                    self.balances.charge([rows], [charged], whole_uj)
 
 
 @pytest.mark.parametrize("wrong", [("Channel", ForgetfulChannel), ("Requests", SnapshotRequests)])

@@ -18,8 +18,8 @@ from energy.clock import Clock
 from energy.meters.powercap import open_powercap
 from energy.owner import Owner
 from energy.sampler import Sampler
-from energy.types import RequestRecord, Step
-from tests.energy.fakes import Book, encode, write_zone
+from energy.types import RequestRecord
+from tests.energy.fakes import Book, encode, step_of, together, write_zone
 
 zeus = pytest.importorskip("zeus.device.cpu.rapl", reason="the extra [oracles] is not installed")
 codecarbon = pytest.importorskip("codecarbon.core.cpu", reason="the extra [oracles] is not installed")
@@ -61,8 +61,8 @@ def load(account: Account, until_s: float) -> None:
         names = [f"r{number + i}" for i in range(4)]
         number += 4
         cpu_ns = time.thread_time_ns() - started_cpu_ns
-        work = tuple(encode(name) for name in names)
-        account.record(Step("cpu:0", "tiny", started_ns, time.monotonic_ns(), cpu_ns, work))
+        work = together(*map(encode, names))
+        account.record(step_of(work, started_ns, time.monotonic_ns(), cpu_ns))
         for name in names:
             account.close(RequestRecord(name, "translate", "tiny", "ok"))
 

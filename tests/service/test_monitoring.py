@@ -12,7 +12,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 
-from energy.types import Phase, Step, Work
+from energy.types import Phase, Work
+from tests.energy.fakes import step_of
 
 FOLDER = Path(__file__).parents[2] / "docs" / "monitoring"
 DASHBOARD = json.loads((FOLDER / "dashboard.json").read_text(encoding="utf-8"))
@@ -29,7 +30,7 @@ RULE_EXPRESSIONS = [" ".join(text.split()) for text in re.findall(r"expr: (?:>-)
 needs_promtool = pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
 
 
-STEP = Step("cpu:0", "tiny", 0, 1, 1, (Work("r", Phase.ENCODE, 5),))
+STEP = step_of(Work(Phase.ENCODE, ["r"], [5]))
 
 
 @pytest.fixture
@@ -57,8 +58,8 @@ def labels(text: str) -> set[str]:
 
 
 def test_a_step_counts_once_with_the_rows_and_tokens_of_each_of_its_passes(client: TestClient) -> None:
-    work = tuple(Work(name, Phase.DECODE, 3, 12) for name in "ab")
-    client.app.state.service.metrics.step(Step("cpu:0", "passes", 0, 1, 1, work, passes=3))  # type: ignore[attr-defined]
+    work = Work(Phase.DECODE, "ab", [1, 1], [4, 4])
+    client.app.state.service.metrics.step(step_of(work, model="passes", passes=3))  # type: ignore[attr-defined]
     lines = [line for line in client.get("/metrics").text.splitlines() if 'model="passes"' in line]
     sums = {line.split("{")[0]: float(line.split()[-1]) for line in lines if "_sum{" in line or "_count{" in line}
     assert sums == {

@@ -71,9 +71,9 @@ class Steps:
         def abandon() -> None:
             self.abandoned = True
 
-        turn = Turn((self.job,), (Work("r", Phase.DECODE, 1, 10),), 0, once, abandon, repeats)
+        turn = Turn((self.job,), Work(Phase.DECODE, ["r"], [1], [10]), 0, once, abandon, repeats)
         step, ended = self.executor.run("writer", turn, lambda: self.passes >= wanted_after)
-        assert step.work == turn.work_of(step.passes)
+        assert step.work is turn.work
         assert self.job.compute_ns == step.ended_ns - step.started_ns > 0
         assert step.passes == self.passes
         return step.passes, ended

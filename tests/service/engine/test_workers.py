@@ -11,12 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from energy.types import Phase
+from energy.attribution import Coefficients, weigh
+from energy.types import Phase, Work
 from models.manifest import Manifest, Quantisation, SpecialIds
 from service.engine.graphs import WriteGraphs
 from service.engine.texts import Written
 from service.engine.types import ExtractItem, Sampling, WriteItem
 from service.engine.workers import Job, Limits, Result, WriteWorker
+from tests.energy.fakes import step_of
 from tests.tiny import EOS, Kind, tiny_config
 
 WORDS = 20
@@ -251,13 +253,13 @@ def test_a_long_prompt_takes_turns_with_those_who_write() -> None:
     # Nobody else's long prompt meanwhile, and no rows beyond those that it will need.
     assert worker.take([job([6] * 9)], share=9) == []
     assert worker.take([job([7], beams=4)], share=9) == []
-    turns = []
-    while long in worker.jobs and not any(work.phase is Phase.DECODE and work.tokens == 2 for work in turns[-1:]):
+    works: list[Work] = []
+    while long in worker.jobs and not any(work.phase is Phase.DECODE and work.tokens == [2] for work in works[-1:]):
         turn = worker.turn()
         assert turn is not None
         turn.run()
-        turns += [work for work in turn.work if work.phase is Phase.PREFILL or turn.jobs == (long,)]
-    assert [(work.tokens, work.context_tokens) for work in turns[:3]] == [(4, 0), (4, 4), (3, 8)]
+        works += [turn.work] * (turn.work.phase is Phase.PREFILL or turn.jobs == (long,))
+    assert [(*work.tokens, *work.context_tokens) for work in works[:3]] == [(4, 0), (4, 4), (3, 8)]
 
 
 def test_a_long_prompt_that_fails_or_is_cancelled_is_forgotten() -> None:
@@ -314,13 +316,19 @@ def test_several_passes_do_the_work_of_as_many_steps(kind: Kind, beams: int) -> 
     turn = together.turn()
     assert turn is not None and turn.repeats
     outcomes = [turn.run() for _ in range(3)]
-    sums = np.zeros((2, 2), dtype=int)
+    coefficients = Coefficients(1000, decode_token=10, context_token=1)
+    weights = np.zeros(2)
+    tokens = context_tokens = 0
     for outcome in outcomes:
         single = apart.turn()
         assert single is not None and single.run() == outcome == []
-        sums += [[work.tokens, work.context_tokens] for work in single.work]
-    assert [[work.tokens, work.context_tokens] for work in turn.work_of(3)] == sums.tolist()
-    assert turn.work_of(1) == turn.work
+        one = step_of(single.work)
+        tokens, context_tokens = tokens + one.tokens, context_tokens + one.context_tokens
+        weights += weigh(single.work, coefficients)[0]
+    three = step_of(turn.work, passes=3)
+    first, growth = weigh(turn.work, coefficients)
+    assert [3 * weight + (1 + 2) * growth for weight in first] == weights.tolist()
+    assert (three.tokens, three.context_tokens) == (tokens, context_tokens)
 
 
 def test_a_step_of_several_passes_is_for_texts_that_nothing_else_waits_for() -> None:
@@ -349,7 +357,7 @@ def test_documents_are_scored_and_gone_in_one_step() -> None:
     worker.take([document, text], share=9)
     turn = worker.turn()
     assert turn is not None
-    assert [(work.phase, work.tokens) for work in turn.work] == [(Phase.PREFILL, 3), (Phase.PREFILL, 2)]
+    assert turn.work == Work(Phase.PREFILL, ["x", text.item.request_id], [3, 2])
     [(ended, scores)] = turn.run()
     assert ended is document
     np.testing.assert_array_equal(cast(Any, scores), [7, 8, 9])

@@ -46,7 +46,7 @@ def test_documents_are_answered_with_progress_and_the_bill(
     assert (last["energy"]["allocated_j"], last["energy"]["quality"]) == (2.0, "measured")
     record = account.records[last["id"]].request
     assert (record.task, record.model, record.status) == ("ingest", "bm25", "ok")
-    assert {work.request_id for step in account.steps[-3:] for work in step.work} == {last["id"]}
+    assert {name for step in account.steps[-3:] for name in step.work.request_ids} == {last["id"]}
 
 
 def test_bases_and_documents_are_listed_shown_and_deleted(client: TestClient, base: str) -> None:
@@ -172,7 +172,7 @@ def test_an_answer_names_its_document_and_place(
     # Both passages were read in one go, and search and reading are on one bill.
     request_id = response.json()["id"]
     assert [item.request_id for item in engine.items] == [request_id] * 2
-    assert account.steps[-1].work[0].request_id == request_id
+    assert account.steps[-1].work.request_ids == [request_id]
 
 
 def test_one_passage_may_be_enough(client: TestClient, engine: FakeEngine, base: str) -> None:
