@@ -13,7 +13,6 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 
 import orjson
 
@@ -27,7 +26,19 @@ from energy.meters.observe import observe_idle
 from energy.owner import Owner
 from energy.requests import End, Noted, Requests, weaker, weakest
 from energy.settlement import HORIZON_NS, Channel, Claim, Reason
-from energy.types import BESIDE, Bill, Load, Parts, Phase, Quality, RequestRecord, SettledRecord, Step
+from energy.types import (
+    BESIDE,
+    NOTHING_BESIDE,
+    Beside,
+    Bill,
+    Load,
+    Parts,
+    Phase,
+    Quality,
+    RequestRecord,
+    SettledRecord,
+    Step,
+)
 
 _log = logging.getLogger(__name__)
 _requests_log = logging.getLogger("wattle.requests")
@@ -39,7 +50,6 @@ _LAST_INTERVAL_S = 0.06
 _KEPT_AFTER_NS = NS_PER_S // 4
 """Nearly every bill is final when it is first looked at after so long. Of the others alone the ledger gets a
 provisional one."""
-NOTHING_BESIDE: Mapping[Phase, int] = MappingProxyType({})
 _ALARM_SHARE = 100
 """A residual above a hundredth of what the meter counted is an alarm."""
 _ALARM_INTERVAL_NS = 60 * NS_PER_S
@@ -201,17 +211,17 @@ class Account:
     def close(
         self,
         record: RequestRecord,
-        beside_ns: Mapping[Phase, int] = NOTHING_BESIDE,
+        beside: Beside = NOTHING_BESIDE,
         loads: Sequence[Load] | None = None,
     ) -> Bill:
         """The request is over: what it probably cost. It is settled with the next samples.
 
-        The final bill then goes to the ledger and the log, and ``find`` returns it. ``beside_ns`` is CPU time beside
-        the executors that no step was recorded of: little, as it is charged as if it had been spent only now. Whoever
+        The final bill then goes to the ledger and the log, and ``find`` returns it. CPU time ``beside`` the executors
+        should be little, as it is charged as if it had been spent only now. Whoever
         knows all ``loads`` of the request's steps spares a look into the books, which takes longer.
         """
         is_first = not self._closed
-        self._closed.append((record, self._clock.monotonic_ns(), beside_ns))
+        self._closed.append((record, self._clock.monotonic_ns(), beside))
         if is_first:
             self.wake()
         if loads is None:
@@ -224,11 +234,10 @@ class Account:
                 active_uj += load_ns * active
                 allocated_uj += load_ns * allocated
             # Who has neither costs nothing, where anything is known at all.
-            if beside_ns or not loads:
+            if beside.cpu_ns or not loads:
                 active, allocated = rates[BESIDE]
-                for cpu_ns in beside_ns.values():
-                    active_uj += cpu_ns * active
-                    allocated_uj += cpu_ns * allocated
+                active_uj += beside.cpu_ns * active
+                allocated_uj += beside.cpu_ns * allocated
         except KeyError:
             # Nothing was settled yet to judge by.
             return Bill(record.request_id, None, None, None, Quality.UNAVAILABLE, False)

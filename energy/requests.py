@@ -16,15 +16,15 @@ import numpy as np
 from energy.attribution import share_loads, split
 from energy.balances import Balances, Charged, Cost, Numbers, Rows
 from energy.settlement import Channel, Claim, Stretch
-from energy.types import BESIDE, Phase, Quality, RequestRecord, Step
+from energy.types import BESIDE, Beside, Phase, Quality, RequestRecord, Step
 
 Rates = tuple[float, float]
 """Active and allocated energy per nanosecond of load, on all metered devices together, in microjoules."""
 _RANK = {quality: rank for rank, quality in enumerate(Quality)}
 
-End = tuple[RequestRecord, int, Mapping[Phase, int]]
-"""Of a request: when it was over, by the monotonic clock, and CPU time that it took beside the executors, by phase, of
-which no step was recorded. Plain, as ``Cost`` is."""
+End = tuple[RequestRecord, int, Beside]
+"""Of a request: when it was over, by the monotonic clock, and what it took beside the executors. Plain, as ``Cost``
+is."""
 
 
 @dataclass(slots=True, eq=False)
@@ -115,14 +115,15 @@ class Requests:
     def note_beside(self, ends: Sequence[End]) -> None:
         """Put CPU time that requests took beside the executors on the books, as if it had been spent in the end."""
         # What ended before the last reading is charged apart, as steps are.
-        alike: defaultdict[tuple[str, bool], list[End]] = defaultdict(list)
-        for record, at_ns, beside_ns in ends:
-            if beside_ns:
-                alike[record.model, at_ns > self._settled_ns].append((record, at_ns, beside_ns))
-        for (model, _), some in alike.items():
-            for phase in sorted(set().union(*[beside_ns for _, _, beside_ns in some])):
-                loads = {record.request_id: beside_ns[phase] for record, _, beside_ns in some if phase in beside_ns}
-                self._note_beside(model, phase, loads, [at_ns for _, at_ns, _ in some])
+        alike: defaultdict[tuple[str, bool, int], list[End]] = defaultdict(list)
+        for record, at_ns, beside in ends:
+            if beside.cpu_ns:
+                alike[record.model, at_ns > self._settled_ns, id(beside)].append((record, at_ns, beside))
+        for (model, _, _), some in alike.items():
+            names = [record.request_id for record, _, _ in some]
+            _, _, beside = some[0]
+            for phase, cpu_ns in beside.by_phase.items():
+                self._note_beside(model, phase, dict.fromkeys(names, cpu_ns), [at_ns for _, at_ns, _ in some])
 
     def _note_beside(self, model: str, phase: Phase, loads: Mapping[str, int], ends_ns: Sequence[int]) -> None:
         place = self._places.get(BESIDE) or self._find_place(BESIDE)

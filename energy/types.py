@@ -3,9 +3,10 @@
 A *reading* comes from a *meter*; a *step* carries work per request; a *bill* is what one request is charged.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from types import MappingProxyType
 from typing import NamedTuple
 
 
@@ -110,6 +111,22 @@ def step_beside(model: str, request_id: str, phase: Phase, started_ns: int, ende
 def load_of(device: str, duration_ns: int, cpu_ns: int) -> int:
     """What the energy of a step is shared by: on a processor CPU time, on a GPU time."""
     return duration_ns if device.startswith("gpu:") else cpu_ns or duration_ns
+
+
+class Beside(NamedTuple):
+    """CPU time that a request took beside the executors, of which no step was recorded. Many share one."""
+
+    by_phase: Mapping[Phase, int]
+    """In nanoseconds."""
+    cpu_ns: int
+    """Of all phases."""
+
+    def with_more(self, phase: Phase, cpu_ns: int) -> "Beside":
+        """This, and so much in a further phase."""
+        return Beside({**self.by_phase, phase: cpu_ns}, self.cpu_ns + cpu_ns)
+
+
+NOTHING_BESIDE = Beside(MappingProxyType({}), 0)
 
 
 class Load(NamedTuple):

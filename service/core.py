@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from energy.account import Account
 from energy.ledger import Ledger
 from energy.prediction import Followed, Forecast
-from energy.types import Bill, Load, Phase, Quality, RequestRecord, step_beside
+from energy.types import NOTHING_BESIDE, Beside, Bill, Load, Phase, Quality, RequestRecord, step_beside
 from service.books import Books
 from service.budgets import keep_within, to_learn, to_predict
 from service.caller import Count, caller
@@ -91,7 +91,7 @@ class Charge:
     results: Sequence[BaseModel] = ()
     computed_s: float | None = None
     """When the engine was done (monotonic clock)."""
-    beside_ns: dict[Phase, int] = field(default_factory=dict)
+    beside: Beside = NOTHING_BESIDE
     """CPU time of what was short and beside the engine."""
     loads: Sequence[Load] | None = None
     """What fell to it of all steps that were recorded, once that is known."""
@@ -336,12 +336,12 @@ class Service:
         if not is_short:
             return await asyncio.to_thread(self._recorded, receipt, phase, work)
         await self.desk.turn()
-        receipt.beside_ns[phase] = self.pace.begin((receipt.task, receipt.worker, phase))
+        receipt.beside = self.pace.begin(receipt.task, receipt.worker, phase, receipt.beside)
         try:
             return work()
         finally:
             if self.pace.is_timed:
-                receipt.beside_ns[phase] = self.pace.end()
+                receipt.beside = self.pace.end()
 
     def _recorded(self, receipt: Receipt, phase: Phase, work: Callable[[], T]) -> T:
         started_ns, cpu_ns = time.monotonic_ns(), time.thread_time_ns()
@@ -423,7 +423,7 @@ class Service:
                     charge.compute_ms,
                     key,
                 ),
-                charge.beside_ns,
+                charge.beside,
                 charge.loads,
             )
             self.metrics.request_over(charge, status, time.monotonic() - started_s)

@@ -47,7 +47,7 @@ import uvloop
 from fastapi import FastAPI
 
 from energy.host import Moment
-from energy.types import NOBODY, Bill, Quality, RequestRecord, Step
+from energy.types import NOBODY, NOTHING_BESIDE, Bill, Quality, RequestRecord, Step
 from service import core
 from service.app import create_app
 from service.core import Service
@@ -227,7 +227,7 @@ class _Rig:
             self._switch(account, name, self._is_metered)
         self.watches = {
             "waking": self._switch(account, "wake", self._is_metered),
-            "pacing": self._switch(service.pace, "begin", self._is_metered, lambda kind: 0),
+            "pacing": self._switch(service.pace, "begin", self._is_metered, lambda *about: NOTHING_BESIDE),
             "writing": self._switch(core, "RequestRecord", lambda name, *about: name in self._begun, RequestRecord),
             "recording": self._switch(account, "record", self._is_weighed),
             "weighing": self._switch(executor, "weigh", self._is_metered, lambda *about: NOBODY),

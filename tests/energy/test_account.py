@@ -18,7 +18,7 @@ from energy.meters.estimator import Estimator, PowerModel
 from energy.meters.observe import observe_idle
 from energy.sampler import Sampler
 from energy.settlement import HORIZON_NS, Reason
-from energy.types import Bill, Load, Part, Phase, Quality, RequestRecord, Work
+from energy.types import Beside, Bill, Load, Part, Phase, Quality, RequestRecord, Work
 from tests.energy.fakes import MS, Book, CountingMeter, HeldClock, S, encode, step, step_of
 
 ALONE = Neighbours(Path("/nonexistent"))
@@ -382,7 +382,7 @@ class TestEstimate:
             account.sample()
             held.run(ms=100, cpu_ms=90)
             account.record(step(held, 100, encode(name), cpu_ms=80))
-            bill = account.close(over(name), {Phase.PREPROCESS: 6 * MS, Phase.POST: 4 * MS})
+            bill = account.close(over(name), Beside({Phase.PREPROCESS: 6 * MS, Phase.POST: 4 * MS}, 10 * MS))
             assert (bill.allocated_uj is None) == (name == "a")  # nothing had been settled to judge by
             account.sample()
         found = account.find("b")

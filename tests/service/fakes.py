@@ -17,7 +17,18 @@ from tokenizers import models as tokenizer_models
 from energy.account import Attributed, MeterTotal, Totals, Unattributed
 from energy.ledger import Ledger
 from energy.settlement import Reason
-from energy.types import Bill, CarbonAssumptions, Load, Part, Phase, Quality, RequestRecord, SettledRecord, Step
+from energy.types import (
+    Beside,
+    Bill,
+    CarbonAssumptions,
+    Load,
+    Part,
+    Phase,
+    Quality,
+    RequestRecord,
+    SettledRecord,
+    Step,
+)
 from models.config import TransformerConfig
 from models.manifest import GenerationDefaults, Manifest, Quantisation, SpecialIds, write_manifest
 from service.app import check_manifest, open_models
@@ -260,7 +271,6 @@ class FakeAccount:
         self.quality = Quality.MEASURED
         self.wakes = 0
         self.steps: list[Step] = []
-        self.beside_ns: dict[Phase, int] = {}
         self.loads: Sequence[Load] | None = None
         self.time_s = 1_700_000_000.0
         self.on_settled: Callable[[Sequence[SettledRecord]], None] = lambda records: None
@@ -277,10 +287,8 @@ class FakeAccount:
     def record(self, step: Step) -> None:
         self.steps.append(step)
 
-    def close(
-        self, record: RequestRecord, beside_ns: Mapping[Phase, int], loads: Sequence[Load] | None = None
-    ) -> Bill:
-        self.beside_ns, self.loads = dict(beside_ns), loads
+    def close(self, record: RequestRecord, beside: Beside, loads: Sequence[Load] | None = None) -> Bill:
+        self.loads = loads
         known = self.quality is not Quality.UNAVAILABLE
         bill = Bill(
             request_id=record.request_id,
