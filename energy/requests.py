@@ -16,7 +16,7 @@ import numpy as np
 from energy.attribution import share_loads, split
 from energy.balances import Balances, Charged, Cost, Numbers, Rows
 from energy.settlement import Channel, Claim, Stretch
-from energy.types import BESIDE, Beside, Phase, Quality, RequestRecord, Step
+from energy.types import BESIDE, NOTHING_BESIDE, Beside, Phase, Quality, RequestRecord, Step
 
 Rates = tuple[float, float]
 """Active and allocated energy per nanosecond of load, on all metered devices together, in microjoules."""
@@ -116,25 +116,28 @@ class Requests:
         """Put CPU time that requests took beside the executors on the books, as if it had been spent in the end."""
         # What ended before the last reading is charged apart, as steps are.
         alike: defaultdict[tuple[str, bool, int], list[End]] = defaultdict(list)
-        for record, at_ns, beside in ends:
-            if beside.cpu_ns:
-                alike[record.model, at_ns > self._settled_ns, id(beside)].append((record, at_ns, beside))
+        for end in ends:
+            record, at_ns, beside = end
+            if beside is not NOTHING_BESIDE:
+                alike[record.model, at_ns > self._settled_ns, id(beside)].append(end)
         for (model, _, _), some in alike.items():
-            names = [record.request_id for record, _, _ in some]
-            _, _, beside = some[0]
-            for phase, cpu_ns in beside.by_phase.items():
-                self._note_beside(model, phase, dict.fromkeys(names, cpu_ns), [at_ns for _, at_ns, _ in some])
+            records, ends_ns, besides = zip(*some, strict=True)
+            names = [record.request_id for record in records]
+            for phase, cpu_ns in besides[0].by_phase.items():
+                self._note_beside(model, phase, dict.fromkeys(names, cpu_ns), min(ends_ns), max(ends_ns))
 
-    def _note_beside(self, model: str, phase: Phase, loads: Mapping[str, int], ends_ns: Sequence[int]) -> None:
+    def _note_beside(
+        self, model: str, phase: Phase, loads_ns: Mapping[str, int], first_end_ns: int, last_end_ns: int
+    ) -> None:
         place = self._places.get(BESIDE) or self._find_place(BESIDE)
         if not place.channels:
-            self._lose(loads)
+            self._lose(loads_ns)
             return
-        noted = self._noted(place, model, phase, min(ends_ns) - 1, max(ends_ns), len(loads))
-        cpu_ns = sum(loads.values())
+        noted = self._noted(place, model, phase, first_end_ns - 1, last_end_ns, len(loads_ns))
+        cpu_ns = sum(loads_ns.values())
         noted.load_ns += cpu_ns
         noted.cpu_ns += cpu_ns
-        noted.add(loads)
+        noted.add(loads_ns)
 
     def part(self) -> None:
         """What is noted from now on is charged apart from what was noted before."""
