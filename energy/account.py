@@ -217,8 +217,8 @@ class Account:
         """The request is over: what it probably cost. It is settled with the next samples.
 
         The final bill then goes to the ledger and the log, and ``find`` returns it. CPU time ``beside`` the executors
-        should be little, as it is charged as if it had been spent only now. Whoever
-        knows all ``loads`` of the request's steps spares a look into the books, which takes longer.
+        should be little, as it is charged as if it had been spent only now. Whoever knows all ``loads`` of its steps
+        spares a look into the books, which takes longer.
         """
         is_first = not self._closed
         self._closed.append((record, self._clock.monotonic_ns(), beside))

@@ -1,8 +1,8 @@
 """What open requests have cost so far, and what they probably will. Knows nothing of threads, ledgers or carbon.
 
-Short steps of one model in one phase are charged together, as one stretch: each request pays by its load, which is its
-share of each of those steps times what that took of the processor (of a GPU, its duration). A step as long as the time
-between two readings, or that was running when the last stretches were settled, is charged alone.
+Steps of one model in one phase are charged together, as one stretch: each request pays by its load, which is its share
+of each of those steps times what that took of the processor (of a GPU, its duration). One of which readings tell what
+it took, as they are closer together, or that was running when the last stretches were settled, is charged alone.
 """
 
 from collections import Counter, defaultdict

@@ -3,7 +3,7 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -17,7 +17,7 @@ from energy.meters.base import Unavailable
 from energy.meters.estimator import Estimator, PowerModel
 from energy.meters.observe import observe_idle
 from energy.sampler import Sampler
-from energy.settlement import HORIZON_NS, Reason
+from energy.settlement import HORIZON_NS, Channel, Claim, Reason, Stretch
 from energy.types import Beside, Bill, Load, Part, Phase, Quality, RequestRecord, Work
 from tests.energy.fakes import MS, Book, CountingMeter, HeldClock, S, encode, step, step_of
 
@@ -335,6 +335,27 @@ class TestEstimate:
         bill = bill_of(account, "a")
         assert (bill.active_uj, bill.allocated_uj) == (276_000, 276_000 + 74_000)
         assert (bill.quality, bill.settled) == (Quality.ESTIMATED, True)
+        check_balance(account.totals())
+
+    def test_however_short_a_window_was_steps_are_charged_together(
+        self, held: HeldClock, account: Account, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        settle, stretches = Channel.settle, []
+
+        def counted_settle(channel: Channel, some: Sequence[Stretch]) -> list[Claim]:
+            stretches.append(len(some))
+            return settle(channel, some)
+
+        monkeypatch.setattr(Channel, "settle", counted_settle)
+        account.sample()
+        held.run(ms=5)
+        account.totals()
+        for name in "abc":
+            held.run(ms=40, cpu_ms=40)
+            account.record(step(held, 40, encode(name)))
+        bills = [bill_of(account, name) for name in "abc"]
+        assert set(stretches) == {1}
+        assert [(bill.active_uj, bill.allocated_uj) for bill in bills] == [(110_400, 110_400 + 29_600)] * 3
         check_balance(account.totals())
 
     def test_a_refused_request_costs_nothing(self, account: Account) -> None:
