@@ -255,7 +255,9 @@ class Requests:
         total: Counter[tuple[str, str, str, Phase, Quality]] = Counter()
         for task, sums_uj in self._settled_uj.items():
             for (device, phase, model, quality, _), energy_uj in self.balances.by_charged(sums_uj):
-                total[device, model, task, phase, quality] += energy_uj
+                # Nearly everything is for other tasks.
+                if energy_uj:
+                    total[device, model, task, phase, quality] += energy_uj
         return total
 
     def open_uj(self) -> Counter[str]:

@@ -358,6 +358,15 @@ class TestEstimate:
         assert [(bill.active_uj, bill.allocated_uj) for bill in bills] == [(110_400, 110_400 + 29_600)] * 3
         check_balance(account.totals())
 
+    def test_a_task_is_attributed_nothing_of_what_only_others_do(self, held: HeldClock, account: Account) -> None:
+        for name, task, phase in (("a", "sentiment", Phase.ENCODE), ("b", "generate", Phase.PREFILL)):
+            held.run(ms=40, cpu_ms=40)
+            account.record(step(held, 40, Work(phase, [name], [5])))
+            account.close(over(name, task=task))
+            account.sample()
+        rows = {(row.task, row.phase) for row in account.totals().attributed}
+        assert rows == {("sentiment", Phase.ENCODE), ("generate", Phase.PREFILL)}
+
     def test_a_refused_request_costs_nothing(self, account: Account) -> None:
         bill = bill_of(account, "a", "refused")
         assert (bill.active_uj, bill.allocated_uj, bill.gco2e) == (0, 0, 0)
