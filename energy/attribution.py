@@ -46,17 +46,14 @@ UNCALIBRATED: Mapping[str, Coefficients] = MappingProxyType({})
 
 def weigh(work: Work, coefficients: Coefficients) -> Weights:
     """How requests share a step with this work: in proportion to ``F / n + m * work_i``."""
-    n, context = len(work.request_ids), coefficients.context_token
-    fixed, token = coefficients.fixed, coefficients.decode_token
-    if work.phase is not Phase.DECODE:
-        token = coefficients.prefill_token
-    token, context = n * token, n * context
+    n, is_writing = len(work.request_ids), work.phase is Phase.DECODE
+    token = n * (coefficients.decode_token if is_writing else coefficients.prefill_token)
+    fixed, context = coefficients.fixed, n * coefficients.context_token
     if work.context_tokens:
-        first = [
-            fixed + token * own + context * old for own, old in zip(work.tokens, work.context_tokens, strict=True)
-        ]
+        each = zip(work.tokens, work.context_tokens, strict=True)
+        first = [fixed + token * tokens + context * context_tokens for tokens, context_tokens in each]
     else:
-        first = [fixed + token * own for own in work.tokens]
+        first = [fixed + token * tokens for tokens in work.tokens]
     return first, context * work.tokens[0]
 
 
