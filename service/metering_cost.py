@@ -47,7 +47,7 @@ import uvloop
 from fastapi import FastAPI
 
 from energy.host import Moment
-from energy.types import NOBODY, NOTHING_BESIDE, Bill, Quality, RequestRecord, Step
+from energy.types import NOBODY, NOTHING_BESIDE, Bill, Phase, Quality, RequestRecord, Step
 from service import core
 from service.app import create_app
 from service.core import Service
@@ -469,9 +469,11 @@ def _cost(
 def _usual_ns(steps: Sequence[Step]) -> dict[int, float]:
     """By the identity of each of ``steps``, CPU time that steps of its shape take: a line through all of its phase."""
     usual_ns: dict[int, float] = {}
-    phases = {id(step): step.work and step.work.phase for step in steps}
-    for phase in set(phases.values()):
-        alike = [step for step in steps if phases[id(step)] is phase]
+    by_phase: defaultdict[Phase, list[Step]] = defaultdict(list)
+    for step in steps:
+        if step.work is not None:
+            by_phase[step.work.phase].append(step)
+    for alike in by_phase.values():
         shapes = np.array([_shape(step) for step in alike], float)
         line = np.linalg.lstsq(shapes, np.array([step.cpu_ns for step in alike], float), rcond=None)[0]
         usual_ns |= {id(step): float(ns) for step, ns in zip(alike, shapes @ line, strict=True)}
