@@ -208,6 +208,16 @@ class Account:
             self._note()
             return self._provisional(request_id)
 
+    def spent_uj(self, request_id: str) -> int | None:
+        """What a running request has been allocated so far; None where some of that is unknown. Looked at again and
+        again while it runs, so it is less than a bill."""
+        with self._lock:
+            self._note()
+            charged_uj, quality = self._requests.balances.allocated_uj(request_id)
+            _, expected_uj, expected = self._requests.expect_waiting(request_id)
+        unknown = Quality.UNAVAILABLE in (quality or self.quality, expected)
+        return None if unknown else charged_uj + expected_uj
+
     def close(
         self,
         record: RequestRecord,

@@ -73,6 +73,11 @@ class Balances:
         """What a request has been charged so far."""
         return self.costs(self._numbers[[self._rows.get(name, 0)]])[0]
 
+    def allocated_uj(self, name: str) -> tuple[int, Quality | None]:
+        """The sum of that alone, and its quality."""
+        row = self._numbers[self._rows.get(name, 0)].tolist()
+        return sum(row[_FIRST:]), _QUALITIES[row[_RANK]]
+
     def take(self, names: Iterable[str]) -> Numbers:
         """The rows ``(names, columns)`` of requests that are no longer open."""
         rows = [self._rows.pop(name, 0) for name in names]

@@ -272,7 +272,7 @@ class Service:
                 forecast.interval_uj[1] / UJ_PER_J,
             )
             raise EnergyBudgetExceeded(request.energy_budget_j, forecast.allocated_uj / UJ_PER_J, interval_j)
-        return keep_within(items, budget_uj, lambda: self.account.bill(receipt.request_id).allocated_uj)
+        return keep_within(items, budget_uj, partial(self.account.spent_uj, receipt.request_id))
 
     async def search(
         self, base: str, question: str, passages: int, request_id: str, timeout_s: float | None = None

@@ -273,7 +273,9 @@ class TestCounter:
             held.run(ms=10, cpu_ms=10)
             meter.energy_uj["cpu"] += moved_uj
             account.record(step(held, 10, encode(name)))
-            assert account.bill(name).allocated_uj is None  # nor is anything expected from what stood still
+            assert (
+                account.bill(name).allocated_uj is account.spent_uj(name) is None
+            )  # nor is anything expected from what stood still
             account.sample()
         stood, moved = bill_of(account, "stood"), bill_of(account, "moved")
         assert (stood.allocated_uj, stood.quality, stood.settled) == (None, Quality.UNAVAILABLE, True)
@@ -378,10 +380,13 @@ class TestEstimate:
             held.run(ms=100, cpu_ms=100)
             account.record(step(held, 100, encode("a")))
             if expected_uj == 276_000:
-                assert account.bill("a").active_uj is None  # nothing has been settled yet to judge by
+                assert (
+                    account.bill("a").active_uj is account.spent_uj("a") is None
+                )  # nothing has been settled yet to judge by
                 account.sample()
             bill = account.bill("a")
             assert (bill.active_uj, bill.settled) == (expected_uj, False)
+            assert account.spent_uj("a") == bill.allocated_uj
             assert bill.allocated_uj == expected_uj + 74_000 * expected_uj // 276_000
         account.sample()
         assert account.totals().attributed == ()

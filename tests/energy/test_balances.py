@@ -35,6 +35,11 @@ def test_a_cost_names_its_parts_and_the_weakest_quality() -> None:
     parts, allocated_uj, active_uj, time_ns, quality = balances.find("b")
     assert list(parts) == [Part("cpu", Phase.ENCODE, 33), Part("cpu", Phase.POST, 2)]
     assert (allocated_uj, active_uj, time_ns, quality) == (35, 32, 20, Quality.APPORTIONED)
+    assert [balances.allocated_uj(name) for name in "abc"] == [
+        (82, Quality.MEASURED),
+        (35, Quality.APPORTIONED),
+        (0, None),
+    ]
     assert Counter(dict(balances.sums())) == {CPU: 100, CPU_IDLE: 10, DRAM: 5, POST: 2}
 
 
@@ -53,6 +58,7 @@ def test_what_costs_nothing_may_be_unknown() -> None:
     assert balances.find("a")[1:] == (0, 0, 0, Quality.UNAVAILABLE)
     balances.know(balances.rows_of(["a"]), Quality.MEASURED)
     assert balances.find("a")[4] is Quality.UNAVAILABLE
+    assert balances.allocated_uj("a") == (0, Quality.UNAVAILABLE)
 
 
 @settings(max_examples=50)

@@ -274,12 +274,12 @@ class FakeAccount:
         self.loads: Sequence[Load] | None = None
         self.time_s = 1_700_000_000.0
         self.on_settled: Callable[[Sequence[SettledRecord]], None] = lambda records: None
-        self.spent_uj = 0
-        """By a request that runs, more at every look."""
+        self.seen_uj = 0
+        """Of a request that runs, more at every look."""
 
-    def bill(self, request_id: str) -> Bill:
-        self.spent_uj += 100_000
-        return Bill(request_id, self.spent_uj, self.spent_uj, 0.0, self.quality, settled=False)
+    def spent_uj(self, request_id: str) -> int:
+        self.seen_uj += 100_000
+        return self.seen_uj
 
     def wake(self) -> None:
         self.wakes += 1
