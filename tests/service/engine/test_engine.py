@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import onnxruntime as ort
 import pytest
 import torch
 from hypothesis import given, settings
@@ -424,6 +425,7 @@ def test_every_step_names_its_work(models: dict[str, Loaded], monkeypatch: pytes
         for step, work in zip(steps.worked, steps.works, strict=True)
     ]
     assert said[0] == ("classify", Phase.ENCODE, ["c", "d"], 5 + 7, 0)
+    assert steps.works[0] == Work(Phase.ENCODE, ["c", "d"], [5, 7])
     assert steps.worked[0].padding_tokens == 2 * 8 - 12
     # The prompt's last position writes the first of four tokens; nothing comes between the passes for the others.
     assert said[1:3] == [
@@ -741,7 +743,10 @@ def test_ten_thousand_requests_leave_nothing_behind(models: dict[str, Loaded]) -
         grown = held() - before
         tracemalloc.stop()
         assert (running.queue_depth(), running.running()) == (0, 0)
+        layouts = [each for each in gc.get_objects() if type(each) is ort.IOBinding]
     assert grown < 50_000
+    # On two executors, with one beam and with two.
+    assert 0 < len(layouts) <= 2 * len(WRITERS) * (16 + 8)
 
 
 def test_a_graph_that_fails_at_once_is_an_error_at_the_start(models: dict[str, Loaded]) -> None:
