@@ -19,6 +19,9 @@ one before end, is left out. CPU time is told by thread, by the system's clock o
 * the event loop's, with whoever asks, per request;
 * that of the threads that settle and that write the ledger, all of it over all metered requests.
 
+Throughput is told twice: by the work that was done in the time, and by the CPU time that was left for steps, in which
+waiting for the interpreter shows as well, and no change of the machine's speed.
+
 A figure is the mean over turns without the outermost tenths, with a 95% interval by bootstrap. Metering is also added
 up where it is spent, which is more precise and does not see what it slows down elsewhere. Neither way sees that a step
 writes down the work in it, which `/metrics` needs as well; that a request's record is written is only added up.
@@ -46,6 +49,7 @@ import numpy as np
 import uvloop
 from fastapi import FastAPI
 
+from energy.clock import NS_PER_S
 from energy.host import Moment
 from energy.types import NOBODY, NOTHING_BESIDE, Bill, Phase, Quality, RequestRecord, Step
 from service import core
@@ -138,6 +142,11 @@ class Cost:
     """Time for the same work, of which throughput is the inverse: metered / unmetered - 1."""
     added_us: Mapping[str, Share]
     """CPU time: metered - unmetered, by thread."""
+    room: Share
+    """CPU time that was left for steps: unmetered / metered - 1. It is told more sharply than ``time``, in which every
+    change of the machine's speed is."""
+    busy_cores: Share
+    """Cores that the process kept busy: metered - unmetered. Where fewer, threads waited for the interpreter."""
     shown_us: Share
     """CPU time of the event loop: unmetered - silent."""
     unmetered_us: float
@@ -195,6 +204,8 @@ class _Slice:
     elapsed_s: float = 0.0
     loop_ns: int = 0
     """CPU time of the event loop."""
+    process_ns: int = 0
+    """That of the whole process."""
 
     @property
     def whole_steps(self) -> list[Step]:
@@ -342,9 +353,10 @@ class _Rig:
         self._kind = kind
         await asyncio.sleep(_LEFT_OUT_S)
         kept = self._slice = _Slice(kind)
-        started_s, loop_ns = time.monotonic(), time.thread_time_ns()
+        started_s, loop_ns, process_ns = time.monotonic(), time.thread_time_ns(), time.process_time_ns()
         await asyncio.sleep(SLICE_S)
         kept.elapsed_s, kept.loop_ns = time.monotonic() - started_s, time.thread_time_ns() - loop_ns
+        kept.process_ns = time.process_time_ns() - process_ns
         self._slice = _Slice(kind)
         return kept
 
@@ -438,8 +450,10 @@ def _cost(
     beside_us = sum(spent_us[what] for what in ("reading", "settling", "publishing", "ledger"))
     by_thread: list[dict[Kind, dict[str, float]]] = []
     rates: list[dict[Kind, float]] = []
+    rooms: list[dict[Kind, float]] = []
+    busy: list[dict[Kind, float]] = []
     for turn in turns:
-        took, rate = {}, {}
+        took, rate, room, cores = {}, {}, {}, {}
         for each in turn:
             usual = sum(usual_ns[id(step)] for step in each.whole_steps)
             took[each.kind] = {
@@ -449,14 +463,20 @@ def _cost(
                 "settling and ledger": beside_us if each.kind is Kind.METERED else 0.0,
             }
             rate[each.kind] = usual / each.elapsed_s
+            room[each.kind] = sum(step.cpu_ns for step in each.whole_steps) / each.elapsed_s
+            cores[each.kind] = each.process_ns / NS_PER_S / each.elapsed_s
         by_thread.append(took)
         rates.append(rate)
+        rooms.append(room)
+        busy.append(cores)
     on, off = Kind.METERED, Kind.UNMETERED
     threads = by_thread[0][on]
     return Cost(
         cpu=Share.of([sum(took[on].values()) / sum(took[off].values()) - 1 for took in by_thread]),
         time=Share.of([rate[off] / rate[on] - 1 for rate in rates]),
         added_us={name: Share.of([took[on][name] - took[off][name] for took in by_thread]) for name in threads},
+        room=Share.of([room[off] / room[on] - 1 for room in rooms]),
+        busy_cores=Share.of([cores[on] - cores[off] for cores in busy]),
         shown_us=Share.of([took[off]["event loop"] - took[Kind.SILENT]["event loop"] for took in by_thread]),
         unmetered_us=fmean(sum(took[off].values()) for took in by_thread),
         spent_us=spent_us,
@@ -522,7 +542,9 @@ def _told(cost: Cost) -> Iterator[str]:
     for name, share in cost.added_us.items():
         yield f"  {name} {share.value:+.1f} us per request (95% interval {share.low:+.1f} to {share.high:+.1f})"
     yield f"time added, of which throughput is the inverse: {cost.time}"
-    shown = cost.shown_us
+    busy, shown = cost.busy_cores, cost.shown_us
+    yield f"  by what is left for steps alone: {cost.room}"
+    yield f"  cores kept busy {busy.value:+.3f} (95% interval {busy.low:+.3f} to {busy.high:+.3f})"
     yield (
         "showing a bill, which is not metering: event loop "
         f"{shown.value:+.1f} us per request (95% interval {shown.low:+.1f} to {shown.high:+.1f})"

@@ -108,7 +108,7 @@ def test_trained_exported_served_answered(folder: Path, capsys: pytest.CaptureFi
 
 
 def test_a_mistake_is_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert wattle.main(["train", "translate-en-de-teacher", "--data", str(folder)]) == 1
+    assert wattle.main(["train", "translate-en-de-teacher", "--data", str(folder), "--runs", str(folder)]) == 1
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert "translation/tatoeba-en-de: no such file" in said
