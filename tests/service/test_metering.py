@@ -5,7 +5,7 @@ import re
 import subprocess
 import sys
 import threading
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,17 +17,17 @@ from energy.carbon import Carbon
 from energy.clock import Clock
 from energy.meters.estimator import Estimator, PowerModel
 from energy.sampler import Sampler
-from energy.types import Quality, RequestRecord
+from energy.types import Phase, Quality, RequestRecord, Work
 from service.app import calibration_places, read_coefficients
 from service.calibrate import calibrate
 from service.engine.engine import Engine
 from service.engine.settings import EngineSettings
 from service.engine.types import EncodeItem, EngineClosed, Item, Sampling, WriteItem
 from service.keys import add_key
-from service.metering_cost import _PURPOSES, Share, main
+from service.metering_cost import _PURPOSES, Kind, Share, _cost, _Slice, main
 from service.models import Models, load_model
 from service.settings import Settings
-from tests.energy.fakes import Book
+from tests.energy.fakes import Book, step_of
 from tests.tiny import Loaded, load_tiny, write_tiny
 
 ROOT = Path(__file__).parents[2]
@@ -182,6 +182,11 @@ def test_the_cost_of_metering_is_measured(
     assert main([str(tmp_path / "model"), "3"]) == 0
     told = capsys.readouterr().out
     assert re.search(r"CPU time added: .*% \(95% interval .*% to .*%\); under 1%: (yes|no|not decided)", told)
+    assert (
+        re.search(r"^  by what is left for steps alone: .*%\); under 1%: (yes|no|not decided)$", told, re.M)
+        is not None
+    )
+    assert re.search(r"^  cores kept busy [+-]\d\.\d{3} \(", told, re.M) is not None
     spent_us = dict(
         re.findall(r"[(,] ?(\w+) (-?\d+\.\d)", "".join(re.findall(r"^  \w+ [\d.]+ us (\(.*\))$", told, re.M)))
     )
@@ -195,6 +200,27 @@ def test_a_share_is_decided_where_its_interval_lies_on_one_side() -> None:
     assert "not decided" in str(Share.of([-0.02, 0.01, 0.03] * 10))
     # Neither a round that another program disturbed nor a lucky one moves it.
     assert Share.of([0.005] * 28 + [9.0, -0.9]).value == pytest.approx(0.005)
+
+
+def kept_slice(kind: Kind, steps: int, step_ms: float, busy_cores: float) -> _Slice:
+    """A second in which an executor runs so many steps, the first of which counts for nothing."""
+    one = step_of(Work(Phase.ENCODE, ["r"], [10]), cpu_ns=round(step_ms * 1e6))
+    kept = _Slice(kind, requests=steps, elapsed_s=1.0, loop_ns=steps * 1000, process_ns=round(busy_cores * 1e9))
+    kept.steps[one.device] = [(one, number * one.cpu_ns) for number in range(steps + 1)]
+    return kept
+
+
+def test_lost_throughput_is_what_steps_have_less_of_whatever_the_speed_of_the_machine() -> None:
+    turns = []
+    for slower in (1.0, 1.5, 1.25):
+        # Metered, steps get 0.76 of 0.8 seconds, and a hundredth of a core waits; and the machine is just then slower.
+        metered = kept_slice(Kind.METERED, round(760 / slower), slower, 1.79)
+        others = [kept_slice(kind, 800, 1.0, 1.80) for kind in Kind if kind is not Kind.METERED]
+        turns.append([metered, *others])
+    cost = _cost(turns, defaultdict(float), 100, None)
+    assert cost.room.value == pytest.approx(0.8 / 0.76 - 1, abs=0.001)
+    assert cost.busy_cores.value == pytest.approx(-0.01)
+    assert cost.time.value > 0.2
 
 
 def test_the_meters_are_printed(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
