@@ -19,8 +19,9 @@ one before end, is left out. CPU time is told by thread, by the system's clock o
 * the event loop's, with whoever asks, per request;
 * that of the threads that settle and that write the ledger, all of it over all metered requests.
 
-Throughput is told twice: by the work that was done in the time, and by the CPU time that was left for steps, in which
-waiting for the interpreter shows as well, and no change of the machine's speed.
+Throughput is told twice: by the work that was done in the time, and by the CPU time that was left for steps. The
+second knows no change of the machine's speed, and shows where threads wait for the interpreter. It does not see
+whether steps themselves take longer with metering; the CPU time of executors in steps does.
 
 A figure is the mean over turns without the outermost tenths, with a 95% interval by bootstrap. Metering is also added
 up where it is spent, which is more precise and does not see what it slows down elsewhere. Neither way sees that a step
@@ -143,8 +144,8 @@ class Cost:
     added_us: Mapping[str, Share]
     """CPU time: metered - unmetered, by thread."""
     room: Share
-    """CPU time that was left for steps: unmetered / metered - 1. It is told more sharply than ``time``, in which every
-    change of the machine's speed is."""
+    """CPU time that was left for steps: unmetered / metered - 1. Told more sharply than ``time``, in which every
+    change of the machine's speed is; it takes steps to be as long with metering as without."""
     busy_cores: Share
     """Cores that the process kept busy: metered - unmetered. Where fewer, threads waited for the interpreter."""
     shown_us: Share
@@ -211,6 +212,16 @@ class _Slice:
     def whole_steps(self) -> list[Step]:
         """All but the first of each executor, which may have begun before."""
         return [step for steps in self.steps.values() for step, _ in steps[1:]]
+
+    @property
+    def step_cores(self) -> float:
+        """Cores that these steps kept busy."""
+        return sum(step.cpu_ns for step in self.whole_steps) / NS_PER_S / self.elapsed_s
+
+    @property
+    def busy_cores(self) -> float:
+        """Cores that the whole process did."""
+        return self.process_ns / NS_PER_S / self.elapsed_s
 
     @property
     def between_ns(self) -> int:
@@ -450,10 +461,8 @@ def _cost(
     beside_us = sum(spent_us[what] for what in ("reading", "settling", "publishing", "ledger"))
     by_thread: list[dict[Kind, dict[str, float]]] = []
     rates: list[dict[Kind, float]] = []
-    rooms: list[dict[Kind, float]] = []
-    busy: list[dict[Kind, float]] = []
     for turn in turns:
-        took, rate, room, cores = {}, {}, {}, {}
+        took, rate = {}, {}
         for each in turn:
             usual = sum(usual_ns[id(step)] for step in each.whole_steps)
             took[each.kind] = {
@@ -463,20 +472,17 @@ def _cost(
                 "settling and ledger": beside_us if each.kind is Kind.METERED else 0.0,
             }
             rate[each.kind] = usual / each.elapsed_s
-            room[each.kind] = sum(step.cpu_ns for step in each.whole_steps) / each.elapsed_s
-            cores[each.kind] = each.process_ns / NS_PER_S / each.elapsed_s
         by_thread.append(took)
         rates.append(rate)
-        rooms.append(room)
-        busy.append(cores)
     on, off = Kind.METERED, Kind.UNMETERED
     threads = by_thread[0][on]
+    pairs = [(by_kind[on], by_kind[off]) for by_kind in ({each.kind: each for each in turn} for turn in turns)]
     return Cost(
         cpu=Share.of([sum(took[on].values()) / sum(took[off].values()) - 1 for took in by_thread]),
         time=Share.of([rate[off] / rate[on] - 1 for rate in rates]),
         added_us={name: Share.of([took[on][name] - took[off][name] for took in by_thread]) for name in threads},
-        room=Share.of([room[off] / room[on] - 1 for room in rooms]),
-        busy_cores=Share.of([cores[on] - cores[off] for cores in busy]),
+        room=Share.of([unmetered.step_cores / metered.step_cores - 1 for metered, unmetered in pairs]),
+        busy_cores=Share.of([metered.busy_cores - unmetered.busy_cores for metered, unmetered in pairs]),
         shown_us=Share.of([took[off]["event loop"] - took[Kind.SILENT]["event loop"] for took in by_thread]),
         unmetered_us=fmean(sum(took[off].values()) for took in by_thread),
         spent_us=spent_us,
