@@ -1,6 +1,6 @@
 """What a step of a model costs on a machine, fitted to steps that ran. Knows nothing of how they come to run.
 
-    load = F + a * (tokens read, padding included) + b * (tokens written) + c * (context tokens)
+    load = F + a * (tokens read) + b * (tokens written) + c * (context tokens), padding included
 
 Load is CPU time on a processor and duration on a GPU: a step's energy is known only over windows that hold many, and
 within a model it goes with the load. All four are at least zero, and errors count in proportion to the load, so that
@@ -74,10 +74,10 @@ def fit_steps(steps: Sequence[Step]) -> Fit:
     steps = [step for step in steps if step.work and _load_ns(step) > 0]
     if len(steps) < LEAST_STEPS:
         raise CalibrationError(f"{len(steps)} steps ran; at least {LEAST_STEPS} are needed")
-    features = np.array([_features(step) for step in steps], float)
+    features = np.array([features_of(step) for step in steps], float)
     loads = np.array([_load_ns(step) for step in steps], float)
     held_out = np.arange(len(steps)) % 3 == 2
-    solution = _non_negative(features[~held_out] / loads[~held_out, None])
+    solution = non_negative_fit(features[~held_out] / loads[~held_out, None])
     predicted = features @ solution
     default = features @ np.array(
         [DEFAULTS.fixed, DEFAULTS.prefill_token, DEFAULTS.decode_token, DEFAULTS.context_token], float
@@ -138,18 +138,23 @@ def read_calibration(model: str, revision: str, beside: Path, elsewhere: Path) -
     return found
 
 
-def _features(step: Step) -> tuple[int, int, int, int]:
+def features_of(step: Step) -> tuple[int, int, int, int]:
+    """Passes, tokens read, tokens written and context tokens: what the four terms of a load count."""
     writes = step.work is not None and step.work.phase is Phase.DECODE
-    read, written = (0, step.tokens) if writes else (step.tokens, 0)
-    return step.passes, read + step.padding_tokens, written, step.context_tokens
+    tokens = step.tokens + step.passes * step.padding_tokens
+    read, written = (0, tokens) if writes else (tokens, 0)
+    return step.passes, read, written, step.context_tokens
 
 
 def _load_ns(step: Step) -> int:
     return step.ended_ns - step.started_ns if step.device.startswith("gpu:") else step.cpu_ns
 
 
-def _non_negative(features: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The non-negative least squares solution of ``features @ x = 1``: the best of those over each set of columns."""
+def non_negative_fit(features: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The non-negative least squares solution of ``features @ x = 1``: the best of those over each set of columns.
+
+    Rows divided by what they are to give make errors count in proportion to it.
+    """
     used = [column for column in range(features.shape[1]) if features[:, column].any()]
     best, least = np.zeros(features.shape[1]), np.inf
     for count in range(1, len(used) + 1):

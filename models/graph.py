@@ -41,7 +41,9 @@ All graphs of a folder share ``weights.bin``, in which every array lies once. A 
   and a product takes two nodes in place of eight.
 - ``float16``: for GPUs: half-precision weights, hidden states, keys and values (``k_{i}``, ``cross_k_{i}`` and their
   like are float16 too). Its decoder has one more output, ``tokens`` (b,), int64: the likeliest word of each row, so
-  that logits need not leave the device.
+  that logits need not leave the device. Unless it is a prefix LM's it has one more input, too: ``total`` (), int32,
+  the latest start plus s, or c where single tokens are read. GroupQueryAttention wants it on the host, where whoever
+  calls knows it: the operator does not wait for the end of a copy from the device, and then attends to nothing.
 - ``blockwise``: rows cut into blocks of ``block_size`` with a scale each (MatMulNBits), of 8 or 4 bits: more exact,
   and faster on a single token.
 
@@ -757,8 +759,11 @@ def _decoder(config: TransformerConfig, store: _Store) -> _Network:
         last = g.op("Sub", g.op("Add", starts, lengths), g.constant(1))
         last = g.op("Cast", last, to=ir.DataType.INT32)
         # Of the first chunk of a prompt this is its width, padding included: that is how the operator knows it.
-        total = g.op("Add", g.op("ReduceMax", starts, keepdims=0), n_tokens)
-        total = g.op("Cast", total, to=ir.DataType.INT32)
+        if store.scheme == "float16":
+            total = g.input("total", dtype=ir.DataType.INT32)
+        else:
+            total = g.op("Add", g.op("ReduceMax", starts, keepdims=0), n_tokens)
+            total = g.op("Cast", total, to=ir.DataType.INT32)
         rotations = g.rotary() if config.rotates else ()
         how = {**heads, "kv_num_heads": config.kv_heads, "do_rotary": int(config.rotates)}
 
@@ -802,7 +807,8 @@ def _decoder(config: TransformerConfig, store: _Store) -> _Network:
         scores = g.op("Reshape", g.linear(hidden, "head.extract", plain=True), g.op("Shape", ids))
         g.output(g.cast(scores, _FLOAT), "extract_logits", "rows", "tokens")
     # The last real token is picked before the output layer, the widest of all.
-    row_starts = g.op("Mul", g.range(g.size(ids, 0)), n_tokens)
+    # Where rows start is a range of sizes alone, which are the host's: a product with one would have to be copied.
+    row_starts = g.op("Range", g.constant(0), g.size(x, 0), n_tokens)
     x = g.op("Gather", x, g.op("Sub", g.op("Add", row_starts, lengths), g.constant(1)))
     g.begin_rows(x)
     if g.pre_norm:

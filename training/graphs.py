@@ -55,12 +55,15 @@ class Graphs:
     def _buffers(self, rows: int, width: int) -> dict[str, NDArray[np.generic]]:
         """Keys and values of nothing, with room for what is read."""
         config = self._config
-        in_halves = any(each.type == "tensor(float16)" for each in self._sessions["decoder"].get_inputs())
+        inputs = self._sessions["decoder"].get_inputs()
+        in_halves = any(each.type == "tensor(float16)" for each in inputs)
         shape = (rows, config.kv_heads, width, config.head_dim)
         empty = np.zeros(shape, dtype=np.float16 if in_halves else np.float32)
         buffers: dict[str, NDArray[np.generic]] = {
             f"{part}_{layer}": empty for part in ("k", "v") for layer in range(config.n_decoder_layers)
         }
+        if any(each.name == "total" for each in inputs):
+            buffers["total"] = np.array(width, dtype=np.int32)
         return {"positions": np.zeros(rows, dtype=np.int64), **buffers}
 
     def _outputs(self, name: str, feeds: dict[str, NDArray[np.generic]]) -> Outputs:

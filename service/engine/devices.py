@@ -9,6 +9,7 @@ from base64 import b64decode
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import count
 from math import prod
 from typing import Any, Protocol
 
@@ -44,14 +45,13 @@ class Device:
         """What steps and meters call a GPU."""
         return f"gpu:{self.index}"
 
-    @property
-    def providers(self) -> list[Any]:
-        """What a session on it is made with."""
+    def providers(self, *, records: bool = False) -> list[Any]:
+        """What a session on it is made with, which ``records`` or not: see ``Recording``."""
         if self.kind == "cpu":
             return ["CPUExecutionProvider"]
         # Memory as it is asked for: by default the arena doubles.
         options = {"device_id": self.index, "arena_extend_strategy": "kSameAsRequested"}
-        return [(_PROVIDER, options), "CPUExecutionProvider"]
+        return [(_PROVIDER, options | {"enable_cuda_graph": int(records)}), "CPUExecutionProvider"]
 
 
 CPU = Device("cpu")
@@ -81,12 +81,14 @@ def gpus(settings: EngineSettings) -> tuple[Device, ...]:
 def _works(device: Device) -> bool:
     if _PROVIDER not in ort.get_available_providers():
         return False
+    # It warns at every session that CUDA is no plug-in.
+    ort.set_default_logger_severity(3)
     # CUDA's libraries, where they were installed as Python packages.
     ort.preload_dlls(directory="")
     options = ort.SessionOptions()
     options.log_severity_level = 4  # that it does not work is our message
     try:
-        session = ort.InferenceSession(_IDENTITY, options, providers=device.providers)
+        session = ort.InferenceSession(_IDENTITY, options, providers=device.providers())
     except Exception as error:  # ONNX Runtime raises what the driver says
         _log.info("%s does not work: %s", device.name, error)
         return False
@@ -190,12 +192,64 @@ class SourceReader(Protocol):
         """Read ``rows`` padded to ``width``, and write each output into its region."""
 
 
+def not_recorded() -> ort.RunOptions:
+    """How a session that records runs what has other shapes every time."""
+    return _run_options(-1)
+
+
+class Recording:
+    """A run of a graph whose inputs and outputs lie at fixed addresses on a device.
+
+    CUDA records its kernels at the first run and launches them together from then on (a CUDA graph, which ONNX Runtime
+    makes): a step of a small model costs less to compute than to launch.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        session: ort.InferenceSession,
+        inputs: Mapping[str, NDArray[np.generic]],
+        outputs: Mapping[str, tuple[tuple[int, ...], type[np.generic]]],
+    ) -> None:
+        """``inputs`` that change from run to run, with values to begin with; shape and type of ``outputs``."""
+
+        def value(shape: tuple[int, ...], dtype: Any) -> ort.OrtValue:
+            return ort.OrtValue.ortvalue_from_shape_and_type(shape, dtype, device.kind, device.index)
+
+        self._session, self._options = session, _run_options(next(_recordings))
+        self.binding = session.io_binding()
+        """For whatever else the graph reads and writes."""
+        self._inputs = {name: value(array.shape, array.dtype) for name, array in inputs.items()}
+        self.outputs = {name: value(*kind) for name, kind in outputs.items()}
+        """Where the latest run left them."""
+        for name, each in self._inputs.items():
+            each.update_inplace(inputs[name])
+            self.binding.bind_ortvalue_input(name, each)
+        for name, each in self.outputs.items():
+            self.binding.bind_ortvalue_output(name, each)
+
+    def run(self, inputs: Mapping[str, NDArray[np.generic]]) -> None:
+        """Run the graph on ``inputs``; those that are left out are what they were."""
+        for name, array in inputs.items():
+            self._inputs[name].update_inplace(array)
+        self._session.run_with_iobinding(self.binding, self._options)
+
+
+_recordings = count(1)
+
+
+def _run_options(recording: int) -> ort.RunOptions:
+    options = ort.RunOptions()
+    options.add_run_config_entry("gpu_graph_id", str(recording))
+    return options
+
+
 class DeviceLogits:
     """Logits ``(rows, words)`` that stay on a device unless somebody looks at them; their argmax is known."""
 
     def __init__(self, value: ort.OrtValue, tokens: Ids) -> None:
         self.value: ort.OrtValue | None = value
-        """On the device; None once what the host holds is another."""
+        """On the device, perhaps with further rows; None once what the host holds is another."""
         self._tokens = tokens
         self._fetched: Floats | None = None
 
@@ -218,7 +272,7 @@ class DeviceLogits:
         return self._tokens
 
     def copy(self) -> "DeviceLogits":
-        """Every run has memory of its own."""
+        """What follows a prompt has memory of its own."""
         return self
 
     def _host(self) -> Floats:
@@ -244,4 +298,4 @@ def _on_host(array: Halves) -> Region:
 
 @cache
 def _copier(device: Device) -> ort.InferenceSession:
-    return ort.InferenceSession(_IDENTITY, providers=device.providers)
+    return ort.InferenceSession(_IDENTITY, providers=device.providers())

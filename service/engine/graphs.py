@@ -16,9 +16,11 @@ from models.config import TransformerConfig
 from models.processor import keep_products_exact
 from service.engine.batching import padded_width
 from service.engine.buffers import KEY_BLOCK, Buffers, Floats
-from service.engine.devices import CPU, Device, DeviceLogits, DeviceRows, Logits, Region
+from service.engine.devices import CPU, Device, DeviceLogits, DeviceRows, Logits, Recording, Region, not_recorded
 
 Ids = NDArray[np.int64]
+_PADDED_TO = 8
+"""On a device more texts than these are filled up to a multiple of it, fewer to a power of two."""
 
 
 def open_graph(path: Path, threads: int, device: Device = CPU, weight_bits: int = 8) -> ort.InferenceSession:
@@ -39,7 +41,7 @@ def open_graph(path: Path, threads: int, device: Device = CPU, weight_bits: int 
     return ort.InferenceSession(
         path,
         options,
-        providers=device.providers,
+        providers=device.providers(records=path.name == "decoder.onnx"),
         # Its kernel is eight times slower than the two that it replaces.
         disabled_optimizers=["SkipLayerNormFusion"],
     )
@@ -176,9 +178,13 @@ class DecoderGraph:
         """How many tokens each row has read."""
         self._next_ids = np.zeros((n_rows, 1), dtype=np.int64)
         self._ones = np.ones(n_rows, dtype=np.int64)
-        self._logits = np.empty((n_rows if device is None else 0, config.vocab_size), dtype=np.float32)
+        self._n_words = config.vocab_size
+        self._logits = np.empty((n_rows if device is None else 0, self._n_words), dtype=np.float32)
         self._tokens = np.zeros(n_rows, dtype=np.int64)
-        """What follows each row, where a device says it."""
+        """What follows each prompt, where a device says it."""
+        self._takes_total = any(each.name == "total" for each in session.get_inputs())
+        self._recordings: dict[int, Recording] = {}
+        """Steps on a device, by the number of rows."""
         self._position_cells, self._ids_cells = self.positions.data, self._next_ids[:, 0].data
         self._single_steps: dict[int, ort.IOBinding] = {}
         """By the number of rows, as long as their buffers stay where they are."""
@@ -226,6 +232,8 @@ class DecoderGraph:
     def step(self, next_ids: Sequence[int] | Ids) -> Logits:
         """Let each of the first rows read one token; returns logits ``(rows, words)``, valid until the next call."""
         n = len(next_ids)
+        if self._device is not None:
+            return self._step_on(self._device, next_ids)
         if not self._room:
             longest = max(self._position_cells[:n])
             self._reserve(self._memory, longest + 1, n)
@@ -237,13 +245,49 @@ class DecoderGraph:
             self._ids_cells[row] = token
         if n not in self._single_steps:
             self._single_steps[n] = self._bind(rows, self._next_ids[rows], self._ones[rows])
-        elif self._device is not None:
-            # What is bound to a device was copied there when it was bound.
-            self._bind_inputs(self._single_steps[n], rows, self._next_ids[rows], self._ones[rows])
         logits = self._run(self._single_steps[n], rows)
         for row in range(n):
             self._position_cells[row] += 1
         return logits
+
+    def padding_rows(self, used: int) -> int:
+        """How many free rows step along with the ``used`` ones, from nothing, so that a few recordings are enough."""
+        if self._device is None:
+            return 0
+        texts = used // self.beams
+        recorded = 1 << (texts - 1).bit_length() if texts <= _PADDED_TO else -(-texts // _PADDED_TO) * _PADDED_TO
+        return min(recorded * self.beams, len(self.positions)) - used
+
+    def warm_up(self) -> None:
+        """Have whatever the first steps would wait for."""
+        rows = len(self.positions)
+        for texts in range(1, rows // self.beams + 1) if self._device is not None else (1,):
+            used = texts * self.beams
+            if not self.padding_rows(used):
+                self.step([0] * used)
+        self.positions[:] = 0
+
+    def _step_on(self, device: Device, next_ids: Sequence[int] | Ids) -> Logits:
+        n = len(next_ids)
+        rows = slice(0, n + self.padding_rows(n))
+        texts = self._texts(rows)
+        ids, positions = np.zeros((rows.stop, 1), dtype=np.int64), self.positions[rows].copy()
+        ids[:n, 0], positions[n:] = next_ids, 0
+        inputs = {"input_ids": ids, "positions": positions}
+        inputs |= {name: array[rows if self._cross is None else texts] for name, array in self._lengths.items()}
+        if rows.stop not in self._recordings:
+            outputs: dict[str, tuple[tuple[int, ...], type[np.generic]]] = {
+                "logits": ((rows.stop, self._n_words), np.float32),
+                "tokens": ((rows.stop,), np.int64),
+            }
+            made = Recording(device, self._session, {**inputs, "lengths": self._ones[rows]}, outputs)
+            self._bind_total(made.binding, self._memory.capacity)
+            self._bind_rows(made.binding, rows)
+            self._recordings[rows.stop] = made
+        recording = self._recordings[rows.stop]
+        recording.run(inputs)
+        self.positions[:n] += 1
+        return DeviceLogits(recording.outputs["logits"], recording.outputs["tokens"].numpy()[:n])
 
     def read_sources(self, first: int, sources: Sequence[Sequence[int]]) -> None:
         """Let texts from ``first`` on start over ``sources``."""
@@ -306,9 +350,10 @@ class DecoderGraph:
             self._single_steps.clear()
 
     def _run(self, binding: ort.IOBinding, rows: slice) -> Logits:
-        self._session.run_with_iobinding(binding)
         if self._device is None:
+            self._session.run_with_iobinding(binding)
             return self._logits[rows]
+        self._session.run_with_iobinding(binding, not_recorded())
         return DeviceLogits(binding.get_outputs()[0], self._tokens[rows])
 
     def _bind(self, rows: slice, ids: Ids, lengths: Ids) -> ort.IOBinding:
@@ -318,18 +363,22 @@ class DecoderGraph:
         else:
             binding.bind_output("logits", self._device.kind, self._device.index)
             binding.bind_ortvalue_output("tokens", ort.OrtValue.ortvalue_from_numpy(self._tokens[rows]))
-        self._bind_inputs(binding, rows, ids, lengths)
-        self._memory.bind(binding, rows, updated=True)
-        if self._cross is not None:
-            self._cross.bind(binding, self._texts(rows), updated=False)
-        return binding
-
-    def _bind_inputs(self, binding: ort.IOBinding, rows: slice, ids: Ids, lengths: Ids) -> None:
-        """Everything but what rows remember."""
+            self._bind_total(binding, int(self.positions[rows].max()) + ids.shape[1])
         known = rows if self._cross is None else self._texts(rows)
         inputs = {"input_ids": ids, "lengths": lengths, "positions": self.positions[rows]}
         for name, array in (inputs | {name: array[known] for name, array in self._lengths.items()}).items():
             binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
+        self._bind_rows(binding, rows)
+        return binding
+
+    def _bind_total(self, binding: ort.IOBinding, total: int) -> None:
+        if self._takes_total:
+            binding.bind_cpu_input("total", np.array(total, dtype=np.int32))
+
+    def _bind_rows(self, binding: ort.IOBinding, rows: slice) -> None:
+        self._memory.bind(binding, rows, updated=True)
+        if self._cross is not None:
+            self._cross.bind(binding, self._texts(rows), updated=False)
 
     def _texts(self, rows: slice) -> slice:
         return slice(rows.start // self.beams, rows.stop // self.beams)
@@ -358,7 +407,7 @@ class BeamGraph:
             for name in names:
                 binding.bind_output(name)
             self._session.run_with_iobinding(binding)
-            scores, words = binding.copy_outputs_to_cpu()
+            scores, words = (each[: len(logits)] for each in binding.copy_outputs_to_cpu())
         else:
             scores, words = self._session.run(names, {"logits": np.asarray(logits), "count": counts})
         return scores, words

@@ -256,7 +256,7 @@ class WriteWorker:
             lane.decoder.prefill(0, [[0]])
         else:
             lane.decoder.read_sources(0, [[0]])
-        lane.decoder.step([0])
+        lane.decoder.warm_up()
 
     def _reading(self, jobs: tuple[Job, ...]) -> Turn:
         if self._graphs.source is None:
@@ -278,7 +278,8 @@ class WriteWorker:
         work = Work(Phase.DECODE, names, [decoder.beams] * len(jobs), decoder.contexts(len(jobs)))
         # Who looks at a text's tokens may want to know what those before have cost, which the end of a step tells.
         repeats = is_alone and not any([job.is_watched for job in jobs])
-        return Turn(jobs, work, 0, lane.write, lambda: self._drop(jobs), repeats)
+        padding = decoder.padding_rows(len(jobs) * decoder.beams)
+        return Turn(jobs, work, padding, lane.write, lambda: self._drop(jobs), repeats)
 
     def _read_sources(self, jobs: Sequence[Job]) -> list[tuple[Job, Result]]:
         lane = self._lane(jobs[0].rows)

@@ -67,7 +67,10 @@ def plain_greedy(model: Loaded, ids: Sequence[int]) -> tuple[int, ...]:
     position = 0
     while len(found) < LIMIT:
         binding = graph.io_binding()
-        inputs = {"input_ids": prompt, "positions": np.array([position]), "lengths": np.array([prompt.shape[1]])}
+        width = prompt.shape[1]
+        inputs = {"input_ids": prompt, "positions": np.array([position]), "lengths": np.array([width])}
+        if config.architecture != "prefix-lm":
+            inputs["total"] = np.array(position + width, dtype=np.int32)
         for name, array in (feeds | inputs).items():
             binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
         for name, array in memory.items():
@@ -79,7 +82,7 @@ def plain_greedy(model: Loaded, ids: Sequence[int]) -> tuple[int, ...]:
         token = int(binding.get_outputs()[-1].numpy()[0].argmax())
         if token == EOS:
             break
-        position += prompt.shape[1]
+        position += width
         found.append(token)
         prompt = np.array([[token]])
     return tuple(found)

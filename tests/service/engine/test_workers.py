@@ -81,6 +81,9 @@ class ListDecoder:
         for text, source in enumerate(sources, first):
             self.rows[text * self.beams : (text + 1) * self.beams] = [list(source) for _ in range(self.beams)]
 
+    def padding_rows(self, used: int) -> int:
+        return 0
+
     def contexts(self, n_texts: int) -> list[int]:
         return [self.beams * len(self.rows[text * self.beams]) for text in range(n_texts)]
 
