@@ -287,6 +287,7 @@ class Account:
         with self._settling, self._lock:
             self._note()
             self._requests.lose_all()
+            self._expire(self._clock.monotonic_ns() + 1)
             finished = self._settle(list(self._over.values()))
         self._publish(finished, ())
         if self._owner is not None:
@@ -326,12 +327,17 @@ class Account:
                 claims[noted].append(claim)
                 if noted.phase is None:
                     self._unattributed[device, Reason.WARM_UP] += claim.idle_uj + claim.active_uj
-            for reason, energy_uj in channel.expire(horizon_ns):
-                self._unattributed[device, reason] += energy_uj
+        self._expire(horizon_ns)
         self._requests.charge(claims)
         self._requests.learn_rates(claims)
         if self._carbon.assumptions.embodied_kg is not None:
             self._requests.occupy(covered)
+
+    def _expire(self, before_ns: int) -> None:
+        """What no step has taken from the windows that ended before is nobody's."""
+        for device, channel in self._channels.items():
+            for reason, energy_uj in channel.expire(before_ns):
+                self._unattributed[device, reason] += energy_uj
 
     def _finish(self, now_ns: int) -> tuple[list[SettledRecord], list[SettledRecord]]:
         """The requests whose bills are final, and those that the ledger gets with a provisional one."""

@@ -185,9 +185,13 @@ def fit_joules(cells: Sequence[Cell]) -> str:
     )
 
 
-def load(model: Model, settings: Settings, seconds: float) -> tuple[int, Totals]:
-    """Ask for as much as a service with many clients, and bill it: how many requests, and where the energy went."""
+def load(
+    model: Model, settings: Settings, seconds: float, read_mj: Callable[[], int] = lambda: 0
+) -> tuple[int, Totals, float]:
+    """Ask for as much as a service with many clients, and bill it: how many requests, where the energy went, and the
+    joules that a counter, read beside, has told meanwhile."""
     account: Account = open_account(settings, Ledger(settings.ledger))
+    before_mj = read_mj()
     with Sampler(account, settings.sample_interval_ms / 1000):
         engine = Engine({model.name: model}, account.record, engine_settings(settings))
         try:
@@ -202,7 +206,7 @@ def load(model: Model, settings: Settings, seconds: float) -> tuple[int, Totals]
         finally:
             engine.close()
     account.shutdown()
-    return number, account.totals()
+    return number, account.totals(), (read_mj() - before_mj) / _MJ_PER_J
 
 
 def told(requests: int, totals: Totals) -> Iterator[str]:
@@ -210,11 +214,15 @@ def told(requests: int, totals: Totals) -> Iterator[str]:
     for total in totals.meters:
         metered_uj = total.settled_uj + total.open_uj + total.residual_uj
         billed_uj = sum(share.energy_uj for share in totals.attributed if share.device == total.device)
-        rest = [f"{each.reason} {each.energy_uj / UJ_PER_J:.1f} J" for each in totals.unattributed]
+        rest = [
+            f"{each.reason} {each.energy_uj / UJ_PER_J:.1f} J"
+            for each in totals.unattributed
+            if each.device == total.device
+        ]
         yield (
             f"{total.device} ({total.source}): {metered_uj / UJ_PER_J:.1f} J, {billed_uj / UJ_PER_J:.1f} J on "
             f"{requests} bills, open {total.open_uj / UJ_PER_J:.1f} J, residual {total.residual_uj} uJ; "
-            f"unattributed of all devices: {', '.join(rest)}"
+            f"unattributed: {', '.join(rest)}"
         )
 
 
@@ -255,9 +263,9 @@ def figures(model: Model, gpu: int, seconds: float, library: Any) -> Iterator[st
             f"context; {fit.steps} steps, of those left out R2 {fit.r2:.3f}, median error {fit.held_out_error:.1%}"
         )
         yield f"{fit_joules(measure_cells(model, on_gpu, counter, idle_w))}; idle {idle_w:.1f} W"
-        before_mj = counter()
-        yield from told(*load(model, on_gpu, seconds))
-        yield f"the counter read beside it: {(counter() - before_mj) / _MJ_PER_J:.1f} J"
+        requests, totals, counted_j = load(model, on_gpu, seconds, counter)
+        yield from told(requests, totals)
+        yield f"the counter read beside them: {counted_j:.1f} J"
 
 
 def _some_item(model: Model, number: int, length: int = _LENGTH) -> Item:

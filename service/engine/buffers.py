@@ -5,6 +5,7 @@ grows beyond it, all rows are laid out anew.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +19,15 @@ _FOUR = 4
 _ROOM = 4
 
 Floats = NDArray[np.float32]
+
+
+class Move(NamedTuple):
+    """Tokens ``start`` to ``end`` of row ``source``, to be copied to row ``target``."""
+
+    source: int
+    target: int
+    start: int
+    end: int
 
 
 class Buffers:
@@ -61,10 +71,15 @@ class Buffers:
         self.capacity = wanted
         return True
 
-    def copy(self, source: int, target: int, start: int, end: int) -> None:
-        """Copy tokens ``start`` to ``end`` of row ``source`` to row ``target``."""
+    def copy(self, moves: Sequence[Move]) -> None:
+        """Copy between rows, one after the other."""
         for array in self.arrays.values():
-            array[target, :, start:end] = array[source, :, start:end]
+            for source, target, start, end in moves:
+                array[target, :, start:end] = array[source, :, start:end]
+
+    def adopt(self, row: int, other: "Buffers", end: int) -> None:
+        """Let a row begin with the first ``end`` tokens of the first row of ``other``."""
+        self.put(row, [array[0, :, :end] for array in other.arrays.values()])
 
     def get(self, row: int, end: int) -> list[Floats]:
         """Copies of the first ``end`` tokens of a row, ``(heads, end, head size)`` of each array."""

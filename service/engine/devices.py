@@ -17,15 +17,19 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from service.engine.buffers import Floats
+from service.engine.buffers import Floats, Move
 from service.engine.settings import EngineSettings
 
-Halves = NDArray[np.float16]
 Ids = NDArray[np.int64]
 _log = logging.getLogger(__name__)
 _PROVIDER = "CUDAExecutionProvider"
-# `y = Identity(x)` over float16 of any shape, opset 21. Asks whether a device works, and copies on one.
-_IDENTITY = b64decode("CAo6KwoQCgF4EgF5IghJZGVudGl0eRIBY1oJCgF4EgQKAggKYgkKAXkSBAoCCApCBAoAEBU=")
+# `y = to; y[target] = from[source]` over rows of float16, opset 21. Asks whether a device works, and copies on one.
+_COPY = b64decode(
+    "CAoSADqIAgocCgRmcm9tCgZzb3VyY2USBHJvd3MiBkdhdGhlcgoUCgRyb3dzEgVzaGFwZSIFU2hhcGUKHwoGdGFyZ2V0CgVzaGFwZRIGcGxhY2Vz"
+    "IgZFeHBhbmQKMwoCdG8KBnBsYWNlcwoEcm93cxIBeSIPU2NhdHRlckVsZW1lbnRzKgsKBGF4aXMYAKABAhIBY1oYCgRmcm9tEhAKDggKEgoKAxIB"
+    "ZgoDEgF3WhUKBnNvdXJjZRILCgkIBhIFCgMSAW1aFgoCdG8SEAoOCAoSCgoDEgF0CgMSAXdaGQoGdGFyZ2V0Eg8KDQgGEgkKAxIBbQoCCAFiFQoB"
+    "eRIQCg4IChIKCgMSAXQKAxIBd0IECgAQFQ=="
+)
 
 
 class DeviceUnavailable(Exception):
@@ -88,7 +92,7 @@ def _works(device: Device) -> bool:
     options = ort.SessionOptions()
     options.log_severity_level = 4  # that it does not work is our message
     try:
-        session = ort.InferenceSession(_IDENTITY, options, providers=device.providers())
+        session = ort.InferenceSession(_COPY, options, providers=device.providers())
     except Exception as error:  # ONNX Runtime raises what the driver says
         _log.info("%s does not work: %s", device.name, error)
         return False
@@ -109,6 +113,11 @@ class Region:
         size = prod(self.shape[1:]) * np.dtype(self.dtype).itemsize
         return Region(self.device, self.address + start * size, (stop - start, *self.shape[1:]), self.dtype)
 
+    @property
+    def flat(self) -> "Region":
+        """The same with every row in one dimension."""
+        return Region(self.device, self.address, (self.shape[0], prod(self.shape[1:])), self.dtype)
+
     def bind_input(self, binding: ort.IOBinding, name: str) -> None:
         """Let a graph read it."""
         binding.bind_input(name, self.device.kind, self.device.index, self.dtype, self.shape, self.address)
@@ -122,48 +131,35 @@ class DeviceRows:
     """Keys and values on a device: a region of zeros ``(rows, heads, capacity, head size)`` for each of ``names``.
 
     Rows have room for all that they may ever hold, as attention on a GPU reads no more than there is; so a row is
-    contiguous, and copied as a whole.
+    contiguous, and copied as a whole. All regions are one piece of memory: one run copies rows of all of them.
     """
 
     def __init__(self, device: Device, names: Sequence[str], shape: tuple[int, int, int, int]) -> None:
-        self._device, self._copier = device, _copier(device)
+        self._copier, self._n_rows, self.capacity = _copier(device), shape[0], shape[2]
+        whole = (len(names) * shape[0], *shape[1:])
+        self._memory = ort.OrtValue.ortvalue_from_shape_and_type(whole, np.float16, device.kind, device.index)
         # What attention masks it still multiplies by zero, and that must be a number.
-        zeros = np.zeros(shape, dtype=np.float16)
-        self._values = {}
-        for name in names:
-            value = ort.OrtValue.ortvalue_from_shape_and_type(shape, np.float16, device.kind, device.index)
-            value.update_inplace(zeros)
-            self._values[name] = value
+        self._memory.update_inplace(np.zeros(whole, dtype=np.float16))
+        self._all = Region(device, self._memory.data_ptr(), whole, np.float16)
         self._regions = {
-            name: Region(device, value.data_ptr(), shape, np.float16) for name, value in self._values.items()
+            name: self._all.rows(number * shape[0], (number + 1) * shape[0]) for number, name in enumerate(names)
         }
-        self._row_shape = (1, *shape[1:])
-        self.capacity = shape[2]
 
     def reserve(self, tokens: int, used: int) -> bool:
         """There is always room."""
         return False
 
-    def copy(self, source: int, target: int, start: int, end: int) -> None:
-        """Copy row ``source`` to row ``target``, all of it."""
-        for region in self._regions.values():
-            self._copy(region.rows(source, source + 1), region.rows(target, target + 1))
+    def copy(self, moves: Sequence[Move]) -> None:
+        """Copy whole rows, all of them at once: see ``Rows``."""
+        # Of rows that are copied one after the other, where each one's contents come from.
+        origins: dict[int, int] = {}
+        for source, target, _, _ in moves:
+            origins[target] = origins.get(source, source)
+        self._copy(self, origins)
 
-    def get(self, row: int, end: int) -> list[Halves]:
-        """Copies on the host of the first ``end`` tokens of a row, ``(heads, end, head size)`` of each region."""
-        found = []
-        for region in self._regions.values():
-            array = np.empty(self._row_shape, dtype=np.float16)
-            self._copy(region.rows(row, row + 1), _on_host(array))
-            found.append(array[0, :, :end].copy())
-        return found
-
-    def put(self, row: int, parts: Sequence[Halves]) -> None:
-        """Let a row begin with ``parts``, as ``get`` returns them."""
-        for region, part in zip(self._regions.values(), parts, strict=True):
-            array = np.zeros(self._row_shape, dtype=np.float16)
-            array[0, :, : part.shape[1]] = part
-            self._copy(_on_host(array), region.rows(row, row + 1))
+    def adopt(self, row: int, other: "DeviceRows", end: int) -> None:
+        """Let a row be what the first one of ``other`` is."""
+        self._copy(other, {row: 0})
 
     def bind(self, binding: ort.IOBinding, rows: slice, *, updated: bool) -> None:
         """Let a graph read ``rows``, and where they are ``updated`` write them as ``new_*``."""
@@ -178,10 +174,19 @@ class DeviceRows:
         regions = {name: region.rows(first, first + len(sources)) for name, region in self._regions.items()}
         encoder.run_into(sources, regions, self.capacity)
 
-    def _copy(self, source: Region, target: Region) -> None:
+    def _copy(self, other: "DeviceRows", origins: Mapping[int, int]) -> None:
+        """Let rows, by their number, be what a row of ``other`` was."""
+        if not origins:
+            return
+        numbers = np.arange(len(self._regions), dtype=np.int32)[:, None]
+        source = (numbers * other._n_rows + np.array([*origins.values()], dtype=np.int32)).ravel()
+        target = (numbers * self._n_rows + np.array([*origins], dtype=np.int32)).reshape(-1, 1)
         binding = self._copier.io_binding()
-        source.bind_input(binding, "x")
-        target.bind_output(binding, "y")
+        other._all.flat.bind_input(binding, "from")
+        self._all.flat.bind_input(binding, "to")
+        self._all.flat.bind_output(binding, "y")
+        for name, places in (("source", source), ("target", target)):
+            binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(places))
         self._copier.run_with_iobinding(binding)
 
 
@@ -292,10 +297,6 @@ def first_rows(logits: Logits, count: int) -> Logits:
     return logits[:count]
 
 
-def _on_host(array: Halves) -> Region:
-    return Region(CPU, array.ctypes.data, array.shape, np.float16)
-
-
 @cache
 def _copier(device: Device) -> ort.InferenceSession:
-    return ort.InferenceSession(_IDENTITY, providers=device.providers())
+    return ort.InferenceSession(_COPY, providers=device.providers())

@@ -3,7 +3,7 @@
 ``models/graph.py`` writes the graphs and says what their inputs and outputs are.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from models.config import TransformerConfig
 from models.processor import keep_products_exact
 from service.engine.batching import padded_width
-from service.engine.buffers import KEY_BLOCK, Buffers, Floats
+from service.engine.buffers import KEY_BLOCK, Buffers, Floats, Move
 from service.engine.devices import CPU, Device, DeviceLogits, DeviceRows, Logits, Recording, Region, not_recorded
 
 Ids = NDArray[np.int64]
@@ -124,14 +124,11 @@ class Rows(Protocol):
     def reserve(self, tokens: int, used: int) -> bool:
         """See ``Buffers``."""
 
-    def copy(self, source: int, target: int, start: int, end: int) -> None:
+    def copy(self, moves: Sequence[Move]) -> None:
         """See ``Buffers``."""
 
-    def get(self, row: int, end: int) -> list[Any]:
-        """See ``Buffers``."""
-
-    def put(self, row: int, parts: Sequence[Any]) -> None:
-        """See ``Buffers``."""
+    def adopt(self, row: int, other: Any, end: int) -> None:
+        """See ``Buffers``; ``other`` is of the same kind."""
 
     def bind(self, binding: ort.IOBinding, rows: slice, *, updated: bool) -> None:
         """Let a graph read ``rows``, and where they are ``updated`` write them in place."""
@@ -212,8 +209,9 @@ class DecoderGraph:
         if self.beams > 1:
             # They read side by side; from the last to the first, each moves to where its text's rows are.
             logits = logits.copy()
-            for number in reversed(range(len(prompts))):
-                self.copy(used + number, used + number * self.beams)
+            numbers = range(len(prompts) - 1, -1, -1)
+            self.copy([(used + number, used + number * self.beams, 0) for number in numbers])
+            for number in numbers:
                 self._align(used // self.beams + number)
         return logits, extracted
 
@@ -306,32 +304,47 @@ class DecoderGraph:
         sources = self._lengths["source_lengths"].data
         return [beams * (cells[text * beams] + sources[text]) for text in range(n_texts)]
 
-    def copy(self, source: int, target: int, start: int = 0) -> None:
-        """Let row ``target`` go on where ``source`` stands; up to ``start`` it already holds the same."""
-        self.positions[target] = self.positions[source]
-        if "prefix_lengths" in self._lengths:
-            self._lengths["prefix_lengths"][target] = self._lengths["prefix_lengths"][source]
-        self._memory.copy(source, target, start, int(self.positions[source]))
+    def copy(self, copies: Iterable[tuple[int, int, int]]) -> None:
+        """One after the other let a row, the second of a copy, go on where the first stands; up to the third of its
+        tokens it already holds the same."""
+        moves = []
+        for source, target, start in copies:
+            self.positions[target] = self.positions[source]
+            if "prefix_lengths" in self._lengths:
+                self._lengths["prefix_lengths"][target] = self._lengths["prefix_lengths"][source]
+            moves.append(Move(source, target, start, int(self.positions[source])))
+        self._memory.copy(moves)
 
     def move(self, source: int, target: int) -> None:
         """Let the text ``target`` be what ``source`` is, with all that it knows."""
-        for beam in range(self.beams):
-            self.copy(source * self.beams + beam, target * self.beams + beam)
+        beams = self.beams
+        self.copy((source * beams + beam, target * beams + beam, 0) for beam in range(beams))
         if self._cross is not None:
             lengths = self._lengths["source_lengths"]
             lengths[target] = lengths[source]
-            self._cross.copy(source, target, 0, int(lengths[source]))
+            self._cross.copy([Move(source, target, 0, int(lengths[source]))])
+
+    def adopt(self, text: int, reader: "DecoderGraph") -> None:
+        """Let the first row of ``text`` go on behind what ``reader``, which has one row, has read."""
+        self._place(text, int(reader.positions[0]))
+        self._memory.adopt(text * self.beams, reader._memory, int(reader.positions[0]))
 
     def remember(self, text: int) -> list[Floats]:
-        """Copies of the keys and values of what the first row of ``text`` has read."""
+        """Copies of the keys and values of what the first row of ``text`` has read; on the host alone."""
+        assert isinstance(self._memory, Buffers)
         row = text * self.beams
         return self._memory.get(row, int(self.positions[row]))
 
     def recall(self, text: int, memory: Sequence[Floats]) -> None:
         """Let the first row of ``text`` go on behind what ``remember`` returned, or the beginning of it."""
-        row, length = text * self.beams, memory[0].shape[1]
+        assert isinstance(self._memory, Buffers)
+        self._place(text, memory[0].shape[1])
+        self._memory.put(text * self.beams, memory)
+
+    def _place(self, text: int, length: int) -> None:
+        """Let ``text``, behind all others, stand after so many tokens."""
+        row = text * self.beams
         self._reserve(self._memory, length, row)
-        self._memory.put(row, memory)
         self.positions[row] = length
         self._align(text)
 
@@ -429,6 +442,11 @@ class WriteGraphs:
         self.beams = BeamGraph(beams)
         self.source = None if source is None else EncoderGraph(source, pad_id)
         """What reads the sources of an encoder-decoder; other models read prompts."""
+
+    @property
+    def records(self) -> bool:
+        """Whether the first step of so many texts takes much longer than any other."""
+        return self._device is not None
 
     @cached_property
     def reader(self) -> DecoderGraph:

@@ -251,12 +251,15 @@ class WriteWorker:
 
     def warm_up(self) -> None:
         """See ``Worker``."""
-        lane = self._lane(1)
-        if self._graphs.source is None:
-            lane.decoder.prefill(0, [[0]])
-        else:
-            lane.decoder.read_sources(0, [[0]])
-        lane.decoder.warm_up()
+        usual = self._manifest.generation.beams if self._manifest.generation else 1
+        # Others get their buffers when somebody asks for them.
+        for beams in sorted({1, min(usual, self._limits.rows)}) if self._graphs.records else (1,):
+            decoder = self._lane(beams).decoder
+            if self._graphs.source is None:
+                decoder.prefill(0, [[0]])
+            else:
+                decoder.read_sources(0, [[0]])
+            decoder.warm_up()
 
     def _reading(self, jobs: tuple[Job, ...]) -> Turn:
         if self._graphs.source is None:
@@ -308,10 +311,9 @@ class WriteWorker:
         if reader.read < job.tokens:
             return []
         self._reader = None
-        memory = self._graphs.reader.remember(0)
-        self._prefixes.keep(job.item.input_ids, lambda: memory)
+        self._prefixes.keep(job.item.input_ids, partial(self._graphs.reader.remember, 0))
         lane = self._lane(job.rows)
-        lane.decoder.recall(len(lane.keys), memory)
+        lane.decoder.adopt(len(lane.keys), self._graphs.reader)
         return self._begin(lane, [job], logits)
 
     def _known(self, job: Job) -> list[Floats]:

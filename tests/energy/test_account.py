@@ -532,6 +532,22 @@ class TestRecords:
         assert late.bill.active_uj == 100_000
         assert len(caplog.records) == 1
 
+    def test_nothing_is_open_once_the_account_is_closed(self, held: HeldClock, meter: CountingMeter) -> None:
+        account = Account(meter, Carbon(), None, idle_uw={"cpu": 1_000_000}, neighbours=ALONE, clock=held.clock)
+        held.run(ms=10, cpu_ms=10)
+        meter.energy_uj["cpu"] += 100_000
+        account.record(step(held, 10, encode("a")))
+        account.close(over("a"))
+        account.sample()
+        # Idle, up to the end.
+        held.run(ms=10)
+        meter.energy_uj["cpu"] += 10_000
+        account.shutdown()
+        [total] = account.totals().meters
+        assert (total.settled_uj, total.open_uj, total.residual_uj) == (110_000, 0, 0)
+        idle = {each.reason: each.energy_uj for each in account.totals().unattributed}
+        assert idle[Reason.IDLE] == 10_000
+
 
 def test_many_threads_conserve_every_microjoule(tmp_path: Path) -> None:
     """Real threads and clocks: steps are recorded while requests are billed, closed, cancelled and scraped."""

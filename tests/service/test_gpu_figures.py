@@ -59,9 +59,10 @@ def test_outputs_agree_with_themselves_and_bills_with_the_meter(tmp_path: Path) 
     model = load_model(tmp_path / "halves")
     settings = read_settings(state=str(tmp_path), device="cpu", meter="estimate", executors="1")
     assert agreement(model, settings, settings) == 1.0
-    requests, totals = load(model, settings, 0.3)
+    requests, totals, counted_j = load(model, settings, 0.3, iter([1000, 4000]).__next__)
     assert requests >= 32
     assert all(total.residual_uj == 0 for total in totals.meters)
+    assert counted_j == 3.0
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.5])

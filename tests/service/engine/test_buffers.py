@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.engine.buffers import KEY_BLOCK, Buffers
+from service.engine.buffers import KEY_BLOCK, Buffers, Move
 
 ROWS, HEADS, SIZE, MOST = 4, 2, 3, 100
 
@@ -60,7 +60,7 @@ def test_a_part_of_a_row_is_copied() -> None:
     buffers = Buffers(["k"], ROWS, HEADS, SIZE, MOST)
     [array] = buffers.arrays.values()
     array[0] = 1.0
-    buffers.copy(0, 2, 3, 7)
+    buffers.copy([Move(0, 2, 3, 7)])
     assert (array[2, :, 3:7] == 1).all() and array[2].sum() == 4 * HEADS * SIZE
     buffers.put(3, [part[:, 2:] for part in buffers.get(2, 6)])
     assert (array[3, :, 1:4] == 1).all() and array[3].sum() == 3 * HEADS * SIZE

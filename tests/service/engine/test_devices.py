@@ -1,5 +1,6 @@
 """What a GPU is given, on the processor's memory: all of it but the provider."""
 
+import ctypes
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,14 +9,17 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
-from energy.types import Step
+from energy.types import Phase, Step
 from models.manifest import ArtefactError
 from service.engine import devices, loading
+from service.engine.buffers import Buffers, Move
 from service.engine.devices import CPU, DeviceLogits, DeviceRows, DeviceUnavailable, gpus
 from service.engine.engine import Engine
-from service.engine.graphs import EncoderGraph, open_graph
+from service.engine.graphs import EncoderGraph, WriteGraphs, open_graph
 from service.engine.loading import check_device
 from service.engine.settings import EngineSettings
 from service.engine.types import Item, Sampling, WriteItem, WriteOutput
@@ -119,6 +123,43 @@ def test_a_gpu_runs_what_is_stored_for_it_and_the_processor_the_rest(
     assert where == {("decoder", "gpu:0"), ("classify", "gpu:0"), ("single", "cpu:0"), ("single", "cpu:1")}
 
 
+def test_on_a_device_few_numbers_of_texts_are_enough(models: dict[str, Loaded]) -> None:
+    model = models["encoder-decoder"]
+    config, sessions = (
+        model.manifest.config,
+        [open_graph(model.folder / name, 1) for name in ("decoder.onnx", "beams.onnx", "encoder.onnx")],
+    )
+    graphs = WriteGraphs(config, 0, *sessions, device=CPU)
+    plain, beams = graphs.decoder(13, 1), graphs.decoder(5, 3)
+    assert [used + plain.padding_rows(used) for used in range(1, 14)] == [1, 2, 4, 4, 8, 8, 8, 8, *[13] * 5]
+    assert [used + beams.padding_rows(used) for used in (3, 6, 9, 12, 15)] == [3, 6, 12, 12, 15]
+    for decoder in (plain, beams):
+        decoder.read_sources(0, [[7, 8, 9]] * 4)
+        decoder.warm_up()
+        assert not decoder.positions.any()
+    assert sorted(plain._recordings) == [1, 2, 4, 8, 13]
+    assert sorted(beams._recordings) == [3, 6, 12, 15]
+    # What steps along leaves no trace.
+    alone = np.array(plain.step([BOS]))
+    plain.read_sources(0, [[7, 8, 9]] * 4)
+    together = np.array(plain.step([BOS] * 3))
+    assert plain.positions.tolist() == [1] * 3 + [0] * 10
+    assert (together == together[:1]).all()
+    assert np.abs(together - alone).max() < 0.01  # products of a single row sum halves in another order
+
+
+def test_rows_that_step_along_are_padding(models: dict[str, Loaded], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "gpus", lambda settings: (CPU,))
+    steps: list[Step] = []
+    running = Engine({"decoder": models["decoder"]}, steps.append, EngineSettings(device="auto"))
+    try:
+        written(running, "decoder", [item(number) for number in range(3)])
+    finally:
+        running.close()
+    writing = [step for step in steps if step.work is not None and step.work.phase is Phase.DECODE]
+    assert {(len(step.work.tokens), step.padding_tokens) for step in writing if step.work} >= {(3, 1)}
+
+
 def test_a_gpu_that_is_not_there_is_said(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", logger="service.engine.devices")
     gpus.cache_clear()
@@ -138,16 +179,42 @@ def test_a_model_that_no_gpu_runs_is_refused_only_where_all_must(models: dict[st
         check_device(models["single"].manifest, EngineSettings(device="cuda"))
 
 
-def test_rows_are_copied_fetched_and_put_back() -> None:
-    rows = DeviceRows(CPU, ["k", "v"], (3, 2, 16, 4))
-    parts = [np.random.default_rng(seed).random((2, 5, 4)).astype(np.float16) for seed in (1, 2)]
-    rows.put(1, parts)
-    rows.copy(1, 2, 0, 5)
-    rows.put(1, [part[:, :3] for part in parts])
-    assert [found.tolist() for found in rows.get(2, 5)] == [part.tolist() for part in parts]
-    assert [found.tolist() for found in rows.get(1, 3)] == [part[:, :3].tolist() for part in parts]
-    assert not any(found.any() for found in rows.get(0, 16))
-    assert rows.get(1, 16)[0][:, 3:].any() == np.False_
+def contents(rows: DeviceRows) -> dict[str, list[float]]:
+    """What stands at the beginning of each row of each region; all of a row must be alike."""
+    found = {}
+    for name, region in rows._regions.items():
+        array = np.ctypeslib.as_array((ctypes.c_uint16 * int(np.prod(region.shape))).from_address(region.address))
+        values = array.view(np.float16).reshape(region.shape[0], -1)
+        assert (values == values[:, :1]).all()
+        found[name] = values[:, 0].tolist()
+    return found
+
+
+def test_rows_of_all_regions_are_copied_at_once() -> None:
+    rows, other = (DeviceRows(CPU, ["k", "v"], (count, 2, 16, 4)) for count in (5, 1))
+    assert contents(rows) == {"k": [0.0] * 5, "v": [0.0] * 5}
+    numbers = np.arange(10, dtype=np.float16).reshape(-1, 1, 1, 1)
+    rows._memory.update_inplace(np.ones((10, 2, 16, 4), np.float16) * numbers)
+    # One after the other: what was copied to row 1 goes on to 3, and not what is copied to it later.
+    rows.copy([Move(0, 1, 0, 9), Move(1, 3, 2, 9), Move(4, 1, 0, 9), Move(2, 0, 0, 9)])
+    assert contents(rows) == {"k": [2.0, 4.0, 2.0, 0.0, 4.0], "v": [7.0, 9.0, 7.0, 5.0, 9.0]}
+    other._memory.update_inplace(np.full((2, 2, 16, 4), 33, np.float16))
+    rows.adopt(2, other, 5)
+    rows.copy([])
+    assert contents(rows) == {"k": [2.0, 4.0, 33.0, 0.0, 4.0], "v": [7.0, 9.0, 33.0, 5.0, 9.0]}
+
+
+@given(copies=st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), max_size=8))
+@settings(deadline=None)
+def test_copies_are_those_of_the_host(copies: list[tuple[int, int]]) -> None:
+    rows, host = DeviceRows(CPU, ["k"], (5, 1, 16, 1)), Buffers(["k"], 5, 1, 1, 16)
+    numbers = np.arange(5, dtype=np.float16).reshape(-1, 1, 1, 1)
+    rows._memory.update_inplace(np.ones((5, 1, 16, 1), np.float16) * numbers)
+    host.arrays["k"][:] = numbers
+    moves = [Move(source, target, 0, host.capacity) for source, target in copies]
+    rows.copy(moves)
+    host.copy(moves)
+    assert contents(rows)["k"] == host.arrays["k"][:, 0, 0, 0].tolist()
 
 
 def test_logits_are_fetched_only_when_they_are_looked_at() -> None:
@@ -163,11 +230,16 @@ def test_logits_are_fetched_only_when_they_are_looked_at() -> None:
 
 
 def test_the_graph_that_copies_is_what_it_says() -> None:
-    halves = onnx.TypeProto()
-    halves.tensor_type.elem_type = TensorProto.FLOAT16
-    graph = onnx.load_from_string(devices._IDENTITY).graph
-    assert list(graph.node) == [helper.make_node("Identity", ["x"], ["y"])]
-    assert [each.type for each in (*graph.input, *graph.output)] == [halves, halves]
+    graph = onnx.load_from_string(devices._COPY).graph
+    assert list(graph.node) == [
+        helper.make_node("Gather", ["from", "source"], ["rows"]),
+        helper.make_node("Shape", ["rows"], ["shape"]),
+        helper.make_node("Expand", ["target", "shape"], ["places"]),
+        helper.make_node("ScatterElements", ["to", "places", "rows"], ["y"], axis=0),
+    ]
+    kinds = {each.name: each.type.tensor_type.elem_type for each in (*graph.input, *graph.output)}
+    halves, places = TensorProto.FLOAT16, TensorProto.INT32
+    assert kinds == {"from": halves, "source": places, "to": halves, "target": places, "y": halves}
 
 
 def test_half_precision_is_near_single(tmp_path: Path) -> None:

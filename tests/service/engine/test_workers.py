@@ -1,7 +1,7 @@
 """Continuous batching without ONNX: a decoder whose rows are lists, and a text that depends on all that was read."""
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -87,12 +87,16 @@ class ListDecoder:
     def contexts(self, n_texts: int) -> list[int]:
         return [self.beams * len(self.rows[text * self.beams]) for text in range(n_texts)]
 
-    def copy(self, source: int, target: int, start: int = 0) -> None:
-        self.rows[target] = self.rows[target][:start] + self.rows[source][start:]
+    def copy(self, copies: Iterable[tuple[int, int, int]]) -> None:
+        for source, target, start in copies:
+            self.rows[target] = self.rows[target][:start] + self.rows[source][start:]
 
     def move(self, source: int, target: int) -> None:
         for beam in range(self.beams):
             self.rows[target * self.beams + beam] = list(self.rows[source * self.beams + beam])
+
+    def adopt(self, text: int, reader: "ListDecoder") -> None:
+        self.recall(text, reader.remember(0))
 
     def remember(self, text: int) -> list[NDArray[np.float32]]:
         return [np.array(self.rows[text * self.beams], dtype=np.float32).reshape(1, -1, 1)]
@@ -109,6 +113,8 @@ class ListDecoder:
 
 class ListGraphs:
     """What ``WriteGraphs`` gives a worker."""
+
+    records = False
 
     def __init__(self, reads_sources: bool) -> None:
         self.fails = False
