@@ -39,8 +39,8 @@ from service.models import Model, load_model
 from service.settings import Settings, read_settings
 
 LOAD_S = 300.0
-_WATCHED_S = 10.0
-_FITTED_S = 30.0
+_WATCHED_S = 5.0
+_FITTED_S = 20.0
 _LENGTH = 20
 _AT_ONCE = 32
 _CELL_S = 1.5

@@ -31,6 +31,9 @@ _COPY = b64decode(
     "eRIQCg4IChIKCgMSAXQKAxIBd0IECgAQFQ=="
 )
 
+_MOST_NUMBERS = 2**31 - 1
+"""Of what is copied to or from in one run: CUDA's operators count in 32 bits."""
+
 
 class DeviceUnavailable(Exception):
     """A device that was asked for is not there; the message says what to do."""
@@ -131,11 +134,12 @@ class DeviceRows:
     """Keys and values on a device: a region of zeros ``(rows, heads, capacity, head size)`` for each of ``names``.
 
     Rows have room for all that they may ever hold, as attention on a GPU reads no more than there is; so a row is
-    contiguous, and copied as a whole. All regions are one piece of memory: one run copies rows of all of them.
+    contiguous, and copied as a whole. All regions are one piece of memory: one run copies rows of many of them.
     """
 
     def __init__(self, device: Device, names: Sequence[str], shape: tuple[int, int, int, int]) -> None:
-        self._copier, self._n_rows, self.capacity = _copier(device), shape[0], shape[2]
+        self._copier, self._n_regions, self._n_rows = _copier(device), len(names), shape[0]
+        self.capacity = shape[2]
         whole = (len(names) * shape[0], *shape[1:])
         self._memory = ort.OrtValue.ortvalue_from_shape_and_type(whole, np.float16, device.kind, device.index)
         # What attention masks it still multiplies by zero, and that must be a number.
@@ -178,16 +182,25 @@ class DeviceRows:
         """Let rows, by their number, be what a row of ``other`` was."""
         if not origins:
             return
-        numbers = np.arange(len(self._regions), dtype=np.int32)[:, None]
-        source = (numbers * other._n_rows + np.array([*origins.values()], dtype=np.int32)).ravel()
-        target = (numbers * self._n_rows + np.array([*origins], dtype=np.int32)).reshape(-1, 1)
-        binding = self._copier.io_binding()
-        other._all.flat.bind_input(binding, "from")
-        self._all.flat.bind_input(binding, "to")
-        self._all.flat.bind_output(binding, "y")
-        for name, places in (("source", source), ("target", target)):
-            binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(places))
-        self._copier.run_with_iobinding(binding)
+        most = max(self._n_rows, other._n_rows) * prod(self._all.shape[1:])
+        at_once = max(1, _MOST_NUMBERS // most)
+        for first in range(0, self._n_regions, at_once):
+            count = min(at_once, self._n_regions - first)
+            numbers = np.arange(count, dtype=np.int32)[:, None]
+            source = (numbers * other._n_rows + np.array([*origins.values()], dtype=np.int32)).ravel()
+            target = (numbers * self._n_rows + np.array([*origins], dtype=np.int32)).reshape(-1, 1)
+            binding = self._copier.io_binding()
+            other._regions_from(first, count).bind_input(binding, "from")
+            to = self._regions_from(first, count)
+            to.bind_input(binding, "to")
+            to.bind_output(binding, "y")
+            for name, places in (("source", source), ("target", target)):
+                binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(places))
+            self._copier.run_with_iobinding(binding)
+
+    def _regions_from(self, first: int, count: int) -> Region:
+        """So many regions as one, every row in one dimension."""
+        return self._all.rows(first * self._n_rows, (first + count) * self._n_rows).flat
 
 
 class SourceReader(Protocol):

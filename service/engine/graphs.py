@@ -19,8 +19,8 @@ from service.engine.buffers import KEY_BLOCK, Buffers, Floats, Move
 from service.engine.devices import CPU, Device, DeviceLogits, DeviceRows, Logits, Recording, Region, not_recorded
 
 Ids = NDArray[np.int64]
-_PADDED_TO = 8
-"""On a device more texts than these are filled up to a multiple of it, fewer to a power of two."""
+_MANY = 16
+"""On a device texts are filled up to a power of two, and more than these to one and a half times one, too."""
 
 
 def open_graph(path: Path, threads: int, device: Device = CPU, weight_bits: int = 8) -> ort.InferenceSession:
@@ -253,7 +253,9 @@ class DecoderGraph:
         if self._device is None:
             return 0
         texts = used // self.beams
-        recorded = 1 << (texts - 1).bit_length() if texts <= _PADDED_TO else -(-texts // _PADDED_TO) * _PADDED_TO
+        recorded = 1 << (texts - 1).bit_length()
+        if _MANY < texts <= recorded * 3 // 4:
+            recorded = recorded * 3 // 4
         return min(recorded * self.beams, len(self.positions)) - used
 
     def warm_up(self) -> None:
@@ -315,14 +317,19 @@ class DecoderGraph:
             moves.append(Move(source, target, start, int(self.positions[source])))
         self._memory.copy(moves)
 
-    def move(self, source: int, target: int) -> None:
-        """Let the text ``target`` be what ``source`` is, with all that it knows."""
-        beams = self.beams
-        self.copy((source * beams + beam, target * beams + beam, 0) for beam in range(beams))
+    def move(self, moves: Sequence[tuple[int, int]]) -> None:
+        """One after the other let a text, the second of a move, be what the first is, with all that it knows."""
+        rows = range(self.beams)
+        self.copy(
+            (source * self.beams + row, target * self.beams + row, 0) for source, target in moves for row in rows
+        )
         if self._cross is not None:
             lengths = self._lengths["source_lengths"]
-            lengths[target] = lengths[source]
-            self._cross.copy([Move(source, target, 0, int(lengths[source]))])
+            known = []
+            for source, target in moves:
+                lengths[target] = lengths[source]
+                known.append(Move(source, target, 0, int(lengths[source])))
+            self._cross.copy(known)
 
     def adopt(self, text: int, reader: "DecoderGraph") -> None:
         """Let the first row of ``text`` go on behind what ``reader``, which has one row, has read."""

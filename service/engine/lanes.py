@@ -35,8 +35,8 @@ class Lane(Protocol[KeyT]):
     def write(self) -> list[tuple[KeyT, Outcome]]:
         """Let every row read one token; returns the texts that have ended."""
 
-    def leave(self, key: KeyT) -> None:
-        """Take a text out."""
+    def leave(self, keys: Sequence[KeyT]) -> None:
+        """Take texts out."""
 
 
 class New:
@@ -53,14 +53,18 @@ class _Places(Generic[KeyT]):
         self.decoder = decoder
         self.keys: list[KeyT] = []
 
-    def _remove(self, key: KeyT) -> int:
-        """Free a place; the last text moves into it. Returns the place."""
-        place = self.keys.index(key)
-        last = self.keys.pop()
-        if place < len(self.keys):
-            self.keys[place] = last
-            self.decoder.move(len(self.keys), place)
-        return place
+    def _remove(self, keys: Sequence[KeyT]) -> list[int]:
+        """Free one place after the other; the last text of all moves into each. Returns the places."""
+        places, moves = [], []
+        for key in keys:
+            place = self.keys.index(key)
+            last = self.keys.pop()
+            if place < len(self.keys):
+                self.keys[place] = last
+                moves.append((len(self.keys), place))
+            places.append(place)
+        self.decoder.move(moves)
+        return places
 
 
 class PlainLane(_Places[KeyT]):
@@ -83,12 +87,12 @@ class PlainLane(_Places[KeyT]):
         """See ``Lane``."""
         return self._advance(0, self.decoder.step(self._next_ids))
 
-    def leave(self, key: KeyT) -> None:
+    def leave(self, keys: Sequence[KeyT]) -> None:
         """See ``Lane``."""
-        place = self._remove(key)
-        self._texts[place], self._next_ids[place] = self._texts[-1], self._next_ids[-1]
-        self._texts.pop()
-        self._next_ids.pop()
+        for place in self._remove(keys):
+            self._texts[place], self._next_ids[place] = self._texts[-1], self._next_ids[-1]
+            self._texts.pop()
+            self._next_ids.pop()
 
     def _advance(self, first: int, logits: Logits) -> list[tuple[KeyT, Outcome]]:
         ended: list[tuple[KeyT, Outcome]] = []
@@ -105,8 +109,8 @@ class PlainLane(_Places[KeyT]):
                 self._next_ids[first + row] = token
             else:
                 ended.append((self.keys[first + row], outcome))
-        for key, _ in ended:
-            self.leave(key)
+        if ended:
+            self.leave([key for key, _ in ended])
         return ended
 
 
@@ -134,12 +138,12 @@ class BeamLane(_Places[KeyT]):
         """See ``Lane``."""
         return self._advance(0, self.decoder.step(self._beams.next_ids))
 
-    def leave(self, key: KeyT) -> None:
+    def leave(self, keys: Sequence[KeyT]) -> None:
         """See ``Lane``."""
-        place = self._remove(key)
-        self._beams.leave(place)
-        self._texts[place] = self._texts[-1]
-        self._texts.pop()
+        for place in self._remove(keys):
+            self._beams.leave(place)
+            self._texts[place] = self._texts[-1]
+            self._texts.pop()
 
     def _advance(self, first: int, logits: Logits) -> list[tuple[KeyT, Outcome]]:
         width = self._beams.width
@@ -156,8 +160,8 @@ class BeamLane(_Places[KeyT]):
                 outcomes[place] = outcome
         self._copy(copies, outcomes)
         ended = [(self.keys[place], outcome) for place, outcome in outcomes.items()]
-        for key, _ in ended:
-            self.leave(key)
+        if ended:
+            self.leave([key for key, _ in ended])
         return ended
 
     def _stop(self, place: int) -> Outcome | None:

@@ -246,8 +246,7 @@ class WriteWorker:
         if self._reader is not None and self._reader.job.cancelled:
             self._reader = None
         for lane in self._lanes.values():
-            for job in [job for job in lane.keys if job.cancelled]:
-                lane.leave(job)
+            lane.leave([job for job in lane.keys if job.cancelled])
 
     def warm_up(self) -> None:
         """See ``Worker``."""
@@ -346,8 +345,7 @@ class WriteWorker:
         if self._reader is not None and self._reader.job in jobs:
             self._reader = None
         for lane in self._lanes.values():
-            for job in [job for job in lane.keys if job in jobs]:
-                lane.leave(job)
+            lane.leave([job for job in lane.keys if job in jobs])
 
 
 @dataclass(frozen=True, slots=True)

@@ -130,9 +130,10 @@ def test_on_a_device_few_numbers_of_texts_are_enough(models: dict[str, Loaded]) 
         [open_graph(model.folder / name, 1) for name in ("decoder.onnx", "beams.onnx", "encoder.onnx")],
     )
     graphs = WriteGraphs(config, 0, *sessions, device=CPU)
-    plain, beams = graphs.decoder(13, 1), graphs.decoder(5, 3)
+    plain, beams, many = graphs.decoder(13, 1), graphs.decoder(5, 3), graphs.decoder(40, 1)
     assert [used + plain.padding_rows(used) for used in range(1, 14)] == [1, 2, 4, 4, 8, 8, 8, 8, *[13] * 5]
     assert [used + beams.padding_rows(used) for used in (3, 6, 9, 12, 15)] == [3, 6, 12, 12, 15]
+    assert [used + many.padding_rows(used) for used in (16, 17, 24, 25, 33)] == [16, 24, 24, 32, 40]
     for decoder in (plain, beams):
         decoder.read_sources(0, [[7, 8, 9]] * 4)
         decoder.warm_up()
@@ -190,7 +191,9 @@ def contents(rows: DeviceRows) -> dict[str, list[float]]:
     return found
 
 
-def test_rows_of_all_regions_are_copied_at_once() -> None:
+@pytest.mark.parametrize("most_numbers", [devices._MOST_NUMBERS, 128 * 5, 1])
+def test_rows_of_all_regions_are_copied(monkeypatch: pytest.MonkeyPatch, most_numbers: int) -> None:
+    monkeypatch.setattr(devices, "_MOST_NUMBERS", most_numbers)
     rows, other = (DeviceRows(CPU, ["k", "v"], (count, 2, 16, 4)) for count in (5, 1))
     assert contents(rows) == {"k": [0.0] * 5, "v": [0.0] * 5}
     numbers = np.arange(10, dtype=np.float16).reshape(-1, 1, 1, 1)

@@ -91,9 +91,10 @@ class ListDecoder:
         for source, target, start in copies:
             self.rows[target] = self.rows[target][:start] + self.rows[source][start:]
 
-    def move(self, source: int, target: int) -> None:
-        for beam in range(self.beams):
-            self.rows[target * self.beams + beam] = list(self.rows[source * self.beams + beam])
+    def move(self, moves: Sequence[tuple[int, int]]) -> None:
+        for source, target in moves:
+            for beam in range(self.beams):
+                self.rows[target * self.beams + beam] = list(self.rows[source * self.beams + beam])
 
     def adopt(self, text: int, reader: "ListDecoder") -> None:
         self.recall(text, reader.remember(0))
