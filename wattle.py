@@ -371,7 +371,7 @@ COMMANDS = {
         },
     ),
     "models": Command(models, "service", ("models",)),
-    "calibrate": Command(calibrate, "service", ("models", "state", "threads", "max_batch_tokens")),
+    "calibrate": Command(calibrate, "service", ("models", "state", "threads", "max_batch_tokens", "device", "gpus")),
     "meters": Command(
         meters,
         "service",

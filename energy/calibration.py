@@ -2,9 +2,10 @@
 
     load = F + a * (tokens read) + b * (tokens written) + c * (context tokens), padding included
 
-Load is CPU time on a processor and duration on a GPU: a step's energy is known only over windows that hold many, and
-within a model it goes with the load. All four are at least zero, and errors count in proportion to the load, so that
-small steps matter as much as large ones.
+Load is CPU time on a processor: a step's energy is known only over windows that hold many, and within a model it goes
+with the load. On a GPU a step's duration holds much that the GPU does not do; there lots of like steps are metered,
+each over many windows, and the load is what they take above idle. All four are at least zero, and errors count in
+proportion to the load, so that small steps matter as much as large ones.
 """
 
 import json
@@ -22,6 +23,7 @@ from energy.types import Phase, Step
 
 FORMAT_VERSION = 1
 LEAST_STEPS = 30
+LEAST_LOTS = 6
 _PS_PER_NS = 1000
 
 
@@ -31,7 +33,10 @@ class CalibrationError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """Nanoseconds of load, and how well they foretell steps that were held out of the fit."""
+    """Nanoseconds of load, and how well they foretell steps that were held out of the fit.
+
+    Of a GPU they are the durations that go with the energy: all steps together last as long as they did.
+    """
 
     fixed_ns: float
     """Of a forward pass."""
@@ -60,6 +65,14 @@ class Fit:
 
 
 @dataclass(frozen=True, slots=True)
+class Lot:
+    """Steps that are alike, and what a meter says that they took together above idle."""
+
+    steps: Sequence[Step]
+    active_uj: float
+
+
+@dataclass(frozen=True, slots=True)
 class Calibration:
     """A fit, and what it was made of."""
 
@@ -74,18 +87,52 @@ def fit_steps(steps: Sequence[Step]) -> Fit:
     steps = [step for step in steps if step.work and _load_ns(step) > 0]
     if len(steps) < LEAST_STEPS:
         raise CalibrationError(f"{len(steps)} steps ran; at least {LEAST_STEPS} are needed")
-    features = np.array([features_of(step) for step in steps], float)
+    features = np.array([_features(step) for step in steps], float)
     loads = np.array([_load_ns(step) for step in steps], float)
     held_out = np.arange(len(steps)) % 3 == 2
-    solution = non_negative_fit(features[~held_out] / loads[~held_out, None])
-    predicted = features @ solution
+    solution = _non_negative(features[~held_out] / loads[~held_out, None])
+    return _judge(solution, features[held_out], loads[held_out], features[held_out] @ solution, len(steps))
+
+
+def fit_lots(lots: Sequence[Lot]) -> Fit:
+    """Fit what passes take on average in each of ``lots``, and judge by each of them with the fit of all others.
+
+    Raises ``CalibrationError`` where there are too few, or the meter saw nothing above idle.
+    """
+    lots = [lot for lot in lots if lot.steps]
+    if len(lots) < LEAST_LOTS:
+        raise CalibrationError(f"{len(lots)} kinds of batches ran; at least {LEAST_LOTS} are needed")
+    if any(lot.active_uj <= 0 for lot in lots):
+        raise CalibrationError(
+            "the meter saw no more than at rest; something else ran before, or the model is too small"
+        )
+    sums = np.array([np.sum([_features(step) for step in lot.steps], axis=0) for lot in lots], float)
+    features = sums / sums[:, :1]
+    active_uj = np.array([lot.active_uj for lot in lots])
+    lasted_ns = sum(_load_ns(step) for lot in lots for step in lot.steps)
+    loads = active_uj / sums[:, 0] * (lasted_ns / active_uj.sum())
+    others = ~np.eye(len(lots), dtype=bool)
+    guessed = np.array(
+        [row @ _non_negative(features[kept] / loads[kept, None]) for row, kept in zip(features, others, strict=True)]
+    )
+    solution = _non_negative(features / loads[:, None])
+    return _judge(solution, features, loads, guessed, sum(len(lot.steps) for lot in lots))
+
+
+def _judge(
+    solution: NDArray[np.float64],
+    features: NDArray[np.float64],
+    loads: NDArray[np.float64],
+    guessed: NDArray[np.float64],
+    steps: int,
+) -> Fit:
+    """A ``solution``, and how far what it ``guessed`` of ``loads`` that it had not seen is off."""
     default = features @ np.array(
         [DEFAULTS.fixed, DEFAULTS.prefill_token, DEFAULTS.decode_token, DEFAULTS.context_token], float
     )
     default *= np.median(loads / default)
-    actual = loads[held_out]
-    variance = float(((actual - actual.mean()) ** 2).sum())
-    unexplained = float(((actual - predicted[held_out]) ** 2).sum())
+    variance = float(((loads - loads.mean()) ** 2).sum())
+    unexplained = float(((loads - guessed) ** 2).sum())
     fixed, read, written, context = map(float, solution)
     return Fit(
         fixed_ns=fixed,
@@ -93,9 +140,9 @@ def fit_steps(steps: Sequence[Step]) -> Fit:
         decode_token_ns=written,
         context_token_ns=context,
         r2=1 - unexplained / variance if variance else 0.0,
-        held_out_error=float(np.median(np.abs(predicted[held_out] / actual - 1))),
-        default_error=float(np.median(np.abs(default[held_out] / actual - 1))),
-        steps=len(steps),
+        held_out_error=float(np.median(np.abs(guessed / loads - 1))),
+        default_error=float(np.median(np.abs(default / loads - 1))),
+        steps=steps,
     )
 
 
@@ -138,7 +185,7 @@ def read_calibration(model: str, revision: str, beside: Path, elsewhere: Path) -
     return found
 
 
-def features_of(step: Step) -> tuple[int, int, int, int]:
+def _features(step: Step) -> tuple[int, int, int, int]:
     """Passes, tokens read, tokens written and context tokens: what the four terms of a load count."""
     writes = step.work is not None and step.work.phase is Phase.DECODE
     tokens = step.tokens + step.passes * step.padding_tokens
@@ -150,7 +197,7 @@ def _load_ns(step: Step) -> int:
     return step.ended_ns - step.started_ns if step.device.startswith("gpu:") else step.cpu_ns
 
 
-def non_negative_fit(features: NDArray[np.float64]) -> NDArray[np.float64]:
+def _non_negative(features: NDArray[np.float64]) -> NDArray[np.float64]:
     """The non-negative least squares solution of ``features @ x = 1``: the best of those over each set of columns.
 
     Rows divided by what they are to give make errors count in proportion to it.

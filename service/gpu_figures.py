@@ -5,18 +5,16 @@
 MODEL is the folder of a model stored as float16, GPU a number as NVIDIA counts them (0), SECONDS how long the last
 part lasts (300). It needs a GPU, the extra [gpu] and nothing else that computes on it: texts against the processor's;
 at rest and under load how often the energy counter moves, and the counter against power integrated over time; the
-affine cost of a step in microseconds and in joules, over batches and lengths, each with its R2; and minutes of load
+affine cost of a step over batches and lengths, by durations and by joules, each with its R2; and minutes of load
 whose bills are set against the meter, and the meter against the counter read beside it.
 """
 
 import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import product, takewhile
+from contextlib import closing
+from itertools import takewhile
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -24,13 +22,14 @@ from typing import Any
 import numpy as np
 
 from energy.account import Account, Totals
-from energy.calibration import features_of, fit_steps, non_negative_fit
-from energy.clock import NS_PER_S
+from energy.calibration import Fit, fit_lots, fit_steps
+from energy.clock import NS_PER_S, Clock
 from energy.ledger import Ledger
+from energy.meters.nvml import Nvml, open_nvml
 from energy.sampler import Sampler
-from energy.types import RequestRecord, Step
+from energy.types import RequestRecord
 from service.app import open_account
-from service.calibrate import run as run_steps
+from service.calibrate import asking, run, run_lots
 from service.engine.devices import DeviceUnavailable
 from service.engine.engine import Engine, engine_settings
 from service.engine.types import EncodeItem, EncodeOutput, Item, Output, Sampling, WriteItem, WriteOutput
@@ -43,9 +42,6 @@ _WATCHED_S = 5.0
 _FITTED_S = 20.0
 _LENGTH = 20
 _AT_ONCE = 32
-_CELL_S = 1.5
-_BATCHES = (1, 4, 16, 32)
-_LENGTHS = (8, 32, 128)
 _BOUNDS_MS = (5, 15, 25, 50, 75, 110)
 _MJ_PER_J = 1000
 
@@ -107,84 +103,6 @@ def integrated_j(read_mw: Callable[[], int], seconds: float, now_ns: Callable[[]
     return total / _MJ_PER_J
 
 
-@contextmanager
-def busy(model: Model, settings: Settings, at_once: int = _AT_ONCE, length: int = _LENGTH) -> Iterator[list[Step]]:
-    """Requests of ``length`` tokens, so many at once, one such lot after the other; yields the steps as they end."""
-    steps: list[Step] = []
-    over = threading.Event()
-    engine = Engine({model.name: model}, steps.append, engine_settings(settings))
-
-    def ask() -> None:
-        number = 0
-        while not over.is_set():
-            items = [_some_item(model, number + i, length) for i in range(at_once)]
-            number += at_once
-            for ticket in engine.submit(model.name, items):
-                ticket.future.result()
-
-    asking = threading.Thread(target=ask)
-    asking.start()
-    try:
-        yield steps
-    finally:
-        over.set()
-        asking.join()
-        engine.close()
-
-
-@dataclass(frozen=True, slots=True)
-class Cell:
-    """Steps of one batch and length, and what they took above idle."""
-
-    steps: Sequence[Step]
-    active_j: float
-
-
-def measure_cells(
-    model: Model, settings: Settings, read_mj: Callable[[], int], idle_w: float, seconds: float = _CELL_S
-) -> list[Cell]:
-    """Each batch with each length, for ``seconds`` from one move of the counter to another."""
-    longest = model.manifest.config.max_positions // 2
-    cells = []
-    for at_once, length in product(_BATCHES, sorted({min(length, longest) for length in _LENGTHS})):
-        with busy(model, settings, at_once, length) as steps:
-            time.sleep(seconds / 5)
-            began_ns, before_mj = _next_move(read_mj)
-            time.sleep(seconds)
-            ended_ns, after_mj = _next_move(read_mj)
-        chosen = [step for step in steps if began_ns < step.ended_ns <= ended_ns and step.work is not None]
-        idle_j = idle_w * (ended_ns - began_ns) / NS_PER_S
-        cells.append(Cell(chosen, (after_mj - before_mj) / _MJ_PER_J - idle_j))
-    return cells
-
-
-def _next_move(read: Callable[[], int]) -> tuple[int, int]:
-    """When a counter next moves, and to what."""
-    before = read()
-    while (value := read()) == before:
-        time.sleep(0.0002)
-    return time.monotonic_ns(), value
-
-
-def fit_joules(cells: Sequence[Cell]) -> str:
-    """``F + m * work`` over the active joules of a pass; judged by cells that were left out of the fit, one by one."""
-    features = np.array([np.sum([features_of(step) for step in cell.steps], axis=0) for cell in cells], float)
-    passes = features[:, 0].copy()
-    features /= passes[:, None]
-    joules = np.array([cell.active_j for cell in cells]) / passes
-    places = np.arange(len(cells))
-    guessed = np.array(
-        [features[i] @ non_negative_fit(features[places != i] / joules[places != i, None]) for i in places]
-    )
-    r2 = 1 - float(((joules - guessed) ** 2).sum()) / float(((joules - joules.mean()) ** 2).sum())
-    fixed, read, written, context = non_negative_fit(features / joules[:, None]) * UJ_PER_J
-    return (
-        f"a pass: {fixed:.0f} uJ above idle, {read:.2f} per token read, {written:.2f} per token written, "
-        f"{context:.3f} per token of context; {len(cells)} batches and lengths, {int(passes.sum())} passes, of those "
-        f"left out R2 {r2:.3f}, median error {float(np.median(np.abs(guessed / joules - 1))):.1%}"
-    )
-
-
 def load(
     model: Model, settings: Settings, seconds: float, read_mj: Callable[[], int] = lambda: 0
 ) -> tuple[int, Totals, float]:
@@ -229,7 +147,7 @@ def told(requests: int, totals: Totals) -> Iterator[str]:
 def figures(model: Model, gpu: int, seconds: float, library: Any) -> Iterator[str]:
     """Every line. ``library`` is the module ``pynvml``, initialised.
 
-    No part lasts longer than ``seconds``, batches and lengths apart.
+    No part lasts longer than ``seconds``, batches of every kind apart.
     """
     handle = library.nvmlDeviceGetHandleByIndex(gpu)
     watched_s = min(_WATCHED_S, seconds)
@@ -250,29 +168,35 @@ def figures(model: Model, gpu: int, seconds: float, library: Any) -> Iterator[st
             yield f"{when}, {watched_s:g} s: counter {counter_j:.1f} J, integrated power {power_j:.1f} J"
 
         yield from watched("at rest")
-        rest_ns, rest_mj = _next_move(counter)
-        time.sleep(_CELL_S)
-        over_ns, over_mj = _next_move(counter)
-        idle_w = (over_mj - rest_mj) / _MJ_PER_J / ((over_ns - rest_ns) / NS_PER_S)
-        with busy(model, on_gpu):
+        engine = Engine({model.name: model}, lambda step: None, engine_settings(on_gpu))
+        with closing(engine), asking(engine, model, _AT_ONCE, _LENGTH, _LENGTH):
             yield from watched("under load")
-        fit = fit_steps(run_steps(model, on_gpu.model_copy(update={"executors": 1}), min(_FITTED_S, seconds)))
-        yield (
-            f"a pass: {fit.fixed_ns / 1000:.0f} us, {fit.prefill_token_ns / 1000:.2f} per token read, "
-            f"{fit.decode_token_ns / 1000:.2f} per token written, {fit.context_token_ns / 1000:.3f} per token of "
-            f"context; {fit.steps} steps, of those left out R2 {fit.r2:.3f}, median error {fit.held_out_error:.1%}"
-        )
-        yield f"{fit_joules(measure_cells(model, on_gpu, counter, idle_w))}; idle {idle_w:.1f} W"
+        one = on_gpu.model_copy(update={"executors": 1})
+        yield _told("durations of steps", fit_steps(run(model, one, min(_FITTED_S, seconds))))
+        meter = open_nvml([gpu], Clock(), library)
+        assert isinstance(meter, Nvml)
+        lots, idle_uw = run_lots(model, one, meter, _FITTED_S)
+        yield _told("joules above idle of batches of a kind", fit_lots(lots))
+        uj_per_ns = sum(lot.active_uj for lot in lots) / sum(step.load_ns for lot in lots for step in lot.steps)
+        yield f"idle {idle_uw / 1e6:.1f} W, running {uj_per_ns * 1e3:.1f} W above that"
         requests, totals, counted_j = load(model, on_gpu, seconds, counter)
         yield from told(requests, totals)
         yield f"the counter read beside them: {counted_j:.1f} J"
 
 
-def _some_item(model: Model, number: int, length: int = _LENGTH) -> Item:
-    """A request for ``model``, of ``length`` tokens and twenty to write; another for each number."""
+def _told(what: str, fit: Fit) -> str:
+    return (
+        f"{what}: {fit.fixed_ns / 1000:.0f} us a pass, {fit.prefill_token_ns / 1000:.2f} per token read, "
+        f"{fit.decode_token_ns / 1000:.2f} per token written, {fit.context_token_ns / 1000:.3f} per token of context; "
+        f"{fit.steps} steps, of those left out R2 {fit.r2:.3f}, median error {fit.held_out_error:.1%}"
+    )
+
+
+def _some_item(model: Model, number: int) -> Item:
+    """A request for ``model``, of twenty tokens and as many to write; another for each number."""
     config = model.manifest.config
     ids = tuple(
-        5 + (number * 31 + i * 7) % (config.vocab_size - 5) for i in range(min(length, config.max_positions // 2))
+        5 + (number * 31 + i * 7) % (config.vocab_size - 5) for i in range(min(_LENGTH, config.max_positions // 2))
     )
     if config.head == "lm":
         return WriteItem(f"r{number}", ids, Sampling(max_tokens=_LENGTH))

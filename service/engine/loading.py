@@ -77,6 +77,11 @@ def check_device(manifest: Manifest, settings: EngineSettings) -> None:
         )
 
 
+def runs_on_gpus(manifest: Manifest, settings: EngineSettings) -> bool:
+    """Whether a model is run on GPUs. Raises ``DeviceUnavailable``."""
+    return bool(_gpus_for(manifest, settings))
+
+
 def _gpus_for(manifest: Manifest, settings: EngineSettings) -> Sequence[Device]:
     return gpus(settings) if manifest.quantisation.scheme == _GPU_SCHEME else ()
 

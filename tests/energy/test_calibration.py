@@ -1,5 +1,6 @@
 import json
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from random import Random
 
@@ -10,6 +11,8 @@ from energy.calibration import (
     Calibration,
     CalibrationError,
     Fit,
+    Lot,
+    fit_lots,
     fit_steps,
     read_calibration,
     write_calibration,
@@ -83,6 +86,42 @@ def test_nothing_costs_less_than_nothing() -> None:
 def test_too_few_steps_are_no_measurement() -> None:
     with pytest.raises(CalibrationError, match="29 steps"):
         fit_steps([*steps(29), step_of(None, 0, 9, 9)])
+
+
+def lots(noise: float = 0.0) -> list[Lot]:
+    """Batches of every kind on a GPU: 2 mJ a pass, 10 uJ a token read, 20 written, 0.1 of context."""
+    found = []
+    for number, (rows, length, reads) in enumerate(product([1, 4, 16], [8, 32, 128], [10, 30])):
+        names = [f"r{i}" for i in range(rows)]
+        reading = step_of(Work(Phase.PREFILL, names, [length] * rows), 0, 3_000_000, 1, "gpu:0")
+        writing = step_of(Work(Phase.DECODE, names, [1] * rows, [length] * rows), 0, 1_000_000, 1, "gpu:0")
+        read_uj, written_uj = 2000 + rows * length * 10, 2000 + rows * (20 + 0.1 * length)
+        taken_uj = (reads * read_uj + 30 * written_uj) * (1 + noise * (-1) ** number)
+        found.append(Lot([reading] * reads + [writing] * 30, taken_uj))
+    return found
+
+
+def test_finds_what_lots_of_steps_took_together() -> None:
+    fit = fit_lots(lots())
+    # In nanoseconds that all of it lasted: 9 lots of 60 ms and 9 of 120.
+    ns_per_uj = 9 * 180_000_000 / sum(lot.active_uj for lot in lots())
+    found = [fit.fixed_ns, fit.prefill_token_ns, fit.decode_token_ns, fit.context_token_ns]
+    assert [each / ns_per_uj for each in found] == pytest.approx([2000, 10, 20, 0.1], rel=1e-6)
+    assert (fit.r2, fit.steps) == (pytest.approx(1), 9 * 100)
+    assert fit.held_out_error < 1e-6 < fit.default_error
+
+
+def test_noise_is_seen_in_the_lots_that_are_left_out() -> None:
+    fit = fit_lots(lots(noise=0.2))
+    assert 0.1 < fit.held_out_error < 0.5
+    assert fit.r2 < 0.95
+
+
+def test_lots_that_tell_nothing_are_no_measurement() -> None:
+    with pytest.raises(CalibrationError, match="5 kinds of batches"):
+        fit_lots([*lots()[:5], Lot([], 1000.0)])
+    with pytest.raises(CalibrationError, match="no more than at rest"):
+        fit_lots([*lots(), Lot(lots()[0].steps, 0.0)])
 
 
 def test_is_read_as_it_was_written(tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 """The figures of a GPU, taken from a stand-in; and the real ones, where there is a GPU."""
 
 import re
-import time
 from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
@@ -10,24 +9,12 @@ import pytest
 
 from energy.account import Attributed, MeterTotal, Totals, Unattributed
 from energy.settlement import Reason
-from energy.types import Phase, Quality, Work
+from energy.types import Phase, Quality
 from service.engine.devices import gpus
 from service.engine.engine import engine_settings
-from service.gpu_figures import (
-    Cell,
-    agreement,
-    figures,
-    fit_joules,
-    histogram,
-    integrated_j,
-    load,
-    measure_cells,
-    moves_ms,
-    told,
-)
+from service.gpu_figures import agreement, figures, histogram, integrated_j, load, moves_ms, told
 from service.models import load_model
 from service.settings import read_settings
-from tests.energy.fakes import step_of
 from tests.tiny import write_tiny
 
 MS = 1_000_000
@@ -63,35 +50,6 @@ def test_outputs_agree_with_themselves_and_bills_with_the_meter(tmp_path: Path) 
     assert requests >= 32
     assert all(total.residual_uj == 0 for total in totals.meters)
     assert counted_j == 3.0
-
-
-@pytest.mark.parametrize("noise", [0.0, 0.5])
-def test_joules_of_batches_and_lengths_are_fitted(noise: float) -> None:
-    cells = []
-    for number, (batch, length) in enumerate((b, n) for b in (1, 4, 16) for n in (8, 32, 128)):
-        work = Work(Phase.ENCODE, [str(i) for i in range(batch)], [length] * batch)
-        # A hundred passes of 2 mJ and 10 uJ a token; noise turns some of them around.
-        active_j = 100 * (0.002 + 1e-5 * batch * length) * (1 + noise * (-1) ** number)
-        cells.append(Cell([step_of(work, 0, 1, 1)] * 100, active_j))
-    told = fit_joules(cells)
-    assert told.startswith("a pass: 2000 uJ above idle, 10.00 per token read, 0.00 per token written") != bool(noise)
-    assert told.endswith("R2 1.000, median error 0.0%") != bool(noise)
-    assert "9 batches and lengths, 900 passes" in told
-
-
-def test_batches_and_lengths_are_metered_from_move_to_move(tmp_path: Path) -> None:
-    write_tiny(tmp_path / "halves", "classify", name="halves", scheme="float16")
-    settings = read_settings(state=str(tmp_path), device="cpu", meter="estimate", executors="1")
-    # A counter of 30 W that moves every 20 ms.
-    cells = measure_cells(
-        load_model(tmp_path / "halves"), settings, lambda: int(time.monotonic() / 0.02) * 600, 10.0, seconds=0.1
-    )
-    assert len(cells) == 8  # no text is longer than half of what the model holds
-    batches = [step.work.tokens for cell in cells for step in cell.steps if step.work]
-    assert {len(batch) for batch in batches} == {1, 4, 16, 32}
-    assert {max(batch) for batch in batches} == {8, 32}
-    # 20 W above idle, over 100 to 120 ms and what a look comes late.
-    assert all(2.0 * 0.95 < cell.active_j < 2.4 * 1.5 for cell in cells)
 
 
 def test_every_device_has_a_line() -> None:

@@ -18,15 +18,11 @@ from energy.clock import Clock
 from energy.meters.estimator import Estimator, PowerModel
 from energy.sampler import Sampler
 from energy.types import Phase, Quality, RequestRecord, Work
-from service.app import calibration_places, read_coefficients
-from service.calibrate import calibrate
 from service.engine.engine import Engine
 from service.engine.settings import EngineSettings
 from service.engine.types import EncodeItem, EngineClosed, Item, Sampling, WriteItem
 from service.keys import add_key
 from service.metering_cost import _PURPOSES, Kind, Share, _cost, _Slice, main
-from service.models import Models, load_model
-from service.settings import Settings
 from tests.energy.fakes import Book, step_of
 from tests.tiny import Loaded, load_tiny, write_tiny
 
@@ -131,34 +127,6 @@ def test_bills_over_the_meter_are_one_however_many_are_in_flight(loaded: dict[st
     assert failed and all(bill.allocated_uj for bill in failed)
     answered = [record for record in rig.book.records.values() if record.request.status == "ok"]
     assert all(record.bill.allocated_uj for record in answered)
-
-
-def test_a_model_is_calibrated_and_the_service_knows(loaded: dict[str, Loaded], tmp_path: Path) -> None:
-    settings = Settings(models=(loaded["writes"].folder,), state=tmp_path)
-    *_, line = calibrate(settings, seconds=1.0)
-    model = load_model(loaded["writes"].folder)
-    beside, _ = calibration_places(model, tmp_path)
-    assert line.startswith("writes: ") and line.endswith(str(beside))
-    models = Models({model.name: model})
-    coefficients = read_coefficients(models.served.values(), tmp_path)["writes"]
-    assert coefficients.decode_token > 0 and coefficients.fixed > 0
-    # It is no part of the artefact: the manifest still verifies, and a new one leaves it out.
-    assert beside.name not in model.manifest.files
-    beside.write_text("{}")
-    assert read_coefficients(models.served.values(), tmp_path) == {}
-    beside.unlink()
-
-
-def test_without_the_gpu_that_is_asked_for_nothing_is_calibrated_but_meters_are_found(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("service.engine.devices._works", lambda device: False)
-    for name, value in {"DEVICE": "cuda", "GPUS": "7", "STATE": str(tmp_path), "METER": "estimate"}.items():
-        monkeypatch.setenv(f"WATTLE_{name}", value)
-    write_tiny(tmp_path / "halves", "decoder", scheme="float16")
-    assert wattle.main(["calibrate", "--models", str(tmp_path / "halves")]) == 1
-    assert "CUDA does not work on GPU 7" in capsys.readouterr().err
-    assert wattle.main(["meters", "--watts-per-core", "5"]) == 0
 
 
 def test_a_service_that_only_measures_needs_no_key(
