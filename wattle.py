@@ -187,7 +187,7 @@ def export(flags: dict[str, str]) -> int:
 
 
 def import_(flags: dict[str, str]) -> int:
-    """Turn a model of the transformers library into one that `wattle serve` serves."""
+    """Turn a model of the transformers library, or stored otherwise, into one that `wattle serve` serves."""
     from training.commands import run_import
 
     return _stage(run_import, flags)
@@ -402,7 +402,12 @@ COMMANDS = {
         few_shot, "training", ("data", "threads"), "few-shot, the study that ships, or path of a TOML file."
     ),
     "export": Command(export, "training", ("data", "runs", "out", *SIZES), RECIPE),
-    "import": Command(import_, "training", IMPORTED, "Folder of a model that transformers saved, or a Hub name."),
+    "import": Command(
+        import_,
+        "training",
+        IMPORTED,
+        "Folder of a model that transformers saved or that was exported before, or a Hub name.",
+    ),
     "confidence": Command(confidence, "training", ("data", "recipe", "limit"), "Folder of an exported model."),
     "evaluate": Command(evaluate, "training", SCORED, "Folder of an exported model."),
     "quantise": Command(quantise, "training", SCORED, "Folder of an exported model.", repeated=True),

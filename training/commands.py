@@ -120,7 +120,7 @@ def _teacher(recipe: Recipe, part: DataRecipe, serve: Serve, settings: Settings)
 
 
 def run_import(source: str, settings: Settings) -> None:
-    """Import a model of the transformers library."""
+    """Import a model of the transformers library, or store one that was exported before in another way."""
     from training.importing import import_model  # transformers takes seconds, and no other command needs it
 
     manifest = import_model(
@@ -145,7 +145,7 @@ def _print_written(manifest: Manifest, settings: Settings) -> None:
     stored = manifest.quantisation
     print(
         f"{settings.out / manifest.name}: {manifest.size_bytes / 1e6:.1f} MB, "
-        f"cosine {stored.parity_cosine} and largest difference {stored.parity_max_error} to PyTorch"
+        f"cosine {stored.parity_cosine} and largest difference {stored.parity_max_error} to float32"
     )
 
 

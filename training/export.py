@@ -125,6 +125,23 @@ def write_model(model: Finished, how: Storage, describe: Callable[[Quantisation]
     return manifest
 
 
+def random_batch(config: TransformerConfig, pad_id: int) -> Batch:
+    """Ragged rows of random words: in every language the graphs must answer what their reference does."""
+    generator = torch.Generator().manual_seed(0)
+
+    def texts(*lengths: int) -> tuple[torch.Tensor, torch.Tensor]:
+        real = torch.tensor([min(length, config.max_positions) for length in lengths])
+        ids = torch.randint(config.vocab_size, (len(lengths), int(real.max())), generator=generator)
+        ids[torch.arange(ids.size(1)) >= real[:, None]] = pad_id
+        return ids, real
+
+    ids, lengths = texts(7, 24, 1, 13)
+    types = torch.randint(max(1, config.n_token_types), ids.shape, generator=generator)
+    target, target_lengths = texts(9, 1, 12, 24)
+    batch = {"ids": ids, "lengths": lengths, "types": types, "target": target, "target_lengths": target_lengths}
+    return {**batch, "prefix": lengths}
+
+
 def write_quantised(folder: Path, model: Finished, how: Storage) -> Quantisation:
     """Write the graphs as ``how`` says, and how far their logits on the model's batch are from its reference."""
     config, weights = model.config, model.weights

@@ -17,10 +17,11 @@ from tokenizers import Tokenizer
 from models.config import TransformerConfig
 from models.manifest import NAME_PATTERN, Manifest, Parent, Quantisation, SpecialIds, Task
 from training.errors import TrainingError
-from training.export import PARITY_LIMIT, Finished, write_model
+from training.export import PARITY_LIMIT, Finished, random_batch, write_model
 from training.families import Foreign, load_foreign
 from training.foreign import ForeignFolder
 from training.foreign_tokenizer import read_tokenizer
+from training.quantise import store_anew
 from training.recipe import Storage
 from training.tasks import Batch
 
@@ -44,7 +45,8 @@ def import_model(
     target_language: str | None = None,
     texts: Path | None = None,
 ) -> Manifest:
-    """Write ``out/<name>`` from a Hugging Face folder, or a name on the Hub, whose model is then fetched.
+    """Write ``out/<name>`` from a Hugging Face folder, or a name on the Hub, whose model is then fetched; or from a
+    folder that was exported before, to store its matrices in another way.
 
     ``max_positions`` is the longest text that it will hold, where the model itself can hold more; ``texts`` is a file
     with a text on each line, of the kind that it will read, which the calibrated scheme needs. Raises
@@ -55,6 +57,10 @@ def import_model(
         raise TrainingError("the calibrated scheme needs --texts FILE, texts of the kind that the model will read")
     if how.scheme != "calibrated" and texts is not None:
         raise TrainingError(f"--texts fixes scales of activations, and {how.scheme} has none: add --scheme calibrated")
+    if (Path(source) / "manifest.json").is_file():
+        if source_language or target_language:
+            raise TrainingError(f"{source}: its manifest says which languages it has; leave them out")
+        return store_anew(Path(source), out, name, how)
     folder = _folder(source)
     name = name or re.sub(r"[^a-z0-9._-]+", "-", Path(source).resolve().name.lower()).strip("-._")[:64]
     if not re.fullmatch(NAME_PATTERN, name):
@@ -73,7 +79,7 @@ def import_model(
     writes = config.head == "lm"
     max_tokens = min(_MAX_TOKENS, config.max_positions // 2)
     special = files.special_ids(tokenizer)
-    batch = _parity_batch(config, special)
+    batch = random_batch(config, special.pad)
     reference = foreign.logits(batch)
     # What float32 keeps of logits that may be large: nobody knows what this model's are like.
     tolerance = PARITY_LIMIT * max(1.0, float(np.abs(reference[np.isfinite(reference)]).max()))
@@ -169,19 +175,3 @@ def _batches(foreign: Foreign, tokenizer: Tokenizer, special: SpecialIds, lines:
             target = foreign.written(ids, min(_MOST_WRITTEN, config.max_positions - 1))
             batch |= {"target": target, "target_lengths": torch.tensor([target.size(1)])}
         yield batch
-
-
-def _parity_batch(config: TransformerConfig, special: SpecialIds) -> Batch:
-    """Ragged rows of random words: in every language the graphs must answer what the library does."""
-    generator = torch.Generator().manual_seed(0)
-
-    def texts(*lengths: int) -> tuple[torch.Tensor, torch.Tensor]:
-        real = torch.tensor([min(length, config.max_positions) for length in lengths])
-        ids = torch.randint(config.vocab_size, (len(lengths), int(real.max())), generator=generator)
-        ids[torch.arange(ids.size(1)) >= real[:, None]] = special.pad
-        return ids, real
-
-    ids, lengths = texts(7, 24, 1, 13)
-    types = torch.randint(max(1, config.n_token_types), ids.shape, generator=generator)
-    target, target_lengths = texts(9, 1, 12, 24)
-    return {"ids": ids, "lengths": lengths, "types": types, "target": target, "target_lengths": target_lengths}

@@ -17,12 +17,20 @@ from tqdm import tqdm
 
 from energy.host import Moment, processor
 from models.graph import write_graphs
-from models.manifest import Load, Manifest, Score, Variant, load_manifest, write_manifest
+from models.manifest import Load, Manifest, Quantisation, Score, Variant, load_manifest, write_manifest
 from models.weights import read_weights
 from training.card import write_card
 from training.errors import TrainingError
 from training.evaluate import BASELINE, REQUEST_TEXTS, Evaluation, Query, asked, cost, evaluate
-from training.export import Finished, one_by_one, parity_batch, real_samples, write_quantised
+from training.export import (
+    Finished,
+    one_by_one,
+    parity_batch,
+    random_batch,
+    real_samples,
+    write_model,
+    write_quantised,
+)
 from training.graphs import Graphs
 from training.knowledge import Ask
 from training.recipe import EvaluateRecipe, Recipe, Storage
@@ -200,3 +208,32 @@ def quantise(folder: Path, recipe: Recipe, data: Path, how: Storage, out: Path) 
     changed = manifest.model_copy(update={"quantisation": stored, "scores": ()})
     write_card(out, changed)
     return write_manifest(out, changed)
+
+
+def store_anew(folder: Path, out: Path, name: str | None, how: Storage) -> Manifest:
+    """Write ``out/<name>``, by default of the same name: the model in ``folder``, stored as ``how`` says, without the
+    scores, which nobody has measured.
+
+    Raises ``ArtefactError`` for a folder that is no model, and ``TrainingError`` for what needs the model's data.
+    """
+    if how.scheme == "calibrated":
+        raise TrainingError(
+            f"{folder}: the calibrated scheme needs data of the kind that the model reads: `wattle export` does it, "
+            "by the model's recipe"
+        )
+    before = load_manifest(folder)
+    if how.scheme in ("rowwise", "blockwise"):
+        how = how.model_copy(update={"table_bits": before.quantisation.table_bits})
+    config, weights = before.config, read_weights(folder, before.quantisation)
+    batch = random_batch(config, before.special_ids.pad)
+    with tempfile.TemporaryDirectory() as scratch:
+        write_graphs(Path(scratch), config, weights, "none")
+        reference = Graphs(Path(scratch), config).logits(batch)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    model = Finished(name or before.name, config, weights, tokenizer, batch, reference)
+
+    def describe(stored: Quantisation) -> Manifest:
+        changes = {"name": model.name, "quantisation": stored, "scores": (), "variants": ()}
+        return before.model_copy(update=changes)
+
+    return write_model(model, how, describe, out)

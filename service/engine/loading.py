@@ -71,9 +71,8 @@ def check_device(manifest: Manifest, settings: EngineSettings) -> None:
     if settings.device == "cuda" and manifest.quantisation.scheme != _GPU_SCHEME:
         stored = manifest.quantisation.scheme
         raise ArtefactError(
-            f"manifest.json: stored as {stored}, and GPUs run {_GPU_SCHEME}: run `wattle export` with scheme = "
-            f'"{_GPU_SCHEME}" under [export] of its recipe, or `wattle import --scheme {_GPU_SCHEME}`; or set device '
-            "to auto"
+            f"manifest.json: stored as {stored}, and GPUs run {_GPU_SCHEME}: store it anew with `wattle import FOLDER "
+            f"--scheme {_GPU_SCHEME}`, or set device to auto"
         )
 
 

@@ -6,15 +6,17 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 
+import wattle
 from models.graph import write_graphs
-from models.manifest import Quantisation, load_manifest
+from models.manifest import Quantisation, Score, load_manifest, write_manifest
 from models.weights import read_weights
-from tests.tiny import KINDS, tiny_config, tiny_transformer, weights_of
+from tests.tiny import KINDS, tiny_config, tiny_transformer, weights_of, write_tiny
 from tests.training import recipes
-from training.commands import run_quantising
+from training.commands import run_import, run_quantising
 from training.errors import TrainingError
 from training.export import export
-from training.quantise import ROUNDS, WAYS, quantise, subjects_of
+from training.importing import import_model
+from training.quantise import ROUNDS, WAYS, quantise, store_anew, subjects_of
 from training.recipe import Storage
 from training.settings import Settings
 from training.train import train
@@ -168,6 +170,34 @@ def test_models_take_turns_at_the_same_queries_and_a_disturbed_round_counts_for_
         assert len({texts for _, _, texts in a_round}) == 1
     for each in (folder, twin):
         assert [variant.active_j_per_query for variant in load_manifest(each).variants] == [4, 1, 1, 7 / 8, 1, 0.5]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_exported_model_is_stored_anew(tmp_path, kind, capsys):
+    before = write_tiny(tmp_path / "before", kind, name="before", scheme="rowwise")
+    scored = before.model_copy(update={"scores": (Score(data="d", split="s", metric="m", value=1.0, rows=1),)})
+    write_manifest(tmp_path / "before", scored)
+    command = ["import", str(tmp_path / "before"), "--scheme", "float16", "--out", str(tmp_path / "out")]
+    assert wattle.main(command) == 0
+    assert "out/before: " in capsys.readouterr().out
+    after = load_manifest(tmp_path / "out" / "before")
+    kept = {"files", "quantisation", "scores"}
+    assert after.model_dump(exclude=kept) == before.model_dump(exclude=kept)
+    assert (after.quantisation.scheme, after.quantisation.bits, after.scores) == ("float16", 16, ())
+    assert after.quantisation.parity_cosine > 0.999
+    weights = [
+        read_weights(tmp_path / name, each.quantisation) for name, each in (("before", before), ("out/before", after))
+    ]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(np.abs(weights[0][name] - weights[1][name]).max() < 0.01 for name in weights[0])
+    # In place, too, and under another name.
+    settings = Settings(out=tmp_path / "out", scheme="none", name="other")
+    run_import(str(tmp_path / "out" / "before"), settings)
+    assert load_manifest(tmp_path / "out" / "other").name == "other"
+    with pytest.raises(TrainingError, match="`wattle export` does it"):
+        store_anew(tmp_path / "before", tmp_path / "out", None, Storage(scheme="calibrated"))
+    with pytest.raises(TrainingError, match="which languages it has"):
+        import_model(tmp_path / "before", tmp_path / "out", source_language="en")
 
 
 def test_a_setting_is_asked_of_every_set_or_of_none(exported):

@@ -176,7 +176,7 @@ def test_a_model_that_no_gpu_runs_is_refused_only_where_all_must(models: dict[st
     for device in ("auto", "cpu"):
         check_device(models["single"].manifest, EngineSettings(device=device))  # type: ignore[arg-type]
     check_device(models["decoder"].manifest, EngineSettings(device="cuda"))
-    with pytest.raises(ArtefactError, match=r"`wattle export` with scheme = .float16. under \[export\]"):
+    with pytest.raises(ArtefactError, match="`wattle import FOLDER --scheme float16`"):
         check_device(models["single"].manifest, EngineSettings(device="cuda"))
 
 
