@@ -21,7 +21,7 @@ from service.caller import Count, caller
 from service.classifiers.store import Classifiers
 from service.desk import Desk
 from service.door import Door
-from service.engine.types import EngineClosed, Item, Output, Overloaded, Ticket, WriteItem, WriteOutput
+from service.engine.types import EngineClosed, EngineFailed, Item, Output, Overloaded, Ticket, WriteItem, WriteOutput
 from service.errors import (
     ClassifierNotFound,
     DailyBudgetSpent,
@@ -59,6 +59,9 @@ T = TypeVar("T")
 
 class Engine(Protocol):
     """What the service asks of an engine."""
+
+    lost: EngineFailed | None
+    """Why it has stopped of itself, where it has."""
 
     def submit(self, model: str, items: Sequence[Item], key: str = "") -> list[Ticket]:
         """Queue all items or none, for a ``key``'s holder; raises ``Overloaded`` or ``EngineClosed``. Thread-safe."""

@@ -14,7 +14,7 @@ from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 
 from energy.ledger import LedgerUnreadable
-from service.engine.types import EngineClosed, Overloaded
+from service.engine.types import EngineClosed, EngineFailed, Overloaded
 from service.responses import JsonResponse
 
 EMPTY_BODY = "the body is empty; it must be a JSON object"
@@ -295,6 +295,7 @@ TABLE: dict[type[Exception], Answer] = {
     KnowledgeUnavailable: Answer(503, "server_error", "knowledge_unavailable"),
     ClassifierUnavailable: Answer(503, "server_error", "classifier_unavailable"),
     EngineClosed: Answer(503, "server_error", "draining"),
+    EngineFailed: Answer(503, "server_error", "engine_failed"),
     LedgerUnreadable: Answer(503, "server_error", "ledger_unreadable"),
     DeadlineExceeded: Answer(504, "server_error", "deadline_exceeded"),
     Exception: Answer(500, "server_error", "internal_error"),

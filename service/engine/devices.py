@@ -102,6 +102,12 @@ def _works(device: Device) -> bool:
     return bool(session.get_providers()[0] == _PROVIDER)
 
 
+def check_works(device: Device) -> None:
+    """Raise what CUDA says where ``device`` is lost to this process: after some errors every call fails."""
+    row, places = np.zeros((1, 1), dtype=np.float16), np.zeros(1, dtype=np.int32)
+    _copier(device).run(None, {"from": row, "to": row, "source": places, "target": places[:, None]})
+
+
 @dataclass(frozen=True, slots=True)
 class Region:
     """Contiguous memory on a device, for as long as whoever lends it keeps it."""

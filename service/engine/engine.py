@@ -24,6 +24,7 @@ from service.engine.types import (
     EncodeItem,
     EncodeOutput,
     EngineClosed,
+    EngineFailed,
     ExtractItem,
     Item,
     Output,
@@ -133,6 +134,9 @@ class Engine:
         self._backlog = Backlog(settings.max_waiting_items, settings.max_waiting_tokens, settings.key_share)
         self._turns = Turns()
         self._accepts = self._lives = True
+        self.lost: EngineFailed | None = None
+        """Why nothing is computed any more, where the engine has stopped of itself."""
+        self._closing = threading.Lock()
         self._threads = [
             threading.Thread(target=self._live, args=(executor,), name=executor.device, daemon=True)
             for executor in self._executors
@@ -215,7 +219,7 @@ class Engine:
         jobs = [job for job in every if job not in known]
         with self._changed:
             if not self._accepts:
-                raise EngineClosed("the engine is draining and takes no more work")
+                raise self._gone("the engine is draining and takes no more work")
             if model not in self._manifests:
                 raise KeyError(model)
             self._drop_cancelled(model)
@@ -248,16 +252,22 @@ class Engine:
         with self._changed:
             self._accepts = self._lives = False
             self._changed.notify_all()
-        for thread in self._threads:
-            thread.join()
-        for executor in self._executors:
-            while executor.errands:
-                executor.errands.popleft().future.set_exception(EngineClosed("the engine was closed"))
-        unfinished = [job for jobs in self._waiting.values() for job in jobs]
-        for executor in self._executors:
-            unfinished += [job for worker in executor.workers.values() for job in worker.jobs]
-        for job in unfinished:
-            _answer(job, EngineClosed("the engine was closed before this was done"))
+        # Where it has failed, it closes itself, and is closed once more.
+        with self._closing:
+            for thread in self._threads:
+                thread.join()
+            for executor in self._executors:
+                while executor.errands:
+                    executor.errands.popleft().future.set_exception(self._gone("the engine was closed"))
+            unfinished = [job for jobs in self._waiting.values() for job in jobs]
+            for executor in self._executors:
+                unfinished += [job for jobs in executor.running.values() for job in jobs]
+            for job in unfinished:
+                if not job.ticket.future.done():
+                    _answer(job, self._gone("the engine was closed before this was done"))
+
+    def _gone(self, why: str) -> EngineClosed:
+        return self.lost or EngineClosed(why)
 
     def _is_idle(self) -> bool:
         return not self._backlog.items and not any(any(each.running.values()) for each in self._executors)
@@ -267,7 +277,7 @@ class Engine:
         errand = Errand(work)
         with self._changed:
             if not self._lives:
-                raise EngineClosed("the engine was closed")
+                raise self._gone("the engine was closed")
             executor.errands.append(errand)
             self._changed.notify_all()
         return errand.future
@@ -280,8 +290,17 @@ class Engine:
     def _live(self, executor: Executor) -> None:
         """The life of an executor's thread."""
         executor.pin()
-        while (work := self._next(executor)) is not None:
-            work()
+        try:
+            while (work := self._next(executor)) is not None:
+                work()
+        except Exception:
+            # Failed steps and errands are answered, and the thread goes on; a lost GPU is lost to this process.
+            _log.critical("%s has failed: the service must be started anew", executor.device, exc_info=True)
+            with self._changed:
+                self.lost = EngineFailed(executor.device)
+                self._accepts = False
+            # No thread can wait for itself.
+            threading.Thread(target=self.close, name="close").start()
 
     def _next(self, executor: Executor) -> Callable[[], None] | None:
         """Wait until there is something to do for ``executor``: an errand, or a step of a model, which is handed its

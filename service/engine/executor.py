@@ -42,9 +42,15 @@ class Executor:
     """Everything but ``running`` and ``errands`` is used by one thread, the device's own."""
 
     def __init__(
-        self, device: str, cores: Sequence[int], threads: int, coefficients: Mapping[str, Coefficients] = UNCALIBRATED
+        self,
+        device: str,
+        cores: Sequence[int],
+        threads: int,
+        coefficients: Mapping[str, Coefficients] = UNCALIBRATED,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
-        self.device = device
+        """``check``, which a failed step is followed by, raises where the device is lost."""
+        self.device, self._check = device, check
         self.workers: dict[str, Worker] = {}
         """By the key under which a model is loaded."""
         self.running: dict[str, Sequence[Job]] = {}
@@ -89,7 +95,7 @@ class Executor:
         return worker.jobs
 
     def run(self, model: str, turn: Turn, is_wanted: Callable[[], bool]) -> tuple[Step, Sequence[tuple[Job, Result]]]:
-        """Run one step; where it raises, all of its jobs end with the error.
+        """Run one step; where it raises, all of its jobs end with the error. That the device is lost is raised.
 
         It goes on with further passes for a while, unless something else ``is_wanted`` of this executor: what there is
         to do between two steps costs the more, the fewer texts they are for.
@@ -106,6 +112,7 @@ class Executor:
                 ended = turn.run()
         except Exception as error:
             _log.exception("a step of %s failed", name)
+            self._check()
             turn.abandon()
             ended = [(job, error) for job in turn.jobs]
         step = timer.step(self.device, name, turn.work, weights, turn.padding_tokens, passes)

@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -14,7 +15,7 @@ import onnxruntime as ort
 from energy.attribution import Coefficients
 from models.config import TransformerConfig
 from models.manifest import ArtefactError, Manifest
-from service.engine.devices import CPU, Device, gpus
+from service.engine.devices import CPU, Device, check_works, gpus
 from service.engine.executor import Executor
 from service.engine.graphs import EncoderGraph, WriteGraphs, open_graph
 from service.engine.pages import large_pages
@@ -58,7 +59,10 @@ def open_executors(settings: EngineSettings, coefficients: Mapping[str, Coeffici
     executors = [
         Executor(f"cpu:{number}", cores, settings.threads, coefficients) for number, cores in enumerate(groups)
     ]
-    return [*executors, *(Executor(device.name, _cores(), 1, coefficients) for device in gpus(settings))]
+    return [
+        *executors,
+        *(Executor(device.name, _cores(), 1, coefficients, partial(check_works, device)) for device in gpus(settings)),
+    ]
 
 
 def executors_of(manifest: Manifest, settings: EngineSettings) -> int:

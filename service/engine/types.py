@@ -150,3 +150,10 @@ class Overloaded(Exception):
 
 class EngineClosed(Exception):
     """The engine is draining and takes no more work."""
+
+
+class EngineFailed(EngineClosed):
+    """The engine has stopped of itself, and only another process can go on."""
+
+    def __init__(self, device: str) -> None:
+        super().__init__(f"{device} has failed, and nothing is computed any more until the service is started anew")

@@ -11,7 +11,7 @@ from starlette.responses import HTMLResponse, RedirectResponse, Response
 
 from service.caller import caller
 from service.docs import docs_page
-from service.engine.types import EngineClosed
+from service.engine.types import EngineClosed, EngineFailed
 from service.errors import (
     AdminOnly,
     BodyTooLarge,
@@ -95,6 +95,12 @@ def require_admin(http: Request) -> None:
         raise AdminOnly
 
 
+def _check_engine(http: Request) -> None:
+    """Raise ``EngineFailed`` where the engine has stopped of itself."""
+    if (lost := service_of(http).engine.lost) is not None:
+        raise lost
+
+
 def _shown(repository: Repository, model: Model) -> ReadyModel:
     return ReadyModel(
         name=model.name,
@@ -113,11 +119,12 @@ def operations_routes() -> APIRouter:
     @router.get(
         "/livez",
         operation_id="livez",
-        summary="Is the process alive?",
+        summary="Is the process alive, and does it still compute?",
         response_model=Alive,
-        responses=documented(),
+        responses=documented(EngineFailed),
     )
-    async def livez() -> Response:
+    async def livez(http: Request) -> Response:
+        _check_engine(http)
         return JsonResponse(Alive().model_dump())
 
     @router.get(
@@ -128,6 +135,7 @@ def operations_routes() -> APIRouter:
         responses={503: {"model": Readiness, "description": "No model is served."}, **documented()},
     )
     async def readyz(http: Request) -> Response:
+        _check_engine(http)
         repository = service_of(http).repository
         models = repository.models
         defaults: dict[str, str | None] = {

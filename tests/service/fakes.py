@@ -39,6 +39,7 @@ from service.door import Door
 from service.engine.types import (
     EncodeItem,
     EncodeOutput,
+    EngineFailed,
     ExtractItem,
     Item,
     Output,
@@ -172,6 +173,7 @@ class FakeEngine:
         self.vocabularies = dict(vocabularies or {})
         """Of the models that are loaded, by their keys."""
         self.load_failure: Exception | None = None
+        self.lost: EngineFailed | None = None
         self.items: list[Item] = []
         self.tickets: list[Ticket] = []
         self.refusal: Exception | None = None

@@ -7,7 +7,7 @@ from starlette.exceptions import HTTPException
 from starlette.testclient import TestClient
 
 from energy.ledger import LedgerUnreadable
-from service.engine.types import EngineClosed, Overloaded
+from service.engine.types import EngineClosed, EngineFailed, Overloaded
 from service.errors import (
     TABLE,
     AdminOnly,
@@ -43,7 +43,8 @@ def subclasses(kind: type[Exception]) -> set[type[Exception]]:
 
 
 def test_the_table_knows_every_error() -> None:
-    assert {*subclasses(WattleError), Overloaded, EngineClosed, LedgerUnreadable, Exception} == {*TABLE, WattleError}
+    others = {Overloaded, EngineClosed, EngineFailed, LedgerUnreadable, Exception}
+    assert {*subclasses(WattleError), *others} == {*TABLE, WattleError}
 
 
 def test_every_code_is_of_one_error() -> None:

@@ -9,6 +9,7 @@ from starlette.testclient import TestClient
 
 from models.manifest import ArtefactError, GenerationDefaults, SpecialIds, read_manifest, write_manifest
 from service.app import check_manifest, create_app
+from service.engine.types import EngineFailed
 from service.errors import ModelNotFound
 from service.models import load_model, load_models
 from service.settings import Settings
@@ -112,6 +113,21 @@ def test_without_any_model_the_service_is_not_ready(tmp_path: Path, settings: Se
         assert client.get("/livez").json() == {"status": "alive"}
         response = client.post("/v1/sentiment", json={"input": "good"})
         assert (response.status_code, response.json()["error"]["code"]) == (503, "not_ready")
+
+
+def test_a_service_that_has_lost_its_device_says_so(tmp_path: Path, settings: Settings) -> None:
+    write_model(tmp_path / "models", "sound", "sentiment")
+    chosen = settings.model_copy(update={"models": (tmp_path / "models",)})
+    app = create_app(chosen, build)
+    with TestClient(app) as client:
+        engine = app.state.service.engine
+        assert client.get("/livez").status_code == client.get("/readyz").status_code == 200
+        engine.lost = engine.refusal = EngineFailed("gpu:0")
+        answers = [client.get("/livez"), client.get("/readyz"), client.post("/v1/sentiment", json={"input": "good"})]
+    for answer in answers:
+        error = answer.json()["error"]
+        assert (answer.status_code, error["code"]) == (503, "engine_failed")
+        assert error["message"].startswith("gpu:0 has failed")
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"not json", b"\xff"])

@@ -17,12 +17,12 @@ from energy.types import Phase, Step
 from models.manifest import ArtefactError
 from service.engine import devices, loading
 from service.engine.buffers import Buffers, Move
-from service.engine.devices import CPU, DeviceLogits, DeviceRows, DeviceUnavailable, gpus
+from service.engine.devices import CPU, DeviceLogits, DeviceRows, DeviceUnavailable, Recording, gpus
 from service.engine.engine import Engine
-from service.engine.graphs import EncoderGraph, WriteGraphs, open_graph
+from service.engine.graphs import DecoderGraph, EncoderGraph, WriteGraphs, open_graph
 from service.engine.loading import check_device
 from service.engine.settings import EngineSettings
-from service.engine.types import Item, Sampling, WriteItem, WriteOutput
+from service.engine.types import EngineFailed, Item, Sampling, WriteItem, WriteOutput
 from tests.tiny import BOS, EOS, WRITERS, Kind, Loaded, load_tiny, tiny_config, write_tiny
 
 WAIT_S = 30.0
@@ -159,6 +159,39 @@ def test_rows_that_step_along_are_padding(models: dict[str, Loaded], monkeypatch
         running.close()
     writing = [step for step in steps if step.work is not None and step.work.phase is Phase.DECODE]
     assert {(len(step.work.tokens), step.padding_tokens) for step in writing if step.work} >= {(3, 1)}
+
+
+@pytest.mark.parametrize("lost", ["at the check", "as texts are forgotten"])
+def test_who_loses_a_gpu_computes_nothing_more_and_says_so(
+    models: dict[str, Loaded], monkeypatch: pytest.MonkeyPatch, lost: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(loading, "gpus", lambda settings: (CPU,))
+    devices.check_works(CPU)
+    running = Engine({name: models[name] for name in ("decoder", "single")}, lambda step: None, EngineSettings())
+
+    def illegal(*_: Any) -> None:
+        raise RuntimeError("CUDA failure 700: an illegal memory access was encountered")
+
+    try:
+        written(running, "decoder", [item(0)])
+        # A step that fails on a device that goes on fails alone.
+        monkeypatch.setattr(Recording, "run", illegal)
+        with pytest.raises(RuntimeError, match="CUDA failure 700"):
+            written(running, "decoder", [item(1)])
+        assert running.lost is None
+        if lost == "at the check":
+            monkeypatch.setattr(devices, "_copier", illegal)
+        else:
+            monkeypatch.setattr(DecoderGraph, "move", illegal)
+        tickets = running.submit("decoder", [item(number) for number in range(2, 40)])
+        for ticket in tickets:
+            with pytest.raises(EngineFailed, match="gpu:0 has failed"):
+                ticket.future.result(WAIT_S)
+        with pytest.raises(EngineFailed, match="gpu:0 has failed"):
+            running.submit("single", [item(40)])
+        assert "must be started anew" in caplog.text
+    finally:
+        running.close()
 
 
 def test_a_gpu_that_is_not_there_is_said(caplog: pytest.LogCaptureFixture) -> None:
