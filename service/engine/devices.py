@@ -234,13 +234,16 @@ class Recording:
         session: ort.InferenceSession,
         inputs: Mapping[str, NDArray[np.generic]],
         outputs: Mapping[str, tuple[tuple[int, ...], type[np.generic]]],
+        *,
+        records: bool = True,
     ) -> None:
-        """``inputs`` that change from run to run, with values to begin with; shape and type of ``outputs``."""
+        """``inputs`` that change from run to run, with values to begin with; shape and type of ``outputs``. One that
+        does not record runs kernel by kernel."""
 
         def value(shape: tuple[int, ...], dtype: Any) -> ort.OrtValue:
             return ort.OrtValue.ortvalue_from_shape_and_type(shape, dtype, device.kind, device.index)
 
-        self._session, self._options = session, _run_options(next(_recordings))
+        self._session, self._options = session, _run_options(next(_recordings)) if records else not_recorded()
         self.binding = session.io_binding()
         """For whatever else the graph reads and writes."""
         self._inputs = {name: value(array.shape, array.dtype) for name, array in inputs.items()}

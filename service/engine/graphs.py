@@ -154,8 +154,12 @@ class DecoderGraph:
         beams: int = 1,
         source: EncoderGraph | None = None,
         device: Device | None = None,
+        records: bool = False,
     ) -> None:
-        """``source`` is the encoder of an encoder-decoder; without a ``device`` the memory is this process's."""
+        """``source`` is the encoder of an encoder-decoder; without a ``device`` the memory is this process's.
+
+        What a session ``records`` it never forgets.
+        """
         self._session, self._pad_id, self._extracts = session, pad_id, config.extract_head
         self.beams = beams
         n_rows = n_texts * beams
@@ -180,6 +184,7 @@ class DecoderGraph:
         self._tokens = np.zeros(n_rows, dtype=np.int64)
         """What follows each prompt, where a device says it."""
         self._takes_total = any(each.name == "total" for each in session.get_inputs())
+        self._records = records
         self._recordings: dict[int, Recording] = {}
         """Steps on a device, by the number of rows."""
         self._position_cells, self._ids_cells = self.positions.data, self._next_ids[:, 0].data
@@ -280,7 +285,8 @@ class DecoderGraph:
                 "logits": ((rows.stop, self._n_words), np.float32),
                 "tokens": ((rows.stop,), np.int64),
             }
-            made = Recording(device, self._session, {**inputs, "lengths": self._ones[rows]}, outputs)
+            inputs_once = {**inputs, "lengths": self._ones[rows]}
+            made = Recording(device, self._session, inputs_once, outputs, records=self._records)
             self._bind_total(made.binding, self._memory.capacity)
             self._bind_rows(made.binding, rows)
             self._recordings[rows.stop] = made
@@ -451,8 +457,8 @@ class WriteGraphs:
         """What reads the sources of an encoder-decoder; other models read prompts."""
 
     @property
-    def records(self) -> bool:
-        """Whether the first step of so many texts takes much longer than any other."""
+    def on_device(self) -> bool:
+        """Whether what a decoder keeps is on a device, where all of it is taken at once."""
         return self._device is not None
 
     @cached_property
@@ -460,8 +466,7 @@ class WriteGraphs:
         """Reads one prompt at a time."""
         return self.decoder(1, 1)
 
-    def decoder(self, n_texts: int, beams: int) -> DecoderGraph:
-        """New buffers for ``n_texts`` texts."""
-        return DecoderGraph(
-            self._session, self._config, self._pad_id, n_texts, beams, source=self.source, device=self._device
-        )
+    def decoder(self, n_texts: int, beams: int, *, records: bool = False) -> DecoderGraph:
+        """New buffers for ``n_texts`` texts, whose steps a device ``records`` for as long as this lives."""
+        device = self._device
+        return DecoderGraph(self._session, self._config, self._pad_id, n_texts, beams, self.source, device, records)

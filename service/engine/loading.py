@@ -20,7 +20,7 @@ from service.engine.executor import Executor
 from service.engine.graphs import EncoderGraph, WriteGraphs, open_graph
 from service.engine.pages import large_pages
 from service.engine.settings import EngineSettings
-from service.engine.workers import EncodeWorker, Limits, Worker, WriteWorker
+from service.engine.workers import EncodeWorker, Limits, Worker, WriteWorker, usual_beams
 
 _GPU_SCHEME = "float16"
 """CUDA has no kernels for products of integers with a scale per row, and its attention over buffers is in halves."""
@@ -150,6 +150,9 @@ def _weights_and_row(model: LoadedModel, settings: EngineSettings) -> tuple[int,
     number_bytes = 2 if model.manifest.quantisation.scheme == _GPU_SCHEME else 4
     kinds = 4 if config.architecture == "encoder-decoder" else 2  # keys and values, of the text and of its source
     row = number_bytes * kinds * config.n_decoder_layers * config.kv_width * config.max_positions
+    if on_gpus:
+        # Buffers for the usual numbers of beams, and for one other.
+        row *= len(usual_beams(model.manifest, settings.max_rows)) + 1
     return copies * model.manifest.size_bytes, row
 
 

@@ -180,6 +180,7 @@ class WriteWorker:
         self._prefixes = Prefixes(limits.prefix_bytes)
         # A prefix is read in both directions, all of it at once.
         self._reads_in_pieces = manifest.config.architecture == "decoder"
+        self._usual = usual_beams(manifest, limits.rows)
 
     @property
     def jobs(self) -> Sequence[Job]:
@@ -207,6 +208,8 @@ class WriteWorker:
         if not candidates or candidates[0].rows > free:
             return []
         first = candidates[0]
+        if not self._has_memory_for(first.rows):
+            return []
         if first in slow:
             self._reader = _Reader(first, 0)
             self._reader_waits = False
@@ -250,9 +253,8 @@ class WriteWorker:
 
     def warm_up(self) -> None:
         """See ``Worker``."""
-        usual = self._manifest.generation.beams if self._manifest.generation else 1
         # Others get their buffers when somebody asks for them.
-        for beams in sorted({1, min(usual, self._limits.rows)}) if self._graphs.records else (1,):
+        for beams in self._usual if self._graphs.on_device else (1,):
             decoder = self._lane(beams).decoder
             if self._graphs.source is None:
                 decoder.prefill(0, [[0]])
@@ -331,9 +333,19 @@ class WriteWorker:
         max_tokens = min(item.sampling.max_tokens, limit)
         return New(Text(item, max_tokens, special.eos), item.sampling, max_tokens, special.bos or 0)
 
+    def _has_memory_for(self, beams: int) -> bool:
+        """Whether there may be a lane of so many beams: a device has memory for one that is not usual. On the host its
+        rows take memory as they are used."""
+        unusual = {job.rows for job in self.jobs} - {*self._usual} if self._graphs.on_device else set()
+        return beams in self._usual or unusual <= {beams}
+
     def _lane(self, beams: int) -> Lane[Job]:
         if beams not in self._lanes:
-            decoder = self._graphs.decoder(self._limits.rows // beams, beams)
+            is_usual = beams in self._usual
+            if self._graphs.on_device and not is_usual:
+                # Nobody writes in those: see ``_has_memory_for``.
+                self._lanes = {each: lane for each, lane in self._lanes.items() if each in self._usual}
+            decoder = self._graphs.decoder(self._limits.rows // beams, beams, records=is_usual)
             if beams == 1:
                 self._lanes[beams] = PlainLane(decoder)
             else:
@@ -346,6 +358,12 @@ class WriteWorker:
             self._reader = None
         for lane in self._lanes.values():
             lane.leave([job for job in lane.keys if job in jobs])
+
+
+def usual_beams(manifest: Manifest, rows: int) -> list[int]:
+    """With how many beams a model's texts are written mostly, where it has so many ``rows``."""
+    default = manifest.generation.beams if manifest.generation else 1
+    return sorted({1, min(default, rows)})
 
 
 @dataclass(frozen=True, slots=True)

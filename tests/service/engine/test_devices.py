@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
 from energy.types import Phase, Step
-from models.manifest import ArtefactError
+from models.manifest import ArtefactError, GenerationDefaults
 from service.engine import devices, loading
 from service.engine.buffers import Buffers, Move
 from service.engine.devices import CPU, DeviceLogits, DeviceRows, DeviceUnavailable, Recording, gpus
@@ -23,6 +23,7 @@ from service.engine.graphs import DecoderGraph, EncoderGraph, WriteGraphs, open_
 from service.engine.loading import check_device
 from service.engine.settings import EngineSettings
 from service.engine.types import EngineFailed, Item, Sampling, WriteItem, WriteOutput
+from service.engine.workers import WriteWorker
 from tests.tiny import BOS, EOS, WRITERS, Kind, Loaded, load_tiny, tiny_config, write_tiny
 
 WAIT_S = 30.0
@@ -147,6 +148,29 @@ def test_on_a_device_few_numbers_of_texts_are_enough(models: dict[str, Loaded]) 
     assert plain.positions.tolist() == [1] * 3 + [0] * 10
     assert (together == together[:1]).all()
     assert np.abs(together - alone).max() < 0.01  # products of a single row sum halves in another order
+
+
+def test_a_device_has_memory_for_every_number_of_beams_that_may_be_written_at_once(
+    models: dict[str, Loaded], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "gpus", lambda settings: (CPU,))
+    usual, model = GenerationDefaults(max_tokens=16, beams=4), models["decoder"]
+    manifest = model.manifest.model_copy(update={"generation": usual})
+    config = manifest.config
+    row = 2 * 2 * config.n_decoder_layers * config.kv_width * config.max_positions
+    limits = EngineSettings(max_model_bytes=manifest.size_bytes + 3 * 12 * row)
+    running = Engine({"decoder": Loaded(manifest, model.folder)}, lambda step: None, limits)
+    try:
+        # Of 12 rows each: for one beam, for the usual four, and for any other number.
+        [worker] = [each.workers["decoder"] for each in running._executors if each.device == "gpu:0"]
+        assert isinstance(worker, WriteWorker)
+        assert {beams: len(lane.decoder.positions) for beams, lane in worker._lanes.items()} == {1: 12, 4: 12}
+        many = [item(number, beams=1 + number % 5) for number in range(20)]
+        together = written(running, "decoder", many)
+        assert len(worker._lanes) == 3
+        assert [written(running, "decoder", [each])[0] for each in many] == together
+    finally:
+        running.close()
 
 
 def test_rows_that_step_along_are_padding(models: dict[str, Loaded], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -115,7 +115,7 @@ class ListDecoder:
 class ListGraphs:
     """What ``WriteGraphs`` gives a worker."""
 
-    records = False
+    on_device = False
 
     def __init__(self, reads_sources: bool) -> None:
         self.fails = False
@@ -127,7 +127,7 @@ class ListGraphs:
         if self.fails:
             raise RuntimeError("out of memory")
 
-    def decoder(self, n_texts: int, beams: int) -> ListDecoder:
+    def decoder(self, n_texts: int, beams: int, *, records: bool = False) -> ListDecoder:
         return ListDecoder(self, n_texts, beams)
 
     def run(self, rows: Sequence[Sequence[int]]) -> dict[str, NDArray[np.float32]]:
@@ -174,19 +174,24 @@ Prompts = st.lists(st.integers(6, WORDS - 1), min_size=1, max_size=12)
 
 @given(
     kind=st.sampled_from(["decoder", "encoder-decoder", "prefix-lm"]),
-    arrivals=st.lists(st.lists(st.tuples(Prompts, st.integers(1, 8), st.booleans()), max_size=4), max_size=12),
+    arrivals=st.lists(
+        st.lists(st.tuples(Prompts, st.integers(1, 8), st.sampled_from([1, 1, 2, 3])), max_size=4), max_size=12
+    ),
+    on_device=st.booleans(),
     data=st.data(),
 )
 def test_any_schedule_writes_what_each_prompt_gives_alone(
-    kind: Kind, arrivals: list[list[tuple[list[int], int, bool]]], data: st.DataObject
+    kind: Kind, arrivals: list[list[tuple[list[int], int, int]]], on_device: bool, data: st.DataObject
 ) -> None:
-    worker = worker_of(kind)
+    graphs = ListGraphs(kind == "encoder-decoder")
+    graphs.on_device = on_device
+    worker = worker_of(kind, graphs)
     waiting: list[Job] = []
     ended: dict[Job, Result] = {}
     jobs: list[Job] = []
     while arrivals or waiting or worker.jobs:
-        for prompt, max_tokens, is_beam in arrivals.pop(0) if arrivals else []:
-            jobs.append(job(prompt, max_tokens=max_tokens, beams=3 if is_beam else 1))
+        for prompt, max_tokens, beams in arrivals.pop(0) if arrivals else []:
+            jobs.append(job(prompt, max_tokens=max_tokens, beams=beams))
             waiting.append(jobs[-1])
         if waiting:
             taken = worker.take(waiting, share=data.draw(st.integers(1, 4)))
@@ -194,6 +199,8 @@ def test_any_schedule_writes_what_each_prompt_gives_alone(
         if worker.jobs and data.draw(st.integers(0, 9)) == 0:
             data.draw(st.sampled_from(worker.jobs)).ticket.future.cancel()
         ended.update(step(worker))
+        # A device has memory for one number of beams beside the usual ones.
+        assert not on_device or len({*worker._lanes} - {1}) <= 1
     assert not worker.busy
     for each in jobs:
         if each.cancelled:
