@@ -147,11 +147,12 @@ def _weights_and_row(model: LoadedModel, settings: EngineSettings) -> tuple[int,
     # Each session keeps the weights as it computes with them, and those of one thread are shared.
     on_gpus = len(_gpus_for(model.manifest, settings))
     copies = on_gpus or (1 if settings.threads == 1 else settings.executors)
-    number_bytes = 2 if model.manifest.quantisation.scheme == _GPU_SCHEME else 4
+    halves = model.manifest.quantisation.scheme == _GPU_SCHEME
+    number_bytes = 2 if halves else 4
     kinds = 4 if config.architecture == "encoder-decoder" else 2  # keys and values, of the text and of its source
     row = number_bytes * kinds * config.n_decoder_layers * config.kv_width * config.max_positions
-    if on_gpus:
-        # Buffers for the usual numbers of beams, and for one other.
+    if halves:
+        # Buffers for the usual numbers of beams, and for one other, are taken as a whole.
         row *= len(usual_beams(model.manifest, settings.max_rows)) + 1
     return copies * model.manifest.size_bytes, row
 
