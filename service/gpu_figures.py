@@ -22,10 +22,11 @@ from typing import Any
 import numpy as np
 
 from energy.account import Account, Totals
-from energy.calibration import Fit, fit_lots, fit_steps
+from energy.calibration import CalibrationError, Fit, fit_lots, fit_steps
 from energy.clock import NS_PER_S, Clock
 from energy.ledger import Ledger
-from energy.meters.nvml import Nvml, open_nvml
+from energy.meters.base import Unavailable
+from energy.meters.nvml import open_nvml
 from energy.sampler import Sampler
 from energy.types import RequestRecord
 from service.app import open_account
@@ -174,7 +175,8 @@ def figures(model: Model, gpu: int, seconds: float, library: Any) -> Iterator[st
         one = on_gpu.model_copy(update={"executors": 1})
         yield _told("durations of steps", fit_steps(run(model, one, min(_FITTED_S, seconds))))
         meter = open_nvml([gpu], Clock(), library)
-        assert isinstance(meter, Nvml)
+        if isinstance(meter, Unavailable):
+            raise CalibrationError(meter.reason)
         lots, idle_uw = run_lots(model, one, meter, _FITTED_S)
         yield _told("joules above idle of batches of a kind", fit_lots(lots))
         uj_per_ns = sum(lot.active_uj for lot in lots) / sum(step.load_ns for lot in lots for step in lot.steps)
@@ -216,7 +218,7 @@ def main(arguments: Sequence[str]) -> int:
         pynvml.nvmlInit()
         for line in figures(load_model(Path(arguments[0])), gpu, seconds, pynvml):
             print(line, flush=True)
-    except (DeviceUnavailable, pynvml.NVMLError) as error:
+    except (DeviceUnavailable, CalibrationError, pynvml.NVMLError) as error:
         print(error, file=sys.stderr)
         return 1
     return 0
