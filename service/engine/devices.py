@@ -23,6 +23,8 @@ from service.engine.settings import EngineSettings
 Ids = NDArray[np.int64]
 _log = logging.getLogger(__name__)
 _PROVIDER = "CUDAExecutionProvider"
+_ERROR, _FATAL = 3, 4
+"""How severe what ONNX Runtime logs must be."""
 # `y = to; y[target] = from[source]` over rows of float16, opset 21. Asks whether a device works, and copies on one.
 _COPY = b64decode(
     "CAoSADqIAgocCgRmcm9tCgZzb3VyY2USBHJvd3MiBkdhdGhlcgoUCgRyb3dzEgVzaGFwZSIFU2hhcGUKHwoGdGFyZ2V0CgVzaGFwZRIGcGxhY2Vz"
@@ -73,32 +75,35 @@ def gpus(settings: EngineSettings) -> tuple[Device, ...]:
     if settings.device == "cpu":
         return ()
     wanted = [Device("cuda", index) for index in settings.gpus]
-    found = tuple(device for device in wanted if _works(device))
+    found = tuple(device for device in wanted if _works(device, says_why=settings.device == "cuda"))
     missing = [device.index for device in wanted if device not in found]
     if missing and settings.device == "cuda":
         raise DeviceUnavailable(
             f"CUDA does not work on GPU {', '.join(map(str, missing))}: it needs the extra [gpu] instead of [cpu], "
             "NVIDIA's driver, CUDA 13 and cuDNN 9; or set device to auto or cpu"
         )
-    if not found:
-        _log.info("no GPU that CUDA works on: models run on the processor")
+    if not found and _PROVIDER in ort.get_available_providers():
+        _log.warning("no GPU that CUDA works on: models run on the processor; `--device cuda` says why")
     return found
 
 
-def _works(device: Device) -> bool:
+def _works(device: Device, says_why: bool) -> bool:
     if _PROVIDER not in ort.get_available_providers():
         return False
-    # It warns at every session that CUDA is no plug-in.
-    ort.set_default_logger_severity(3)
+    options = ort.SessionOptions()
+    # ONNX Runtime alone knows which library is missing, and tells nobody but its log.
+    options.log_severity_level = _ERROR if says_why else _FATAL
+    ort.set_default_logger_severity(options.log_severity_level)
     # CUDA's libraries, where they were installed as Python packages.
     ort.preload_dlls(directory="")
-    options = ort.SessionOptions()
-    options.log_severity_level = 4  # that it does not work is our message
     try:
         session = ort.InferenceSession(_COPY, options, providers=device.providers())
     except Exception as error:  # ONNX Runtime raises what the driver says
-        _log.info("%s does not work: %s", device.name, error)
+        _log.warning("%s does not work: %s", device.name, error)
         return False
+    finally:
+        # At every session it would warn that CUDA is no plug-in.
+        ort.set_default_logger_severity(_ERROR)
     return bool(session.get_providers()[0] == _PROVIDER)
 
 

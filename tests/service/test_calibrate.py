@@ -95,7 +95,7 @@ def test_on_a_gpu_its_counter_is_what_a_model_is_calibrated_by(
 def test_without_the_gpu_that_is_asked_for_nothing_is_calibrated_but_meters_are_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("service.engine.devices._works", lambda device: False)
+    monkeypatch.setattr("service.engine.devices._works", lambda device, says_why: False)
     for name, value in {"DEVICE": "cuda", "GPUS": "7", "STATE": str(tmp_path), "METER": "estimate"}.items():
         monkeypatch.setenv(f"WATTLE_{name}", value)
     write_tiny(tmp_path / "halves", "decoder", scheme="float16")

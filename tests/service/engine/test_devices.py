@@ -1,6 +1,7 @@
 """What a GPU is given, on the processor's memory: all of it but the provider."""
 
 import ctypes
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -218,15 +219,19 @@ def test_who_loses_a_gpu_computes_nothing_more_and_says_so(
         running.close()
 
 
-def test_a_gpu_that_is_not_there_is_said(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("INFO", logger="service.engine.devices")
+def test_a_gpu_that_is_not_there_is_said(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     gpus.cache_clear()
     assert gpus(EngineSettings(device="cpu")) == ()
-    assert not caplog.records
+    # Who has not installed what runs on GPUs expects none.
     assert gpus(EngineSettings(device="auto", gpus=(7,))) == ()
-    assert "run on the processor" in caplog.text
+    assert not caplog.records
     with pytest.raises(DeviceUnavailable, match=r"GPU 7: it needs the extra \[gpu\]"):
         gpus(EngineSettings(device="cuda", gpus=(7,)))
+    installed = [devices._PROVIDER, "CPUExecutionProvider"]
+    monkeypatch.setattr(devices.ort, "get_available_providers", lambda: installed)
+    with warnings.catch_warnings(action="ignore"):  # the package for the processor says that it knows no CUDA
+        assert gpus(EngineSettings(device="auto", gpus=(8,))) == ()
+    assert "run on the processor" in caplog.text
 
 
 def test_a_model_that_no_gpu_runs_is_refused_only_where_all_must(models: dict[str, Loaded]) -> None:
