@@ -1,6 +1,6 @@
 """What a step of a model costs on a machine, fitted to steps that ran. Knows nothing of how they come to run.
 
-    load = F + a * (tokens read) + b * (tokens written) + c * (context tokens), padding included
+    load = F + a * (tokens read) + b * (tokens written) + c * (context tokens), with the padding that is computed
 
 Load is CPU time on a processor: a step's energy is known only over windows that hold many, and within a model it goes
 with the load. On a GPU a step's duration holds much that the GPU does not do; there lots of like steps are metered,
@@ -188,7 +188,7 @@ def read_calibration(model: str, revision: str, beside: Path, elsewhere: Path) -
 def _features(step: Step) -> tuple[int, int, int, int]:
     """Passes, tokens read, tokens written and context tokens: what the four terms of a load count."""
     writes = step.work is not None and step.work.phase is Phase.DECODE
-    tokens = step.tokens + step.passes * step.padding_tokens
+    tokens = step.tokens_with_padding
     read, written = (0, tokens) if writes else (tokens, 0)
     return step.passes, read, written, step.context_tokens
 

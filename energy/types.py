@@ -89,6 +89,12 @@ class Step:
         return self.passes * sum(self.work.tokens) if self.work else 0
 
     @property
+    def tokens_with_padding(self) -> int:
+        """That all passes computed. Encoders compute real tokens alone, whatever their attention is padded to."""
+        packs = self.work is not None and self.work.phase is Phase.ENCODE
+        return self.tokens + (0 if packs else self.passes * self.padding_tokens)
+
+    @property
     def context_tokens(self) -> int:
         """That all passes found in the buffers of all requests."""
         if self.work is None:

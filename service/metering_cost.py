@@ -508,7 +508,7 @@ def _usual_ns(steps: Sequence[Step]) -> dict[int, float]:
 
 def _shape(step: Step) -> tuple[int, int, int, int]:
     rows = len(step.work.request_ids) if step.work else 0
-    return step.passes, step.passes * rows, step.tokens + step.passes * step.padding_tokens, step.context_tokens
+    return step.passes, step.passes * rows, step.tokens_with_padding, step.context_tokens
 
 
 def _usual(values: Sequence[int]) -> float:

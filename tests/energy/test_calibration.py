@@ -69,6 +69,24 @@ def test_a_gpu_costs_time_and_not_cpu_time() -> None:
     assert fit.decode_token_ns == pytest.approx(160_000, rel=1e-6)
 
 
+def test_padding_costs_nothing_where_texts_are_packed() -> None:
+    draw, packed = Random(5), []
+    for _ in range(90):
+        lengths = [draw.randint(1, 64) for _ in range(draw.choice([1, 2, 8]))]
+        padding = len(lengths) * max(lengths) - sum(lengths)
+        work = Work(Phase.ENCODE, [f"r{i}" for i in range(len(lengths))], lengths)
+        packed.append(step_of(work, 0, 1, 100_000 + 40_000 * sum(lengths), padding_tokens=padding))
+    fit = fit_steps(packed)
+    assert (fit.fixed_ns, fit.prefill_token_ns) == pytest.approx((100_000, 40_000), rel=1e-6)
+    # The same as prompts of a decoder, which reads their padding too.
+    read = [
+        replace(step, work=Work(Phase.PREFILL, step.work.request_ids, step.work.tokens))
+        for step in packed
+        if step.work
+    ]
+    assert fit_steps(read).held_out_error > 0.02
+
+
 def test_a_phase_that_never_ran_is_taken_to_cost_what_the_other_does() -> None:
     fit = fit_steps(steps(90, phases=(Phase.PREFILL,)))
     assert (fit.decode_token_ns, fit.context_token_ns) == (0, 0)
