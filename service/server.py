@@ -59,10 +59,10 @@ def serve(settings: Settings) -> int:
     """
     may_be_reached = settings.insecure or settings.api_keys_file is not None
     with _listen(settings.host, settings.port, may_be_reached) as listener:
-        logging.config.dictConfig(_logging(settings.log_level.upper()))
         # What is asked wrongly is known before anything is loaded, and told in a line of its own, not in the log.
         gpus(engine_settings(settings))
         app = create_app(settings)
+        logging.config.dictConfig(_logging(settings.log_level.upper()))
         sys.setswitchinterval(TURN_S)
         server = _Server(server_config(app, settings), lambda: print(banner(app, listener), flush=True))
         with ExitStack() as stack:

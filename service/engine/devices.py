@@ -82,13 +82,16 @@ def gpus(settings: EngineSettings) -> tuple[Device, ...]:
             f"CUDA does not work on GPU {', '.join(map(str, missing))}: it needs the extra [gpu] instead of [cpu], "
             "NVIDIA's driver, CUDA 13 and cuDNN 9; or set device to auto or cpu"
         )
-    if not found and _PROVIDER in ort.get_available_providers():
-        _log.warning("no GPU that CUDA works on: models run on the processor; `--device cuda` says why")
     return found
 
 
+def is_installed() -> bool:
+    """Whether there is what runs models on GPUs, be there a GPU or not."""
+    return _PROVIDER in ort.get_available_providers()
+
+
 def _works(device: Device, says_why: bool) -> bool:
-    if _PROVIDER not in ort.get_available_providers():
+    if not is_installed():
         return False
     options = ort.SessionOptions()
     # ONNX Runtime alone knows which library is missing, and tells nobody but its log.

@@ -1,5 +1,6 @@
 """Opens model folders: which graphs an architecture has, and which worker runs them."""
 
+import logging
 import os
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -15,13 +16,14 @@ import onnxruntime as ort
 from energy.attribution import Coefficients
 from models.config import TransformerConfig
 from models.manifest import ArtefactError, Manifest
-from service.engine.devices import CPU, Device, check_works, gpus
+from service.engine.devices import CPU, Device, check_works, gpus, is_installed
 from service.engine.executor import Executor
 from service.engine.graphs import EncoderGraph, WriteGraphs, open_graph
 from service.engine.pages import large_pages
 from service.engine.settings import EngineSettings
 from service.engine.workers import EncodeWorker, Limits, Worker, WriteWorker, usual_beams
 
+_log = logging.getLogger(__name__)
 _GPU_SCHEME = "float16"
 """CUDA has no kernels for products of integers with a scale per row, and its attention over buffers is in halves."""
 _AT_ONCE = 4
@@ -59,9 +61,12 @@ def open_executors(settings: EngineSettings, coefficients: Mapping[str, Coeffici
     executors = [
         Executor(f"cpu:{number}", cores, settings.threads, coefficients) for number, cores in enumerate(groups)
     ]
+    devices = gpus(settings)
+    if not devices and settings.device == "auto" and is_installed():
+        _log.warning("no GPU that CUDA works on: models run on the processor; `--device cuda` says why")
     return [
         *executors,
-        *(Executor(device.name, _cores(), 1, coefficients, partial(check_works, device)) for device in gpus(settings)),
+        *(Executor(device.name, _cores(), 1, coefficients, partial(check_works, device)) for device in devices),
     ]
 
 

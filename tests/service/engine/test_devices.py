@@ -21,7 +21,7 @@ from service.engine.buffers import Buffers, Move
 from service.engine.devices import CPU, DeviceLogits, DeviceRows, DeviceUnavailable, Recording, gpus
 from service.engine.engine import Engine
 from service.engine.graphs import DecoderGraph, EncoderGraph, WriteGraphs, open_graph
-from service.engine.loading import check_device
+from service.engine.loading import check_device, open_executors
 from service.engine.settings import EngineSettings
 from service.engine.types import EngineFailed, Item, Sampling, WriteItem, WriteOutput
 from service.engine.workers import WriteWorker
@@ -222,15 +222,17 @@ def test_who_loses_a_gpu_computes_nothing_more_and_says_so(
 def test_a_gpu_that_is_not_there_is_said(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     gpus.cache_clear()
     assert gpus(EngineSettings(device="cpu")) == ()
-    # Who has not installed what runs on GPUs expects none.
     assert gpus(EngineSettings(device="auto", gpus=(7,))) == ()
-    assert not caplog.records
     with pytest.raises(DeviceUnavailable, match=r"GPU 7: it needs the extra \[gpu\]"):
         gpus(EngineSettings(device="cuda", gpus=(7,)))
+    # Who has not installed what runs on GPUs expects none.
+    open_executors(EngineSettings(device="auto", gpus=(7,)), {})
+    assert not caplog.records
     installed = [devices._PROVIDER, "CPUExecutionProvider"]
     monkeypatch.setattr(devices.ort, "get_available_providers", lambda: installed)
     with warnings.catch_warnings(action="ignore"):  # the package for the processor says that it knows no CUDA
         assert gpus(EngineSettings(device="auto", gpus=(8,))) == ()
+    open_executors(EngineSettings(device="auto", gpus=(8,)), {})
     assert "run on the processor" in caplog.text
 
 
