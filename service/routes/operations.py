@@ -78,6 +78,7 @@ class Readiness(BaseModel):
     models: list[ReadyModel]
     refused: list[RefusedModel] = Field(description="Model folders that are damaged or that no task can use.")
     ledger: str | None = Field(description="Why bills cannot be written to disk just now; null where they can.")
+    engine: str | None = Field(description="Why nothing is computed any more; null where it is.")
 
 
 def require_admin(http: Request) -> None:
@@ -93,12 +94,6 @@ def require_admin(http: Request) -> None:
         near = False
     if not near or any(name in http.headers for name in _PROXIES):
         raise AdminOnly
-
-
-def _check_engine(http: Request) -> None:
-    """Raise ``EngineFailed`` where the engine has stopped of itself."""
-    if (lost := service_of(http).engine.lost) is not None:
-        raise lost
 
 
 def _shown(repository: Repository, model: Model) -> ReadyModel:
@@ -124,7 +119,8 @@ def operations_routes() -> APIRouter:
         responses=documented(EngineFailed),
     )
     async def livez(http: Request) -> Response:
-        _check_engine(http)
+        if (lost := service_of(http).engine.lost) is not None:
+            raise lost
         return JsonResponse(Alive().model_dump())
 
     @router.get(
@@ -132,23 +128,28 @@ def operations_routes() -> APIRouter:
         operation_id="readyz",
         summary="Can requests be answered, and by which models?",
         response_model=Readiness,
-        responses={503: {"model": Readiness, "description": "No model is served."}, **documented()},
+        responses={
+            503: {"model": Readiness, "description": "No model is served, or nothing is computed any more."},
+            **documented(),
+        },
     )
     async def readyz(http: Request) -> Response:
-        _check_engine(http)
-        repository = service_of(http).repository
+        service = service_of(http)
+        repository, lost = service.repository, service.engine.lost
         models = repository.models
         defaults: dict[str, str | None] = {
             task.name: next((m.name for m in models.for_task(task.name)), None) for task in TASKS
         }
+        is_ready = bool(models.served) and lost is None
         readiness = Readiness(
-            status="ready" if models.served else "not ready",
+            status="ready" if is_ready else "not ready",
             tasks=defaults,
             models=[_shown(repository, model) for model in models.served.values()],
             refused=[RefusedModel(folder=refusal.folder_name, reason=refusal.reason) for refusal in models.refused],
-            ledger=service_of(http).ledger.failure,
+            ledger=service.ledger.failure,
+            engine=None if lost is None else str(lost),
         )
-        return JsonResponse(readiness.model_dump(), 200 if models.served else 503)
+        return JsonResponse(readiness.model_dump(), 200 if is_ready else 503)
 
     @router.get(
         "/readyz/{model}",

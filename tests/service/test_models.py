@@ -123,7 +123,10 @@ def test_a_service_that_has_lost_its_device_says_so(tmp_path: Path, settings: Se
         engine = app.state.service.engine
         assert client.get("/livez").status_code == client.get("/readyz").status_code == 200
         engine.lost = engine.refusal = EngineFailed("gpu:0")
-        answers = [client.get("/livez"), client.get("/readyz"), client.post("/v1/sentiment", json={"input": "good"})]
+        answers = [client.get("/livez"), client.post("/v1/sentiment", json={"input": "good"})]
+        ready = client.get("/readyz")
+    assert (ready.status_code, ready.json()["status"]) == (503, "not ready")
+    assert ready.json()["engine"].startswith("gpu:0 has failed")
     for answer in answers:
         error = answer.json()["error"]
         assert (answer.status_code, error["code"]) == (503, "engine_failed")
