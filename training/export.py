@@ -69,8 +69,8 @@ class Finished:
     tokenizer: Tokenizer
     batch: Batch
     """What its graphs are tried on."""
-    reference: NDArray[np.float32]
-    """The logits that they should answer."""
+    reference: NDArray[np.float32] | None
+    """The logits that they should answer; None where nothing but the weights says."""
     texts: Iterable[Batch] = ()
     """What its activations are observed on, one text each; the calibrated scheme alone needs them."""
     tolerance: float = PARITY_LIMIT
@@ -109,11 +109,13 @@ def write_model(model: Finished, how: Storage, describe: Callable[[Quantisation]
             folder = Path(scratch) / name
             folder.mkdir()
             write_graphs(folder, config, model.weights, "none")
-            found = compare(Graphs(folder, config).logits(model.batch), model.reference)
+            logits = Graphs(folder, config).logits(model.batch)
+            reference = logits if model.reference is None else model.reference
+            found = compare(logits, reference)
             if not found.max_error <= model.tolerance:
                 raise TrainingError(f"{name}: the float32 graph differs from PyTorch by {found.max_error:.2g}")
             bar.update()
-            stored = write_quantised(folder, model, how)
+            stored = write_quantised(folder, model, how, reference)
             (folder / "tokenizer.json").write_text(model.tokenizer.to_str(), encoding="utf-8")
             manifest = describe(stored)
             write_card(folder, manifest)
@@ -142,12 +144,12 @@ def random_batch(config: TransformerConfig, pad_id: int) -> Batch:
     return {**batch, "prefix": lengths}
 
 
-def write_quantised(folder: Path, model: Finished, how: Storage) -> Quantisation:
-    """Write the graphs as ``how`` says, and how far their logits on the model's batch are from its reference."""
+def write_quantised(folder: Path, model: Finished, how: Storage, reference: NDArray[np.float32]) -> Quantisation:
+    """Write the graphs as ``how`` says, and how far their logits on the model's batch are from ``reference``."""
     config, weights = model.config, model.weights
     peaks = fixed_peaks(config, weights, model.texts) if how.scheme == "calibrated" else {}
     write_graphs(folder, config, weights, how.scheme, how.bits, how.block_size, peaks, how.table_bits)
-    found = compare(Graphs(folder, config).logits(model.batch), model.reference)
+    found = compare(Graphs(folder, config).logits(model.batch), reference)
     return Quantisation(
         scheme=how.scheme,
         bits=how.bits_per_weight,

@@ -203,8 +203,8 @@ def quantise(folder: Path, recipe: Recipe, data: Path, how: Storage, out: Path) 
     out.mkdir(parents=True)
     shutil.copy(folder / "tokenizer.json", out)
     texts = one_by_one(samples)
-    model = Finished(manifest.name, manifest.config, weights, tokenizer, batch, reference, texts)
-    stored = write_quantised(out, model, how)
+    model = Finished(manifest.name, manifest.config, weights, tokenizer, batch, None, texts)
+    stored = write_quantised(out, model, how, reference)
     changed = manifest.model_copy(update={"quantisation": stored, "scores": ()})
     write_card(out, changed)
     return write_manifest(out, changed)
@@ -224,13 +224,9 @@ def store_anew(folder: Path, out: Path, name: str | None, how: Storage) -> Manif
     before = load_manifest(folder)
     if how.scheme in ("rowwise", "blockwise"):
         how = how.model_copy(update={"table_bits": before.quantisation.table_bits})
-    config, weights = before.config, read_weights(folder, before.quantisation)
-    batch = random_batch(config, before.special_ids.pad)
-    with tempfile.TemporaryDirectory() as scratch:
-        write_graphs(Path(scratch), config, weights, "none")
-        reference = Graphs(Path(scratch), config).logits(batch)
+    weights, batch = read_weights(folder, before.quantisation), random_batch(before.config, before.special_ids.pad)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    model = Finished(name or before.name, config, weights, tokenizer, batch, reference)
+    model = Finished(name or before.name, before.config, weights, tokenizer, batch, None)
 
     def describe(stored: Quantisation) -> Manifest:
         changes = {"name": model.name, "quantisation": stored, "scores": (), "variants": ()}
