@@ -7,6 +7,7 @@ them.
 import heapq
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,8 +27,7 @@ class Hypothesis:
     """Whether it ended by itself and not at the limit."""
 
 
-@dataclass(frozen=True, slots=True)
-class Copy:
+class Copy(NamedTuple):
     """What row ``source`` has read has to be copied to ``target``, which already holds the first ``start`` tokens."""
 
     source: int

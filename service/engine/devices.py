@@ -85,13 +85,13 @@ def gpus(settings: EngineSettings) -> tuple[Device, ...]:
     return found
 
 
-def is_installed() -> bool:
+def cuda_is_installed() -> bool:
     """Whether there is what runs models on GPUs, be there a GPU or not."""
     return _PROVIDER in ort.get_available_providers()
 
 
 def _works(device: Device, says_why: bool) -> bool:
-    if not is_installed():
+    if not cuda_is_installed():
         return False
     options = ort.SessionOptions()
     # ONNX Runtime alone knows which library is missing, and tells nobody but its log.
@@ -243,7 +243,7 @@ class Recording:
         inputs: Mapping[str, NDArray[np.generic]],
         outputs: Mapping[str, tuple[tuple[int, ...], type[np.generic]]],
         *,
-        records: bool = True,
+        records: bool,
     ) -> None:
         """``inputs`` that change from run to run, with values to begin with; shape and type of ``outputs``. One that
         does not record runs kernel by kernel."""

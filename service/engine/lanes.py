@@ -176,9 +176,7 @@ class BeamLane(_Places[KeyT]):
         return _written(self._beams.cut(place), reason) if isinstance(reason, str) else None
 
     def _copy(self, copies: Sequence[Copy], over: Container[int]) -> None:
-        self.decoder.copy(
-            (copy.source, copy.target, copy.start) for copy in copies if copy.target // self._beams.width not in over
-        )
+        self.decoder.copy(copy for copy in copies if copy.target // self._beams.width not in over)
 
 
 def _written(best: Hypothesis, cut: FinishReason) -> Written:

@@ -16,7 +16,7 @@ import onnxruntime as ort
 from energy.attribution import Coefficients
 from models.config import TransformerConfig
 from models.manifest import ArtefactError, Manifest
-from service.engine.devices import CPU, Device, check_works, gpus, is_installed
+from service.engine.devices import CPU, Device, check_works, cuda_is_installed, gpus
 from service.engine.executor import Executor
 from service.engine.graphs import EncoderGraph, WriteGraphs, open_graph
 from service.engine.pages import large_pages
@@ -62,7 +62,7 @@ def open_executors(settings: EngineSettings, coefficients: Mapping[str, Coeffici
         Executor(f"cpu:{number}", cores, settings.threads, coefficients) for number, cores in enumerate(groups)
     ]
     devices = gpus(settings)
-    if not devices and settings.device == "auto" and is_installed():
+    if not devices and settings.device == "auto" and cuda_is_installed():
         _log.warning("no GPU that CUDA works on: models run on the processor; `--device cuda` says why")
     return [
         *executors,
