@@ -84,11 +84,11 @@ class Calibration:
 
 def fit_steps(steps: Sequence[Step]) -> Fit:
     """Fit two thirds of ``steps`` and judge by the others; raises ``CalibrationError`` where they are too few."""
-    steps = [step for step in steps if step.work and _load_ns(step) > 0]
+    steps = [step for step in steps if step.work and step.load_ns > 0]
     if len(steps) < LEAST_STEPS:
         raise CalibrationError(f"{len(steps)} steps ran; at least {LEAST_STEPS} are needed")
     features = np.array([_features(step) for step in steps], float)
-    loads = np.array([_load_ns(step) for step in steps], float)
+    loads = np.array([step.load_ns for step in steps], float)
     held_out = np.arange(len(steps)) % 3 == 2
     solution = _non_negative(features[~held_out] / loads[~held_out, None])
     return _judge(solution, features[held_out], loads[held_out], features[held_out] @ solution, len(steps))
@@ -109,7 +109,7 @@ def fit_lots(lots: Sequence[Lot]) -> Fit:
     sums = np.array([np.sum([_features(step) for step in lot.steps], axis=0) for lot in lots], float)
     features = sums / sums[:, :1]
     active_uj = np.array([lot.active_uj for lot in lots])
-    lasted_ns = sum(_load_ns(step) for lot in lots for step in lot.steps)
+    lasted_ns = sum(step.load_ns for lot in lots for step in lot.steps)
     loads = active_uj / sums[:, 0] * (lasted_ns / active_uj.sum())
     others = ~np.eye(len(lots), dtype=bool)
     guessed = np.array(
@@ -191,10 +191,6 @@ def _features(step: Step) -> tuple[int, int, int, int]:
     tokens = step.tokens_with_padding
     read, written = (0, tokens) if writes else (tokens, 0)
     return step.passes, read, written, step.context_tokens
-
-
-def _load_ns(step: Step) -> int:
-    return step.ended_ns - step.started_ns if step.device.startswith("gpu:") else step.cpu_ns
 
 
 def _non_negative(features: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -23,7 +23,12 @@ from tests.energy.fakes import step_of
 FIT = Fit(100_000.0, 50_000.0, 80_000.0, 400.0, 0.99, 0.02, 0.2, 300)
 
 
-def steps(count: int, noise: float = 0.0, phases: tuple[Phase, ...] = (Phase.PREFILL, Phase.DECODE)) -> list[Step]:
+def steps(
+    count: int,
+    noise: float = 0.0,
+    phases: tuple[Phase, ...] = (Phase.PREFILL, Phase.DECODE),
+    device: str = "cpu:0",
+) -> list[Step]:
     """Steps that cost 0.1 ms a pass, and 50 us a token read, 80 us a token written and 0.4 us a token of context."""
     draw = Random(3)
     made = []
@@ -44,7 +49,7 @@ def steps(count: int, noise: float = 0.0, phases: tuple[Phase, ...] = (Phase.PRE
             context_tokens = sum(work.context_tokens) + number * sum(work.tokens)
             load_ns += 100_000 + token_ns * tokens + 400 * context_tokens
         load_ns = round(load_ns * draw.uniform(1 - noise, 1 + noise))
-        made.append(step_of(work, 0, 2 * load_ns, load_ns, passes=passes, padding_tokens=padding))
+        made.append(step_of(work, 0, 2 * load_ns, load_ns, device, passes=passes, padding_tokens=padding))
     return made
 
 
@@ -65,7 +70,7 @@ def test_noise_is_seen_in_the_held_out_steps() -> None:
 
 
 def test_a_gpu_costs_time_and_not_cpu_time() -> None:
-    fit = fit_steps([replace(step, device="gpu:0") for step in steps(300)])
+    fit = fit_steps(steps(300, device="gpu:0"))
     assert fit.decode_token_ns == pytest.approx(160_000, rel=1e-6)
 
 
@@ -95,7 +100,7 @@ def test_a_phase_that_never_ran_is_taken_to_cost_what_the_other_does() -> None:
 
 def test_nothing_costs_less_than_nothing() -> None:
     # Large steps that cost less per token than small ones drive the plain least squares below zero.
-    odd = [replace(step, cpu_ns=max(1, 10**9 // step.cpu_ns)) for step in steps(90)]
+    odd = [replace(step, load_ns=max(1, 10**9 // step.cpu_ns)) for step in steps(90)]
     fit = fit_steps(odd)
     assert min(fit.fixed_ns, fit.prefill_token_ns, fit.decode_token_ns, fit.context_token_ns) >= 0
     assert fit.coefficients.fixed >= 1
