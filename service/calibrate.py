@@ -9,12 +9,21 @@ import random
 import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
 
-from energy.calibration import Calibration, CalibrationError, Fit, Lot, fit_lots, fit_steps, write_calibration
+from energy.calibration import (
+    LEAST_STEPS,
+    Calibration,
+    CalibrationError,
+    Fit,
+    Lot,
+    fit_lots,
+    fit_steps,
+    write_calibration,
+)
 from energy.clock import NS_PER_S, Clock
 from energy.meters.base import Meter, Reading, Unavailable
 from energy.meters.nvml import open_nvml
@@ -84,27 +93,35 @@ def run_lots(model: Model, settings: Settings, meter: Meter, seconds: float) -> 
     steps: list[Step] = []
     engine = Engine({model.name: model}, steps.append, engine_settings(settings))
     try:
-        _, idle_uw = _meter(meter, each_s)
+        idle_uw = _power_uw(*_watch(meter, each_s))
         lots = []
         for batch, length, written in kinds:
             with asking(engine, model, min(batch, settings.max_concurrent_requests), length, written):
                 # The first ones find shapes that were never run.
                 time.sleep(each_s / 5)
-                (began, ended), power_uw = _meter(meter, each_s)
-            chosen = [step for step in steps if began.at_ns < step.ended_ns <= ended.at_ns and step.work is not None]
-            lots.append(Lot(chosen, (power_uw - idle_uw) * (ended.at_ns - began.at_ns) / NS_PER_S))
+                began, ended = _watch(meter, each_s)
+                while not (chosen := _between(steps, began, ended)):
+                    ended = _next_reading(meter)
+            lots.append(Lot(chosen, (_power_uw(began, ended) - idle_uw) * (ended.at_ns - began.at_ns) / NS_PER_S))
         return lots, idle_uw
     finally:
         engine.close()
 
 
-def _meter(meter: Meter, seconds: float) -> tuple[tuple[Reading, Reading], int]:
-    """The first reading from now on and the first after ``seconds``, and the power between them in microwatts."""
+def _between(steps: Sequence[Step], began: Reading, ended: Reading) -> list[Step]:
+    return [step for step in steps if began.at_ns < step.ended_ns <= ended.at_ns and step.work is not None]
+
+
+def _watch(meter: Meter, seconds: float) -> tuple[Reading, Reading]:
+    """The first reading from now on, and the first that comes ``seconds`` later."""
     began = _next_reading(meter)
     time.sleep(seconds)
-    ended = _next_reading(meter)
-    energy_uj = ended.energy_uj - began.energy_uj
-    return (began, ended), energy_uj * NS_PER_S // (ended.at_ns - began.at_ns)
+    return began, _next_reading(meter)
+
+
+def _power_uw(began: Reading, ended: Reading) -> int:
+    """In microwatts, of what was counted meanwhile."""
+    return (ended.energy_uj - began.energy_uj) * NS_PER_S // (ended.at_ns - began.at_ns)
 
 
 def _next_reading(meter: Meter) -> Reading:
@@ -138,13 +155,14 @@ def asking(engine: Engine, model: Model, batch: int, length: int, written: int) 
 
 
 def run(model: Model, settings: Settings, seconds: float) -> list[Step]:
-    """Steps of one model alone, on one executor, over batches of various sizes and lengths."""
+    """Steps of one model alone, on one executor, over batches of various sizes and lengths: for ``seconds``, and as
+    long as they are too few to be fitted."""
     steps: list[Step] = []
     engine = Engine({model.name: model}, steps.append, engine_settings(settings))
     draw = random.Random(1)
     try:
         end_s = time.monotonic() + seconds
-        while time.monotonic() < end_s:
+        while time.monotonic() < end_s or sum(step.work is not None for step in steps) < LEAST_STEPS:
             tickets = engine.submit(model.name, _items(model, draw, settings))
             for ticket in tickets:
                 ticket.future.result()

@@ -10,13 +10,15 @@ import pytest
 import wattle
 from energy.calibration import CalibrationError
 from energy.meters.base import Reading, Unavailable
-from energy.types import Quality
+from energy.types import Quality, Step
 from service import calibrate as calibrating
 from service.app import calibration_places, read_coefficients
 from service.calibrate import calibrate
 from service.engine import loading
 from service.engine.devices import CPU
-from service.models import Models, load_model
+from service.engine.engine import Engine, Recorder
+from service.engine.settings import EngineSettings
+from service.models import Model, Models, load_model
 from service.settings import Settings
 from tests.tiny import Kind, write_tiny
 
@@ -38,8 +40,21 @@ def test_a_model_is_calibrated_and_the_service_knows(tmp_path: Path) -> None:
     beside.unlink()
 
 
+class Counted(Engine):
+    """Counts the passes of all engines."""
+
+    passes = 0
+
+    def __init__(self, models: Mapping[str, Model], recorder: Recorder, settings: EngineSettings) -> None:
+        def record(step: Step) -> None:
+            Counted.passes += step.passes if step.work else 0
+            recorder(step)
+
+        super().__init__(models, record, settings)
+
+
 class TickingMeter:
-    """What a GPU's counter would tell, if this process's CPU time took 30 W beside 10 W at rest: every 10 ms."""
+    """What a counter would tell, if a pass took 20 mJ beside 10 W at rest: every 10 ms."""
 
     name, source = "a counter", "nvml"
     idle_uw: Mapping[str, int] = {}
@@ -48,8 +63,9 @@ class TickingMeter:
         self._left, self._latest = reads, self._now()
 
     def _now(self) -> Reading:
-        at_ns, cpu_ns = time.monotonic_ns(), time.process_time_ns()
-        return Reading("gpu:0", "nvml", at_ns, (at_ns * 10 + cpu_ns * 30) // 1000, 10_000_000, Quality.MEASURED)
+        at_ns = time.monotonic_ns()
+        energy_uj = at_ns // 100 + Counted.passes * 20_000
+        return Reading("gpu:0", "nvml", at_ns, energy_uj, 10_000_000, Quality.MEASURED)
 
     def read(self) -> tuple[Reading, ...]:
         self._left -= 1
@@ -67,15 +83,18 @@ def test_on_a_gpu_its_counter_is_what_a_model_is_calibrated_by(
     # Made of the processor's memory, and named as the first GPU.
     for module in (loading, calibrating):
         monkeypatch.setattr(module, "gpus", lambda settings: (CPU,))
-    monkeypatch.setattr(calibrating, "_LEAST_LOT_S", 0.05)
+    monkeypatch.setattr(calibrating, "_LEAST_LOT_S", 0.1)
+    monkeypatch.setattr(calibrating, "Engine", Counted)
     write_tiny(tmp_path / "halves", kind, name="halves", scheme="float16")
     settings, model = Settings(models=(tmp_path / "halves",), state=tmp_path), load_model(tmp_path / "halves")
     lots, idle_uw = calibrating.run_lots(model, settings, TickingMeter(), 0.1)
-    assert 10_000_000 <= idle_uw < 30_000_000
+    assert idle_uw == pytest.approx(10_000_000, rel=1e-4)
     assert len(lots) == count  # no text is longer than half of what the model holds
     for lot in lots:
         assert {step.device for step in lot.steps} == {"gpu:0"}
-        assert lot.active_uj > 0
+        # But for passes at its ends.
+        passes = sum(step.passes for step in lot.steps)
+        assert lot.active_uj == pytest.approx(passes * 20_000, rel=0.2, abs=60 * 20_000)
     batches = {len(step.work.tokens) for lot in lots for step in lot.steps if step.work}
     assert {1, 4, 16, 32} <= batches
     monkeypatch.setattr(calibrating, "open_nvml", lambda indices, clock: TickingMeter())
@@ -88,7 +107,8 @@ def test_on_a_gpu_its_counter_is_what_a_model_is_calibrated_by(
         list(calibrate(settings, seconds=0.1))
     # Without a counter steps are timed.
     monkeypatch.setattr(calibrating, "open_nvml", lambda indices, clock: Unavailable("no driver"))
-    *_, line = calibrate(settings, seconds=0.3)
+    # However short the time: enough of them run.
+    *_, line = calibrate(settings, seconds=0.0)
     assert line.endswith(str(beside))
 
 
