@@ -13,10 +13,13 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
+from typing import Any
 
+import numpy as np
 import orjson
 
-from energy.balances import Cost
+from energy.balances import Costs
 from energy.carbon import Carbon
 from energy.clock import NS_PER_S, Clock
 from energy.host import Neighbours
@@ -31,9 +34,10 @@ from energy.types import (
     NOTHING_BESIDE,
     Beside,
     Bill,
+    Bills,
     Load,
-    Parts,
     Phase,
+    Places,
     Quality,
     RequestRecord,
     SettledRecord,
@@ -53,6 +57,8 @@ provisional one."""
 _ALARM_SHARE = 100
 """A residual above a hundredth of what the meter counted is an alarm."""
 _ALARM_INTERVAL_NS = 60 * NS_PER_S
+_NOWHERE = Places(())
+"""Of bills that nobody knows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +123,7 @@ class Account:
         owner: Owner | None = None,
         neighbours: Neighbours | None = None,
         clock: Clock | None = None,
-        on_settled: Callable[[Sequence[SettledRecord]], None] | None = None,
+        on_settled: Callable[[Sequence[Bills]], None] | None = None,
     ) -> None:
         """Start counting. ``idle_uw`` is the idle power by device in microwatts, for devices of which the meter
         does not know it; where nobody does, half a second is spent watching.
@@ -159,7 +165,8 @@ class Account:
         """Guards what follows; held for microseconds, and taken after ``_settling``."""
         self._requests = Requests(self._channels.values())
         """Running ones, and those that are over but not settled."""
-        self._over: dict[str, End] = {}
+        self._over: list[End] = []
+        """Those, in the order of their ends."""
         self._kept: set[str] = set()
         """Those among these of which the ledger has a provisional bill."""
         self._unattributed: Counter[tuple[str, Reason]] = Counter()
@@ -261,8 +268,9 @@ class Account:
         """
         with self._lock:
             self._note()
-            if request_id in self._over:
-                return self._over_record(request_id)
+            for end in self._over:
+                if end[0].request_id == request_id:
+                    return self._provisional_record(end)
         return None if self._ledger is None else self._ledger.find(request_id)
 
     def totals(self) -> Totals:
@@ -288,7 +296,8 @@ class Account:
             self._note()
             self._requests.lose_all()
             self._expire(self._clock.monotonic_ns() + 1)
-            finished = self._settle(list(self._over.values()))
+            finished = self._settle(self._over)
+            self._over = []
         self._publish(finished, ())
         if self._owner is not None:
             self._owner.close()
@@ -298,7 +307,7 @@ class Account:
     def _note(self) -> None:
         """Put what happened on the books: ends of requests first, for their steps were recorded before them."""
         closed = [self._closed.popleft() for _ in range(len(self._closed))]
-        self._over.update({end[0].request_id: end for end in closed})
+        self._over += closed
         self._requests.note_beside(closed)
         while self._steps:
             self._requests.note(self._steps.popleft())
@@ -339,57 +348,71 @@ class Account:
             for reason, energy_uj in channel.expire(before_ns):
                 self._unattributed[device, reason] += energy_uj
 
-    def _finish(self, now_ns: int) -> tuple[list[SettledRecord], list[SettledRecord]]:
-        """The requests whose bills are final, and those that the ledger gets with a provisional one."""
-        final, open_records = [], []
-        waiting = self._requests.waiting_names()
-        for request_id, end in self._over.items():
+    def _finish(self, now_ns: int) -> tuple[list[Bills], list[SettledRecord]]:
+        """The bills that are final, and those that the ledger gets as they are by now."""
+        waiting = self._requests.are_waiting([record.request_id for record, _, _ in self._over])
+        final: list[End] = []
+        over, self._over, open_records = self._over, [], []
+        for end, is_waiting in zip(over, waiting, strict=True):
             record, at_ns, _ = end
-            open_ns = now_ns - at_ns
-            late_ns = 0 if record.status in _NEVER_LATE else HORIZON_NS
-            if open_ns >= late_ns and request_id not in waiting:
+            if not is_waiting and (record.status in _NEVER_LATE or now_ns - at_ns >= HORIZON_NS):
                 final.append(end)
-            elif request_id not in self._kept and open_ns >= _KEPT_AFTER_NS:
-                open_records.append(self._over_record(request_id))
-                self._kept.add(request_id)
+                continue
+            self._over.append(end)
+            if now_ns - at_ns >= _KEPT_AFTER_NS and record.request_id not in self._kept:
+                open_records.append(self._provisional_record(end))
+                self._kept.add(record.request_id)
         return self._settle(final), open_records
 
-    def _settle(self, final: Sequence[End]) -> list[SettledRecord]:
+    def _settle(self, final: Sequence[End]) -> list[Bills]:
         """Move requests that are over to the totals."""
-        settled, carbon, began_s = [], self._carbon.assumptions, self._began_s()
-        costs = self._requests.settle([record for record, _, _ in final])
-        for (record, at_ns, _), cost in zip(final, costs, strict=True):
-            request_id = record.request_id
-            del self._over[request_id]
-            bill = self._bill(request_id, cost, True)
-            settled.append(SettledRecord(record, bill, began_s + at_ns / NS_PER_S, carbon))
-        self._kept.intersection_update(self._over)
-        return settled
+        if not final:
+            return []
+        records, ends_ns, _ = zip(*final, strict=True)
+        times_s = self._began_s() + np.array(ends_ns) / NS_PER_S
+        if self._kept:
+            self._kept.difference_update([record.request_id for record in records])
+        return [
+            self._bills([records[number] for number in numbers.tolist()], times_s[numbers].tolist(), costs)
+            for numbers, costs in self._requests.settle(records)
+        ]
+
+    def _bills(self, requests: Sequence[RequestRecord], times_s: Sequence[float], costs: Costs) -> Bills:
+        """The final bills of requests that are alike."""
+        _, task, model, status, *_, key = requests[0]
+        quality, places = costs.quality or self.quality, costs.places
+        columns: list[list[Any]]
+        if quality is Quality.UNAVAILABLE:
+            nothing, places = [None] * len(requests), _NOWHERE
+            columns = [nothing, nothing, nothing, [()] * len(requests)]
+        else:
+            allocated_uj = costs.allocated_uj
+            gco2e = self._carbon.gco2e(allocated_uj.astype(np.float64), costs.times_ns / self._executors)
+            columns = [column.tolist() for column in (costs.active_uj, allocated_uj, gco2e, costs.parts_uj)]
+        alike = task, model, status, key, quality, True, self._carbon.assumptions, places
+        return Bills(*alike, requests, times_s, *columns)
 
     def _provisional(self, request_id: str) -> Bill:
-        parts, allocated_uj, active_uj, executors_ns, quality = self._requests.balances.find(request_id)
-        active_more_uj, allocated_more_uj, expected = self._requests.expect_waiting(request_id)
-        allocated_uj, active_uj = allocated_uj + allocated_more_uj, active_uj + active_more_uj
-        quality = weaker(quality or self.quality, expected)
-        return self._bill(request_id, (parts, allocated_uj, active_uj, executors_ns, quality), False)
+        """What a request has cost by now."""
+        costs = self._requests.balances.find(request_id)
+        active_uj, allocated_uj, expected = self._requests.expect_waiting(request_id)
+        # Of what was never charged anything, quality is that of the meters.
+        quality = weaker(costs.quality or self.quality, expected)
+        if quality is Quality.UNAVAILABLE:
+            return Bill(request_id, None, None, None, quality, False)
+        active_uj, allocated_uj = active_uj + int(costs.active_uj[0]), allocated_uj + int(costs.allocated_uj[0])
+        gco2e = self._carbon.gco2e(allocated_uj, float(costs.times_ns[0]) / self._executors)
+        parts = costs.places.parts(costs.parts_uj[0].tolist())
+        return Bill(request_id, active_uj, allocated_uj, gco2e, quality, False, parts)
 
-    def _over_record(self, request_id: str) -> SettledRecord:
-        record, at_ns, _ = self._over[request_id]
+    def _provisional_record(self, end: End) -> SettledRecord:
+        record, at_ns, _ = end
         time_s = self._began_s() + at_ns / NS_PER_S
-        return SettledRecord(record, self._provisional(request_id), time_s, self._carbon.assumptions)
+        return SettledRecord(record, self._provisional(record.request_id), time_s, self._carbon.assumptions)
 
     def _began_s(self) -> float:
         """The wall time at which the monotonic clock began: asking for it at every end takes the event loop longer."""
         return self._clock.unix_s() - self._clock.monotonic_ns() / NS_PER_S
-
-    def _bill(self, request_id: str, cost: Cost, settled: bool) -> Bill:
-        """Of what was never charged anything, quality is that of the meters."""
-        parts, allocated_uj, active_uj, executors_ns, quality = cost
-        quality = quality or self.quality
-        if quality is Quality.UNAVAILABLE:
-            return Bill(request_id, None, None, None, quality, settled)
-        gco2e = self._carbon.gco2e(allocated_uj, executors_ns / self._executors)
-        return Bill(request_id, active_uj, allocated_uj, gco2e, quality, settled, parts)
 
     def _attributions(self) -> Iterator[Attributed]:
         for key, energy_uj in self._requests.attributed().items():
@@ -425,42 +448,45 @@ class Account:
                     meter_uj,
                 )
 
-    def _publish(self, finished: Sequence[SettledRecord], unsettled: Sequence[SettledRecord]) -> None:
-        """Write records to the ledger, and settled ones to the log; never under a lock."""
+    def _publish(self, finished: Sequence[Bills], unsettled: Sequence[SettledRecord]) -> None:
+        """Write bills to the ledger, and settled ones to the log; never under a lock."""
         if self._ledger is not None and (unsettled or finished):
-            self._ledger.put(*unsettled, *finished)
+            self._ledger.put(*map(Bills.of, unsettled), *finished)
         if self._on_settled is not None and finished:
             self._on_settled(finished)
         if finished and _requests_log.isEnabledFor(logging.INFO):
             # All at once: what costs is the log, not a line of it.
-            _requests_log.info(_as_lines(finished))
+            _requests_log.info("\n".join(chain.from_iterable(map(_as_lines, finished))))
 
 
-def _as_lines(records: Sequence[SettledRecord]) -> str:
+def _as_lines(bills: Bills) -> Iterator[str]:
     """Of JSON, one for each: the record's fields side by side, named as in the ledger, carbon assumptions below their
     own name."""
-    lines, as_json, places = [], orjson.dumps, None
+    as_json = orjson.dumps
     # One for all of them: making another of so many entries takes longer than writing it down.
-    line: dict[str, object] = dict.fromkeys(("time_s", *RequestRecord._fields))
-    line["carbon"] = orjson.Fragment(as_json(records[0].carbon))
-    for request, bill, time_s, _ in records:
+    line: dict[str, object] = {
+        **dict.fromkeys(("time_s", *RequestRecord._fields)),
+        "task": bills.task,
+        "model": bills.model,
+        "status": bills.status,
+        "key": bills.key,
+        "quality": bills.quality,
+        "places": orjson.Fragment(bills.places.names),
+        "carbon": orjson.Fragment(as_json(bills.carbon)),
+    }
+    costs = bills.active_uj, bills.allocated_uj, bills.gco2e, bills.parts_uj
+    for request, time_s, *cost in zip(bills.requests, bills.times_s, *costs, strict=True):
         line["time_s"] = time_s
+        line["active_uj"], line["allocated_uj"], line["gco2e"], line["parts_uj"] = cost
         (
             line["request_id"],
-            line["task"],
-            line["model"],
-            line["status"],
+            _,
+            _,
+            _,
             line["input_tokens"],
             line["output_tokens"],
             line["queue_ms"],
             line["compute_ms"],
-            line["key"],
+            _,
         ) = request
-        _, line["active_uj"], line["allocated_uj"], line["gco2e"], line["quality"], _, parts = bill
-        row = Parts.of(parts)
-        line["parts_uj"] = row.row_uj
-        if row.places is not places:
-            places = row.places
-            line["places"] = orjson.Fragment(places.names)
-        lines.append(as_json(line).decode())
-    return "\n".join(lines)
+        yield as_json(line).decode()

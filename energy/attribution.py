@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from types import MappingProxyType
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -69,12 +68,12 @@ def share_loads(steps: Sequence[Step]) -> Integers:
     return shares
 
 
-def split(totals: Sequence[int], weights: Sequence[Integers], keys: Sequence[Sequence[Any]]) -> Integers:
-    """Share each of ``totals`` among its ``keys`` in proportion to its ``weights``, in whole units that sum to it
-    exactly (largest remainder). Returns the shares of one total behind those of the other.
+def split(totals: Sequence[int], weights: Sequence[Integers]) -> Integers:
+    """Share each of ``totals`` in proportion to its ``weights``, in whole units that sum to it exactly (largest
+    remainder). Returns the shares of one total behind those of the other.
 
-    Ties go to the smaller key, so that the order of the entries does not matter. ``weights`` are not negative; where
-    all are zero, all are alike. All is done at once: so many calls to NumPy take as long for one total as for ten.
+    Of two with the same remainder the first comes first. ``weights`` are not negative; where all are zero, all are
+    alike. All is done at once: so many calls to NumPy take as long for one total as for ten.
     """
     if not totals:
         return np.zeros(0, np.int64)
@@ -95,16 +94,6 @@ def split(totals: Sequence[int], weights: Sequence[Integers], keys: Sequence[Seq
     # One total behind the other, in each the largest rest first.
     order = np.argsort(-rests, kind="stable")
     order = order[np.argsort(np.repeat(np.arange(len(counts)), counts)[order], kind="stable")]
-    has_more = np.zeros(len(heavy), bool)
-    has_more[order] = np.arange(len(heavy)) - np.repeat(firsts, counts) < np.repeat(left, counts)
-    ordered, ends = rests[order], firsts + left.astype(np.int64)
-    for i in np.flatnonzero(left):
-        least = ordered[ends[i] - 1]
-        if ordered[ends[i]] == least:
-            own, its_keys = slice(firsts[i], firsts[i] + counts[i]), keys[int(i)]
-            tied = np.flatnonzero(rests[own] == least).tolist()
-            winners = sorted(tied, key=its_keys.__getitem__)[: has_more[own][tied].sum()]
-            has_more[own][tied] = False
-            has_more[own][winners] = True
-    exact: Integers = (shares + has_more).astype(np.int64)
+    shares[order] += np.arange(len(heavy)) - np.repeat(firsts, counts) < np.repeat(left, counts)
+    exact: Integers = shares.astype(np.int64)
     return exact

@@ -5,12 +5,12 @@ limit; none begins after it.
 """
 
 import threading
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from energy.clock import Clock
-from energy.types import SettledRecord
+from energy.types import Bills
 
 EVERYONE = ""
 """The key of a limit on all requests together."""
@@ -58,17 +58,17 @@ class DailyBudgets:
             if time_s // _S_PER_DAY == self._day:
                 self._spent_uj[key] += energy_uj
 
-    def settled(self, records: Iterable[SettledRecord]) -> None:
+    def settled(self, bills: Iterable[Bills]) -> None:
         """Count bills for everyone and for their keys; those that are not known count nothing."""
         with self._lock:
             self._turn()
             began_s, ends_s = self._day * _S_PER_DAY, (self._day + 1) * _S_PER_DAY
-            spent_uj: defaultdict[str | None, int] = defaultdict(int)
-            for request, bill, time_s, _ in records:
-                if bill.allocated_uj is not None and began_s <= time_s < ends_s:
-                    spent_uj[request.key] += bill.allocated_uj
-            self._spent_uj[EVERYONE] += sum(spent_uj.values())
-            self._spent_uj.update({key: energy_uj for key, energy_uj in spent_uj.items() if key is not None})
+            for each in bills:
+                known = zip(each.times_s, each.allocated_uj, strict=True)
+                spent_uj = sum(uj for time_s, uj in known if uj is not None and began_s <= time_s < ends_s)
+                self._spent_uj[EVERYONE] += spent_uj
+                if each.key is not None:
+                    self._spent_uj[each.key] += spent_uj
 
     def standing(self, key: str, limit_uj: int) -> Standing:
         """Where a key stands that may spend ``limit_uj`` in a day."""

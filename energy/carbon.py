@@ -11,6 +11,10 @@ import difflib
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from energy.clock import NS_PER_S
 from energy.types import CarbonAssumptions
@@ -22,6 +26,7 @@ _GRID = Path(__file__).parent / "data" / "grid.tsv"
 _SOURCE = "Our World in Data / Ember (CC BY 4.0), through CodeCarbon (MIT)"
 _UJ_PER_KWH = 3_600_000_000_000
 _S_PER_YEAR = 365.25 * 24 * 3600
+Amount = TypeVar("Amount", float, NDArray[np.float64])
 
 
 class UnknownZone(ValueError):
@@ -59,8 +64,8 @@ class Carbon:
         self._g_per_uj = pue * intensity / _UJ_PER_KWH
         self._g_per_ns = (embodied_kg or 0.0) * 1000 * machine_share / (life_years * _S_PER_YEAR * NS_PER_S)
 
-    def gco2e(self, allocated_uj: int, machine_ns: float) -> float:
-        """Grams for this much energy and for this much time of all executors."""
+    def gco2e(self, allocated_uj: Amount, machine_ns: Amount) -> Amount:
+        """Grams for this much energy and for this much time of all executors, of one or of many at once."""
         return allocated_uj * self._g_per_uj + machine_ns * self._g_per_ns
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from energy.clock import Clock
 from energy.schema import SCHEMA_VERSION, SELECT, Row, Rows, UnknownSchema, from_row, schema_version, upgrade
-from energy.types import SettledRecord
+from energy.types import Bills, SettledRecord
 
 MAX_WAITING = 10_000
 _INTERVAL_S = 0.5
@@ -43,7 +43,7 @@ class Ledger:
         self._lock = threading.Lock()
         self._rows = Rows()
         self._waiting: dict[str, Row] = {}
-        """By request. Made where records are: all that belongs to one is in no cache by the time it is written."""
+        """By request. Made where bills are: all that belongs to one is in no cache by the time it is written."""
         self._writing: dict[str, Row] = {}
         """Those that are being written."""
         self._failure: str | None = None
@@ -73,9 +73,9 @@ class Ledger:
         """Records that were lost because too many waited for a disk that could not be written."""
         return self._dropped
 
-    def put(self, *records: SettledRecord) -> None:
-        """Write ``records`` soon; a later record of the same request replaces an earlier one."""
-        rows = self._rows.of(records)
+    def put(self, *bills: Bills) -> None:
+        """Write ``bills`` soon; a later one of the same request replaces an earlier one."""
+        rows = self._rows.of(bills)
         with self._lock:
             self._wait({row[0]: row for row in rows})
         if not self._wake.is_set():

@@ -1,15 +1,16 @@
 """The last minutes of an energy account, for whoever watches it. Knows nothing of models or HTTP."""
 
 import threading
-from bisect import bisect_left
-from collections import Counter, defaultdict, deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from operator import add
 
+import numpy as np
+
 from energy.account import MeterTotal, Totals
 from energy.clock import Clock
-from energy.types import Bill, SettledRecord
+from energy.types import Bills, SettledRecord
 
 INTERVAL_S = 5.0
 """Between two moments that are kept."""
@@ -44,16 +45,15 @@ class TaskSums:
     counts: list[int] = field(default_factory=lambda: [0] * (len(BOUNDS_UJ) + 1))
     """Requests by class of allocated energy, see ``BOUNDS_UJ``."""
 
-    def count(self, bills: Sequence[Bill]) -> None:
+    def count(self, bills: Bills) -> None:
         """Count requests that cost so much."""
+        known_uj = [energy_uj for energy_uj in bills.allocated_uj if energy_uj is not None]
         self.requests += len(bills)
-        for _, _, allocated_uj, gco2e, _, _, _ in bills:
-            if allocated_uj is None or gco2e is None:
-                self.unknown += 1
-            else:
-                self.allocated_uj += allocated_uj
-                self.gco2e += gco2e
-                self.counts[bisect_left(BOUNDS_UJ, allocated_uj)] += 1
+        self.unknown += len(bills) - len(known_uj)
+        self.allocated_uj += sum(known_uj)
+        self.gco2e += sum(grams for grams in bills.gco2e if grams is not None)
+        classes = np.searchsorted(BOUNDS_UJ, known_uj)
+        self.counts = list(map(add, self.counts, np.bincount(classes, minlength=len(self.counts)).tolist()))
 
     def add(self, other: "TaskSums") -> None:
         """Count the requests of ``other`` too."""
@@ -89,18 +89,18 @@ class Live:
         self._moments: deque[Moment] = deque(maxlen=MOMENTS)
         self._sums: dict[tuple[str | None, str], TaskSums] = {}
         """By key and task."""
-        self._recent: deque[SettledRecord] = deque(maxlen=RECENT)
+        self._recent: deque[tuple[Bills, int]] = deque(maxlen=RECENT)
+        """Newest first; which it is of bills that are alike."""
 
-    def settled(self, records: Iterable[SettledRecord]) -> None:
+    def settled(self, bills: Iterable[Bills]) -> None:
         """Count bills."""
-        shown = [record for record in records if record.request.status != "refused"]
-        bills: defaultdict[tuple[str | None, str], list[Bill]] = defaultdict(list)
-        for request, bill, _, _ in shown:
-            bills[request.key, request.task].append(bill)
+        shown = [each for each in bills if each.status != "refused"]
+        latest = [(each, number) for each in shown for number in range(len(each))[-RECENT:]]
+        latest.sort(key=lambda one: one[0].times_s[one[1]])
         with self._lock:
-            self._recent.extendleft(shown[-RECENT:])
-            for whose, their_bills in bills.items():
-                self._sums.setdefault(whose, TaskSums()).count(their_bills)
+            self._recent.extendleft(latest)
+            for each in shown:
+                self._sums.setdefault((each.key, each.task), TaskSums()).count(each)
 
     def tick(self, totals: Totals) -> None:
         """Keep the account's counters, unless the last ones are younger than the interval."""
@@ -124,5 +124,5 @@ class Live:
             for (key, task), sums in self._sums.items():
                 if only in (None, key):
                     tasks.setdefault(task, TaskSums()).add(sums)
-            recent = tuple(record for record in self._recent if only in (None, record.request.key))
+            recent = tuple(bills[number] for bills, number in self._recent if only in (None, bills.key))
             return View(self._began_s, self._meters, tuple(self._moments), tasks, recent)

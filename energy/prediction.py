@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from energy.attribution import DEFAULTS, Coefficients
-from energy.types import Bill, SettledRecord
+from energy.types import Bill, Bills, SettledRecord
 
 _DECAY = 0.99
 """Weight of a bill after each later one: about the last hundred count, so that a change of load is followed."""
@@ -188,10 +188,15 @@ class Predictor:
             self._count[key] += 1
         return followed
 
-    def settled(self, records: Iterable[SettledRecord]) -> list[tuple[SettledRecord, float]]:
+    def settled(self, bills: Iterable[Bills]) -> list[tuple[SettledRecord, float]]:
         """Learn from bills; returns those that had been predicted, with the relative error of that."""
         with self._lock:
-            followed = [record for record in records if record.bill.request_id in self._followed]
+            followed = [
+                each[number]
+                for each in bills
+                for number, request in enumerate(each.requests)
+                if request.request_id in self._followed
+            ]
             errors = [
                 (record, self._compare(record, self._followed.pop(record.bill.request_id))) for record in followed
             ]

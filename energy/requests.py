@@ -6,15 +6,14 @@ it took, as they are closer together, or that was running when the last stretche
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import count
-from typing import NamedTuple
+from itertools import chain
 
 import numpy as np
 
 from energy.attribution import share_loads, split
-from energy.balances import Balances, Charged, Cost, Numbers, Rows
+from energy.balances import Balances, Charged, Costs, Numbers, Rows
 from energy.settlement import Channel, Claim, Stretch
 from energy.types import BESIDE, NOTHING_BESIDE, Beside, Phase, Quality, RequestRecord, Step
 
@@ -23,8 +22,12 @@ Rates = tuple[float, float]
 _RANK = {quality: rank for rank, quality in enumerate(Quality)}
 
 End = tuple[RequestRecord, int, Beside]
-"""Of a request: when it was over, by the monotonic clock, and what it took beside the executors. Plain, as ``Cost``
-is."""
+"""Of a request: when it was over, by the monotonic clock, and what it took beside the executors. Plain, as there is
+one for every request."""
+Shared = tuple[Rows, Numbers]
+"""Who shares something, each once and in order, by row in the balances, and what falls to each of the load in
+nanoseconds."""
+_NOBODY: Shared = np.zeros(0, np.intp), np.zeros(0, np.int64)
 
 
 @dataclass(slots=True, eq=False)
@@ -55,26 +58,10 @@ class Noted(Stretch):
     load_ns: int = 0
     unread: list[Step] = field(default_factory=list)
     """Those among the steps of which it is still to be seen what falls to each request."""
-    read_ns: dict[str, int] = field(default_factory=dict)
-    """What falls to each of the loads of the others."""
-
-    @property
-    def loads_ns(self) -> Mapping[str, int]:
-        """What falls to each request of the load, to the nanosecond."""
-        if self.unread:
-            steps, self.unread = self.unread, []
-            places: defaultdict[str, int] = defaultdict(count().__next__)
-            whose = np.array([places[name] for step in steps if step.work for name in step.work.request_ids])
-            sums_ns = np.bincount(whose, share_loads(steps)).astype(np.int64)
-            self.add(dict(zip(places, sums_ns.tolist(), strict=True)))
-        return self.read_ns
-
-    def add(self, loads_ns: Mapping[str, int]) -> None:
-        """So much more falls to these requests."""
-        # Nearly all names are new: without a look-up for each in Python, this takes a third of the time.
-        known = {name: self.read_ns[name] + loads_ns[name] for name in self.read_ns.keys() & loads_ns.keys()}
-        self.read_ns.update(loads_ns)
-        self.read_ns.update(known)
+    pieces: list[Shared] = field(default_factory=list)
+    """Of what ran beside the executors, likewise."""
+    read: Shared = _NOBODY
+    """What falls to each of all the others."""
 
 
 class Requests:
@@ -101,7 +88,7 @@ class Requests:
         """Put a step on the books; where its device has no meter, the bills of its requests are unknown."""
         place = self._places.get(step.device) or self._find_place(step.device)
         if not place.channels:
-            self._lose(step.work.request_ids if step.work else ())
+            self._lose(self.balances.open(step.work.request_ids if step.work else ()))
             return
         phase = None if step.work is None else step.work.phase
         noted = self._noted(place, step.model, phase, step.started_ns, step.ended_ns)
@@ -114,30 +101,26 @@ class Requests:
 
     def note_beside(self, ends: Sequence[End]) -> None:
         """Put CPU time that requests took beside the executors on the books, as if it had been spent in the end."""
-        # What ended before the last reading is charged apart, as steps are.
-        alike: defaultdict[tuple[str, bool, int], list[End]] = defaultdict(list)
-        for end in ends:
-            record, at_ns, beside = end
-            if beside is not NOTHING_BESIDE:
-                alike[record.model, at_ns > self._settled_ns, id(beside)].append(end)
-        for (model, _, _), some in alike.items():
-            records, ends_ns, besides = zip(*some, strict=True)
-            names = [record.request_id for record in records]
-            for phase, cpu_ns in besides[0].by_phase.items():
-                self._note_beside(model, phase, dict.fromkeys(names, cpu_ns), min(ends_ns), max(ends_ns))
-
-    def _note_beside(
-        self, model: str, phase: Phase, loads_ns: Mapping[str, int], first_end_ns: int, last_end_ns: int
-    ) -> None:
+        some = [end for end in ends if end[2] is not NOTHING_BESIDE]
+        if not some:
+            return
+        rows = self.balances.open([record.request_id for record, _, _ in some])
         place = self._places.get(BESIDE) or self._find_place(BESIDE)
         if not place.channels:
-            self._lose(loads_ns)
+            self._lose(rows)
             return
-        noted = self._noted(place, model, phase, first_end_ns - 1, last_end_ns, len(loads_ns))
-        cpu_ns = sum(loads_ns.values())
-        noted.load_ns += cpu_ns
-        noted.cpu_ns += cpu_ns
-        noted.add(loads_ns)
+        # What ended before the last reading is charged apart, as steps are.
+        alike: defaultdict[tuple[str, bool, int], list[int]] = defaultdict(list)
+        for number, (record, at_ns, beside) in enumerate(some):
+            alike[record.model, at_ns > self._settled_ns, id(beside)].append(number)
+        for (model, _, _), numbers in alike.items():
+            own, (_, first_ns, beside), (_, last_ns, _) = rows[numbers], some[numbers[0]], some[numbers[-1]]
+            last_ns = max(first_ns, last_ns)
+            for phase, cpu_ns in beside.by_phase.items():
+                noted = self._noted(place, model, phase, first_ns - 1, last_ns, len(numbers))
+                noted.load_ns += cpu_ns * len(numbers)
+                noted.cpu_ns += cpu_ns * len(numbers)
+                noted.pieces.append((own, np.full(len(numbers), cpu_ns)))
 
     def part(self) -> None:
         """What is noted from now on is charged apart from what was noted before."""
@@ -155,7 +138,7 @@ class Requests:
             elif noted.ended_ns >= horizon_ns:
                 waiting.append(noted)
             else:
-                self._lose(noted.loads_ns)
+                self._lose(self._shared(noted)[0])
         self.waiting = waiting
         return covered
 
@@ -175,9 +158,11 @@ class Requests:
                 place.rates = active_uj / load_ns, (active_uj + idle_uj) / load_ns
         self.rates = {device: place.rates for device, place in self._places.items() if place.rates is not None}
 
-    def waiting_names(self) -> set[str]:
-        """The requests that have a share of something that waits for a reading."""
-        return set().union(*[noted.loads_ns for noted in self.waiting])
+    def are_waiting(self, names: Iterable[str]) -> list[bool]:
+        """Which of these requests have a share of something that waits for a reading."""
+        waiting = [self._shared(noted)[0] for noted in self.waiting]
+        are: list[bool] = np.isin(self.balances.rows(names), np.concatenate([_NOBODY[0], *waiting])).tolist()
+        return are
 
     def charge(self, claims: Mapping[Noted, Sequence[Claim]]) -> None:
         """Share what steps took among their requests; each has a claim on every channel of its place.
@@ -190,65 +175,77 @@ class Requests:
                 continue
             shared = self._shared(noted)
             # What costs nothing is known no better than what does.
-            self.balances.know(shared.rows, weakest(claim.quality for claim in own))
+            self.balances.know(shared[0], weakest(claim.quality for claim in own))
             for channel, claim in zip(noted.place.channels, own, strict=True):
                 for energy_uj, is_active in ((claim.active_uj, True), (claim.idle_uj, False)):
                     if energy_uj:
                         charged = Charged(channel.device, noted.phase, noted.model, claim.quality, is_active)
-                        due.append((energy_uj, shared, charged))
+                        due.append((energy_uj, *shared, charged))
         if due:
-            energies_uj, whose, what = zip(*due, strict=True)
-            self.balances.charge([shared.rows for shared in whose], what, _split(energies_uj, whose))
+            energies_uj, rows, loads_ns, what = zip(*due, strict=True)
+            self.balances.charge(rows, what, split(energies_uj, loads_ns))
 
     def occupy(self, covered: Iterable[Noted]) -> None:
         """Share the time on executors that steps took."""
-        due = [(noted.time_ns, self._shared(noted)) for noted in covered if noted.phase is not None]
+        due = [(noted.time_ns, *self._shared(noted)) for noted in covered if noted.phase is not None]
         if due:
-            times_ns, whose = zip(*due, strict=True)
-            self.balances.occupy([shared.rows for shared in whose], _split(times_ns, whose))
+            times_ns, rows, loads_ns = zip(*due, strict=True)
+            self.balances.occupy(rows, split(times_ns, loads_ns))
 
-    def _shared(self, noted: Noted) -> "_Shared":
-        loads_ns = noted.loads_ns
-        names = list(loads_ns)
-        return _Shared(names, self.balances.rows_of(names), np.array(list(loads_ns.values()), np.int64))
+    def _shared(self, noted: Noted) -> Shared:
+        """Who shares what was noted."""
+        pieces, steps = noted.pieces, noted.unread
+        if steps:
+            names = chain.from_iterable([step.work.request_ids for step in steps if step.work is not None])
+            pieces = [*pieces, (self.balances.open(names), share_loads(steps))]
+        if pieces:
+            every, loads_ns = map(np.concatenate, zip(noted.read, *pieces, strict=True))
+            rows, which = np.unique(every, return_inverse=True)
+            noted.read = rows, np.bincount(which, loads_ns).astype(np.int64)
+            noted.pieces, noted.unread = [], []
+        return noted.read
 
     def lose_all(self) -> None:
         """What waits will never have a reading."""
         for noted in self.waiting:
-            self._lose(noted.loads_ns)
+            self._lose(self._shared(noted)[0])
         self.waiting = []
 
     def expect_waiting(self, name: str) -> tuple[int, int, Quality]:
         """What a request will probably pay for what waits for a reading: active and allocated microjoules, and their
         quality, unavailable where there is nothing to judge by."""
         active_uj, allocated_uj, quality = 0.0, 0.0, Quality.MEASURED
-        for each in self.waiting:
-            load_ns = each.loads_ns.get(name)
-            if load_ns is not None:
+        # Who is in a step that was not looked at yet has a row only then.
+        shares = [self._shared(each) for each in self.waiting]
+        (row,) = self.balances.rows([name])
+        for each, (rows, loads_ns) in zip(self.waiting, shares, strict=True):
+            own_ns = loads_ns[rows == row]
+            if len(own_ns):
                 if each.place.rates is None:
                     return 0, 0, Quality.UNAVAILABLE
                 active, allocated = each.place.rates
-                active_uj += load_ns * active
-                allocated_uj += load_ns * allocated
+                active_uj += float(own_ns[0]) * active
+                allocated_uj += float(own_ns[0]) * allocated
                 quality = weaker(quality, each.place.inferred)
         return round(active_uj), round(allocated_uj), quality
 
-    def settle(self, records: Sequence[RequestRecord]) -> list[Cost]:
-        """What each of these requests has been charged; they are no longer open, and that counts for their tasks."""
-        numbers = self.balances.take([record.request_id for record in records])
-        alike: defaultdict[str, list[int]] = defaultdict(list)
-        for place, record in enumerate(records):
-            alike[record.task].append(place)
-        costs: dict[int, Cost] = {}
-        for task, places in alike.items():
-            own = numbers[places]
+    def settle(self, records: Sequence[RequestRecord]) -> Iterator[tuple[Rows, Costs]]:
+        """These requests are no longer open, and what they were charged counts for their tasks. Tells that of those
+        that are alike together, with their numbers among ``records``."""
+        ids, tasks, models, statuses, _, _, _, _, keys = zip(*records, strict=True) if records else [()] * 9
+        numbers = self.balances.take(ids)
+        alike: defaultdict[tuple[str, ...], list[int]] = defaultdict(list)
+        for number, labels in enumerate(zip(tasks, models, statuses, keys, strict=True)):
+            alike[labels].append(number)
+        for (task, *_), some in alike.items():
+            own, among = numbers[some], np.array(some)
             sums_uj, before_uj = own.sum(0), self._settled_uj.get(task)
             if before_uj is not None:
                 # Since then there may be more columns.
                 sums_uj[: len(before_uj)] += before_uj
             self._settled_uj[task] = sums_uj
-            costs.update(zip(places, self.balances.costs(own), strict=True))
-        return [costs[place] for place in range(len(records))]
+            for costs in self.balances.costs(own):
+                yield among[costs.numbers], costs
 
     def attributed(self) -> Counter[tuple[str, str, str, Phase, Quality]]:
         """What settled requests were charged, by device, model, task, phase and quality."""
@@ -302,23 +299,9 @@ class Requests:
         """The latest reading."""
         return max((channel.read_ns for channel in self._channels.values()), default=0)
 
-    def _lose(self, names: Collection[str]) -> None:
+    def _lose(self, rows: Rows) -> None:
         """Some energy of these requests will never be known."""
-        self.balances.know(self.balances.rows_of(names), Quality.UNAVAILABLE)
-
-
-class _Shared(NamedTuple):
-    """Who shares what some steps took."""
-
-    names: Sequence[str]
-    rows: Rows
-    """In the balances."""
-    loads_ns: Numbers
-
-
-def _split(totals: Sequence[int], whose: Sequence[_Shared]) -> Numbers:
-    """What of each of ``totals`` falls to each of those who share it."""
-    return split(totals, [shared.loads_ns for shared in whose], [shared.names for shared in whose])
+        self.balances.know(rows, Quality.UNAVAILABLE)
 
 
 def weakest(qualities: Iterable[Quality]) -> Quality:

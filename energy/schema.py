@@ -6,12 +6,12 @@ import sqlite3
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from hashlib import blake2b
-from itertools import chain
+from itertools import chain, repeat
 from typing import Any, NamedTuple
 
 import orjson
 
-from energy.types import Bill, CarbonAssumptions, Parts, Phase, Places, Quality, RequestRecord, SettledRecord
+from energy.types import Bill, Bills, CarbonAssumptions, Phase, Places, Quality, RequestRecord, SettledRecord
 
 SCHEMA_VERSION = 3
 _log = logging.getLogger(__name__)
@@ -146,23 +146,19 @@ class Rows:
         self.kinds: dict[int, Kind] = {}
         self._ids: dict[tuple[object, ...], int] = {}
 
-    def of(self, records: Iterable[SettledRecord]) -> list[Row]:
-        """A row for each of ``records``."""
+    def of(self, bills: Iterable[Bills]) -> list[Row]:
+        """A row for each of ``bills``."""
         rows: list[Row] = []
-        # Looked up once: all of this runs with nothing in the caches.
-        ids, as_json, carbon, assumptions = self._ids, orjson.dumps, None, ""
-        for request, bill, time_s, its_carbon in records:
-            if its_carbon is not carbon:
+        carbon, assumptions = None, ""
+        for each in bills:
+            if each.carbon is not carbon:
                 # Those of one process are one object.
-                carbon, assumptions = its_carbon, json.dumps(asdict(its_carbon))
-            request_id, task, model, status, read, written, queue_ms, compute_ms, key = request
-            _, active_uj, allocated_uj, gco2e, quality, settled, parts = bill
-            row = Parts.of(parts)
-            kind = task, model, key, status, quality, settled, row.places.names, assumptions
-            kind_id = ids.get(kind) or self.kind_id(*kind)
-            parts_uj = as_json(row.row_uj).decode()
-            own = (read, written, queue_ms, compute_ms, active_uj, allocated_uj, gco2e, parts_uj)
-            rows.append((request_id, time_s, kind_id, *own))
+                carbon, assumptions = each.carbon, json.dumps(asdict(each.carbon))
+            alike = each.task, each.model, each.key, each.status, each.quality, each.settled
+            kind_id = self.kind_id(*alike, each.places.names, assumptions)
+            ids, _, _, _, *columns, _ = zip(*each.requests, strict=True)
+            costs = each.active_uj, each.allocated_uj, each.gco2e, _each_as_json(each.parts_uj)
+            rows += zip(ids, each.times_s, repeat(kind_id), *columns, *costs, strict=False)
         return rows
 
     def kind_id(self, *kind: Any) -> int:
@@ -201,7 +197,7 @@ def from_row(row: tuple[Any, ...]) -> SettledRecord:
     # Before it stands its id once more.
     kind = Kind(*row[12:])
     places = Places((device, Phase(phase)) for device, phase in json.loads(kind.places))
-    parts = Parts(places, tuple(json.loads(parts_uj)))
+    parts = places.parts(json.loads(parts_uj))
     return SettledRecord(
         RequestRecord(request_id, kind.task, kind.model, kind.status, read, written, queue_ms, compute_ms, kind.key),
         Bill(request_id, active_uj, allocated_uj, gco2e, Quality(kind.quality), bool(kind.settled), parts),
@@ -212,3 +208,8 @@ def from_row(row: tuple[Any, ...]) -> SettledRecord:
 
 def _as_json(values: Sequence[object]) -> str:
     return orjson.dumps(values).decode()
+
+
+def _each_as_json(rows: Sequence[Sequence[object]]) -> list[str]:
+    """The rows of a table of numbers: written in one go and then cut."""
+    return _as_json(rows)[1:-1].replace("],[", "]\n[").split("\n")

@@ -3,7 +3,7 @@
 A *reading* comes from a *meter*; a *step* carries work per request; a *bill* is what one request is charged.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from types import MappingProxyType
@@ -153,43 +153,18 @@ class Part(NamedTuple):
 
 
 class Places:
-    """Metered devices and phases, in the order of the rows of ``Parts``, and how such are written as JSON."""
+    """Metered devices and phases, in the order of the energies that a bill has at them."""
 
     def __init__(self, places: Iterable[tuple[str, Phase]]) -> None:
         """No device's name needs escaping."""
         self.all = tuple(places)
         names = [f'["{device}","{phase}"]' for device, phase in self.all]
         self.names = f"[{','.join(names)}]"
+        """As JSON."""
 
-
-class Parts:
-    """A bill's parts as a row of a table: most are only written down, and an object for each would take longer."""
-
-    __slots__ = ("places", "row_uj")
-
-    def __init__(self, places: Places, row_uj: Sequence[int]) -> None:
-        """``row_uj`` has the energy at each of ``places``."""
-        self.places, self.row_uj = places, row_uj
-
-    @classmethod
-    def of(cls, parts: Iterable[Part]) -> "Parts":
-        """These, as such a row."""
-        if isinstance(parts, cls):
-            return parts
-        every = tuple(parts)
-        places = Places((part.device, part.phase) for part in every)
-        return cls(places, tuple(part.energy_uj for part in every))
-
-    def __iter__(self) -> Iterator[Part]:
-        """Each of them."""
-        for (device, phase), energy_uj in zip(self.places.all, self.row_uj, strict=True):
-            yield Part(device, phase, energy_uj)
-
-    def __eq__(self, other: object) -> bool:
-        """Whether these are the same as others, however they are kept."""
-        return isinstance(other, Iterable) and tuple(self) == tuple(other)
-
-    __hash__ = None  # type: ignore[assignment]
+    def parts(self, row_uj: Sequence[int]) -> tuple["Part", ...]:
+        """A bill's parts, of which these are the energies."""
+        return tuple(Part(*place, energy_uj) for place, energy_uj in zip(self.all, row_uj, strict=True))
 
 
 class Bill(NamedTuple):
@@ -205,7 +180,7 @@ class Bill(NamedTuple):
     quality: Quality
     settled: bool
     """Whether this is the final figure."""
-    parts: Iterable[Part] = ()
+    parts: Sequence[Part] = ()
     """What the allocated energy consists of, on bills in records; where they are not settled, what was charged by
     then."""
 
@@ -251,3 +226,54 @@ class SettledRecord(NamedTuple):
     time_s: float
     """When the request was over, seconds since 1970 (UTC)."""
     carbon: CarbonAssumptions
+
+
+@dataclass(frozen=True, slots=True)
+class Bills:
+    """The same of requests that are alike, as columns: most are only written down and summed up, and objects for each
+    would take longer than all else that settling is."""
+
+    task: str
+    model: str
+    status: str
+    key: str | None
+    quality: Quality
+    settled: bool
+    carbon: CarbonAssumptions
+    places: Places
+    """Of the parts."""
+    requests: Sequence[RequestRecord]
+    """With these tasks, models, statuses and keys; from here on a column has an entry for each."""
+    times_s: Sequence[float]
+    active_uj: Sequence[int | None]
+    allocated_uj: Sequence[int | None]
+    gco2e: Sequence[float | None]
+    parts_uj: Sequence[Sequence[int]]
+    """The energy at each of the places."""
+
+    @classmethod
+    def of(cls, record: SettledRecord) -> "Bills":
+        """A single one."""
+        (request, bill, time_s, carbon), parts = record, record.bill.parts
+        places = Places((part.device, part.phase) for part in parts)
+        parts_uj = [part.energy_uj for part in parts]
+        alike = request.task, request.model, request.status, request.key, bill.quality, bill.settled, carbon, places
+        return cls(*alike, [request], [time_s], [bill.active_uj], [bill.allocated_uj], [bill.gco2e], [parts_uj])
+
+    def __len__(self) -> int:
+        """How many."""
+        return len(self.requests)
+
+    def __getitem__(self, number: int) -> SettledRecord:
+        """One of them."""
+        request = self.requests[number]
+        bill = Bill(
+            request.request_id,
+            self.active_uj[number],
+            self.allocated_uj[number],
+            self.gco2e[number],
+            self.quality,
+            self.settled,
+            self.places.parts(self.parts_uj[number]),
+        )
+        return SettledRecord(request, bill, self.times_s[number], self.carbon)

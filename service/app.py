@@ -26,7 +26,7 @@ from energy.ledger import Ledger
 from energy.meters.choose import MeterSettings, choose_meter
 from energy.owner import Owner
 from energy.sampler import Sampler
-from energy.types import Quality, SettledRecord, Step
+from energy.types import Bills, Quality, Step
 from models.manifest import CALIBRATION_NAME, ArtefactError, Manifest
 from service import __version__
 from service.books import Books
@@ -267,7 +267,7 @@ def meter_settings(settings: Settings, gpu_numbers: tuple[int, ...] | None) -> M
 def open_account(
     settings: Settings,
     ledger: Ledger,
-    on_settled: Callable[[Sequence[SettledRecord]], None] | None = None,
+    on_settled: Callable[[Sequence[Bills]], None] | None = None,
 ) -> Account:
     """The energy account that ``settings`` describe; logs which meter it reads, or why there is none.
 

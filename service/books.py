@@ -8,7 +8,7 @@ from energy.budget import EVERYONE, DailyBudgets, Standing
 from energy.ledger import Ledger, LedgerUnreadable
 from energy.live import Live
 from energy.prediction import Predictor
-from energy.types import SettledRecord
+from energy.types import Bills
 from service.keys import Key
 from service.metrics import UJ_PER_J, Metrics
 
@@ -47,11 +47,11 @@ class Books:
             if key is not None:
                 self._daily_budgets.spend(key, energy_uj, began_s)
 
-    def settled(self, records: Sequence[SettledRecord]) -> None:
+    def settled(self, bills: Sequence[Bills]) -> None:
         """Enter final bills."""
-        self._daily_budgets.settled(records)
-        self.live.settled(records)
-        for record, relative_error in self.predictor.settled(records):
+        self._daily_budgets.settled(bills)
+        self.live.settled(bills)
+        for record, relative_error in self.predictor.settled(bills):
             self._metrics.predicted(record.request, relative_error)
 
     def today(self) -> Standing | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from energy.attribution import DEFAULTS, Coefficients, weigh
 from energy.clock import Clock
 from energy.meters.base import Reading
-from energy.types import NOBODY, Phase, Quality, SettledRecord, Step, Work, load_of
+from energy.types import NOBODY, Bills, Phase, Quality, SettledRecord, Step, Work, load_of
 
 MS = 1_000_000
 S = 1_000_000_000
@@ -56,8 +56,8 @@ class Book:
     def __init__(self) -> None:
         self.records: dict[str, SettledRecord] = {}
 
-    def put(self, *records: SettledRecord) -> None:
-        self.records |= {record.request.request_id: record for record in records}
+    def put(self, *bills: Bills) -> None:
+        self.records |= {record.request.request_id: record for each in bills for record in each}
 
     def find(self, request_id: str) -> SettledRecord | None:
         return self.records.get(request_id)

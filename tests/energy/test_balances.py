@@ -2,12 +2,13 @@
 
 from collections import Counter
 from random import Random
+from typing import NamedTuple
 
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from energy.balances import Balances, Charged
+from energy.balances import Balances, Charged, Costs
 from energy.types import Part, Phase, Quality
 
 CPU = Charged("cpu", Phase.ENCODE, "tiny", Quality.MEASURED, is_active=True)
@@ -16,8 +17,22 @@ DRAM = CPU_IDLE._replace(device="dram")
 POST = CPU._replace(phase=Phase.POST, quality=Quality.APPORTIONED)
 
 
+class Cost(NamedTuple):
+    parts: tuple[Part, ...]
+    allocated_uj: int
+    active_uj: int
+    time_ns: int
+    quality: Quality | None
+
+
+def told(costs: Costs, i: int = 0) -> Cost:
+    """One of those that are alike."""
+    sums = (int(each[i]) for each in (costs.allocated_uj, costs.active_uj, costs.times_ns))
+    return Cost(costs.places.parts(costs.parts_uj[i].tolist()), *sums, costs.quality)
+
+
 def charge(balances: Balances, names: list[str], charged: Charged, shares_uj: list[int]) -> None:
-    rows = balances.rows_of(names)
+    rows = balances.open(names)
     balances.charge([rows], [charged], np.array(shares_uj))
     balances.know(rows, charged.quality)
 
@@ -28,13 +43,13 @@ def test_a_cost_names_its_parts_and_the_weakest_quality() -> None:
     charge(balances, ["a", "b"], CPU_IDLE, [7, 3])
     charge(balances, ["a"], DRAM, [5])
     charge(balances, ["b"], POST, [2])
-    balances.occupy([balances.rows_of(["a"]), balances.rows_of(["b", "a"])], np.array([4, 20, 8]))
-    parts, allocated_uj, active_uj, time_ns, quality = balances.find("a")
-    assert list(parts) == [Part("cpu", Phase.ENCODE, 77), Part("dram", Phase.ENCODE, 5)]
-    assert (allocated_uj, active_uj, time_ns, quality) == (82, 70, 12, Quality.MEASURED)
-    parts, allocated_uj, active_uj, time_ns, quality = balances.find("b")
-    assert list(parts) == [Part("cpu", Phase.ENCODE, 33), Part("cpu", Phase.POST, 2)]
-    assert (allocated_uj, active_uj, time_ns, quality) == (35, 32, 20, Quality.APPORTIONED)
+    balances.occupy([balances.open(["a"]), balances.open(["b", "a"])], np.array([4, 20, 8]))
+    cost = told(balances.find("a"))
+    assert cost.parts == (Part("cpu", Phase.ENCODE, 77), Part("dram", Phase.ENCODE, 5))
+    assert cost[1:] == (82, 70, 12, Quality.MEASURED)
+    cost = told(balances.find("b"))
+    assert cost.parts == (Part("cpu", Phase.ENCODE, 33), Part("cpu", Phase.POST, 2))
+    assert cost[1:] == (35, 32, 20, Quality.APPORTIONED)
     assert [balances.allocated_uj(name) for name in "abc"] == [
         (82, Quality.MEASURED),
         (35, Quality.APPORTIONED),
@@ -46,18 +61,17 @@ def test_a_cost_names_its_parts_and_the_weakest_quality() -> None:
 def test_who_was_charged_nothing_has_no_quality() -> None:
     balances = Balances()
     charge(balances, ["a"], CPU, [1])
-    parts, *numbers = balances.find("somebody")
-    assert (list(parts), numbers) == ([], [0, 0, 0, None])
-    [(parts, *numbers)] = balances.costs(balances.take(["somebody"]))
-    assert (list(parts), numbers) == ([], [0, 0, 0, None])
+    assert told(balances.find("somebody")) == ((), 0, 0, 0, None)
+    (costs,) = balances.costs(balances.take(["somebody"]))
+    assert told(costs) == ((), 0, 0, 0, None)
 
 
 def test_what_costs_nothing_may_be_unknown() -> None:
     balances = Balances()
-    balances.know(balances.rows_of(["a"]), Quality.UNAVAILABLE)
-    assert balances.find("a")[1:] == (0, 0, 0, Quality.UNAVAILABLE)
-    balances.know(balances.rows_of(["a"]), Quality.MEASURED)
-    assert balances.find("a")[4] is Quality.UNAVAILABLE
+    balances.know(balances.open(["a"]), Quality.UNAVAILABLE)
+    assert told(balances.find("a")) == ((), 0, 0, 0, Quality.UNAVAILABLE)
+    balances.know(balances.open(["a"]), Quality.MEASURED)
+    assert balances.find("a").quality is Quality.UNAVAILABLE
     assert balances.allocated_uj("a") == (0, Quality.UNAVAILABLE)
 
 
@@ -77,9 +91,15 @@ def test_rows_are_used_again_and_never_mixed_up(seed: int) -> None:
                 expected.setdefault(name, Counter())[charged] += share_uj
         gone = random.sample(sorted(expected), random.randint(0, len(expected)))
         taken = balances.take(gone)
-        for name, row, cost in zip(gone, taken, balances.costs(taken), strict=True):
+        costs = {number: told(alike, i) for alike in balances.costs(taken) for i, number in enumerate(alike.numbers)}
+        for number, (name, row) in enumerate(zip(gone, taken, strict=True)):
             sums = expected.pop(name)
             assert Counter(dict(balances.by_charged(row))) == sums
+            cost = costs.pop(number)
             assert cost[1:3] == (sum(sums.values()), sums[CPU] + sums[POST])
+            parts = Counter({(part.device, part.phase): part.energy_uj for part in cost.parts})
+            assert parts == sum((Counter({(c.device, c.phase): uj}) for c, uj in sums.items()), Counter())
+            assert cost.quality is max((charged.quality for charged in sums), key=list(Quality).index)
+        assert not costs
     left: Counter[Charged] = sum(expected.values(), Counter())
     assert Counter(dict(balances.sums())) == left

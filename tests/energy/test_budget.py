@@ -2,7 +2,7 @@
 
 from energy.budget import EVERYONE, DailyBudgets, Standing
 from energy.carbon import Carbon
-from energy.types import Bill, Quality, RequestRecord, SettledRecord
+from energy.types import Bill, Bills, Quality, RequestRecord, SettledRecord
 from tests.energy.fakes import HeldClock
 
 DAY_S = 86_400
@@ -36,7 +36,7 @@ def test_every_key_has_its_own_and_counts_for_everyone() -> None:
     for key, energy_uj in (("a", 150), ("b", 20), (None, 3), ("b", None)):
         request = RequestRecord("req-1", "sentiment", "tiny", "ok", key=key)
         bill = Bill("req-1", energy_uj, energy_uj, None, Quality.ESTIMATED, settled=True)
-        budgets.settled([SettledRecord(request, bill, NOON_S, Carbon("DEU").assumptions)])
+        budgets.settled([Bills.of(SettledRecord(request, bill, NOON_S, Carbon("DEU").assumptions))])
     assert budgets.standing("a", 100) == Standing(100, 150, DAY_S / 2)
     assert budgets.standing("b", 100) == Standing(100, 20, DAY_S / 2)
     assert budgets.standing(EVERYONE, 100) == Standing(100, 173, DAY_S / 2)

@@ -10,7 +10,7 @@ import pytest
 from pyarrow import parquet
 
 from energy.ledger import Ledger
-from energy.types import Quality
+from energy.types import Bills, Quality
 from tests.energy.fakes import HeldClock
 from tests.energy.test_report import START_S, request
 from wattle import main
@@ -23,8 +23,8 @@ def ledger(tmp_path: Path) -> str:
     """Three translations of 1, 2 and 6 J, and an answer whose cost is not known."""
     ledger = Ledger(tmp_path / "ledger.sqlite", clock=HeldClock().clock)
     for number, joules in enumerate((1, 2, 6)):
-        ledger.put(request(number, uj=joules * 1_000_000, key="<b>", time_s=START_S + number * 3600))
-    ledger.put(request(9, task="answer", uj=None, written=0, quality=Quality.UNAVAILABLE))
+        ledger.put(Bills.of(request(number, uj=joules * 1_000_000, key="<b>", time_s=START_S + number * 3600)))
+    ledger.put(Bills.of(request(9, task="answer", uj=None, written=0, quality=Quality.UNAVAILABLE)))
     ledger.close()
     return str(ledger.path)
 

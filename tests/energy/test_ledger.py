@@ -8,7 +8,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -17,7 +18,7 @@ import pytest
 from energy import ledger as ledger_module
 from energy.carbon import Carbon
 from energy.ledger import Ledger, LedgerUnreadable
-from energy.types import Bill, Part, Parts, Phase, Quality, RequestRecord, SettledRecord
+from energy.types import Bill, Bills, Part, Phase, Quality, RequestRecord, SettledRecord
 from tests.energy.fakes import HeldClock
 
 DAY_S = 86_400
@@ -34,11 +35,33 @@ def record(request_id: str, time_s: float = 1_700_000_000.0, allocated_uj: int |
     )
 
 
-def test_parts_are_the_same_however_they_are_kept() -> None:
-    row = Parts.of(PARTS)
-    assert row == PARTS and Parts.of(row) is row and row != PARTS[:1]
-    assert row.row_uj == (18, 12) and json.loads(row.places.names) == [["cpu", "prefill"], ["dram", "decode"]]
-    assert Parts.of(()).row_uj == () and Parts.of(()).places.names == "[]"
+def alike(*records: SettledRecord) -> Bills:
+    """These as columns."""
+    first, *others = map(Bills.of, records)
+    columns = "requests", "times_s", "active_uj", "allocated_uj", "gco2e", "parts_uj"
+    return replace(
+        first, **{name: [*getattr(first, name), *chain(*(getattr(each, name) for each in others))] for name in columns}
+    )
+
+
+def test_bills_are_the_same_as_columns() -> None:
+    records = [record("a"), record("b", time_s=5.0, allocated_uj=None)]
+    bills = alike(*records)
+    assert [list(Bills.of(each)) for each in records] == [[each] for each in records]
+    assert (list(bills), len(bills), bills[-1]) == (records, 2, records[1])
+    assert json.loads(bills.places.names) == [["cpu", "prefill"], ["dram", "decode"]]
+    assert bills.parts_uj == [[18, 12], [18, 12]]
+
+
+@pytest.mark.parametrize("parts", [(), PARTS[:1], PARTS])
+def test_many_bills_at_once_are_each_found(ledger: Ledger, parts: tuple[Part, ...]) -> None:
+    records = [record(f"r{i}", time_s=1_700_000_000.0 + i, allocated_uj=i) for i in range(3)]
+    records = [each._replace(bill=each.bill._replace(parts=parts)) for each in records]
+    ledger.put(alike(*records), Bills.of(record("other")))
+    found = [ledger.find(each.request.request_id) for each in records]
+    ledger.close()
+    assert found == [ledger.find(each.request.request_id) for each in records] == records
+    assert ledger.find("other") == record("other")
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
@@ -76,8 +99,8 @@ def rows(path: Path) -> int:
 
 
 def test_a_record_comes_back_as_it_was_before_and_after_it_is_written(ledger: Ledger, path: Path) -> None:
-    ledger.put(record("a"))
-    ledger.put(record("b", allocated_uj=None))
+    ledger.put(Bills.of(record("a")))
+    ledger.put(Bills.of(record("b", allocated_uj=None)))
     assert ledger.find("a") == record("a")
     wait_until(lambda: rows(path) == 2)
     assert ledger.find("a") == record("a")
@@ -87,9 +110,9 @@ def test_a_record_comes_back_as_it_was_before_and_after_it_is_written(ledger: Le
 
 
 def test_a_later_record_replaces_an_earlier_one(ledger: Ledger, path: Path) -> None:
-    ledger.put(record("a", allocated_uj=1))
+    ledger.put(Bills.of(record("a", allocated_uj=1)))
     wait_until(lambda: rows(path) == 1)
-    ledger.put(record("a", allocated_uj=2))
+    ledger.put(Bills.of(record("a", allocated_uj=2)))
     ledger.close()
     assert ledger.find("a") == record("a", allocated_uj=2)
     assert rows(path) == 1
@@ -97,7 +120,7 @@ def test_a_later_record_replaces_an_earlier_one(ledger: Ledger, path: Path) -> N
 
 def test_records_survive_closing_and_opening(path: Path, held: HeldClock) -> None:
     first = Ledger(path, clock=held.clock)
-    first.put(record("a"))
+    first.put(Bills.of(record("a")))
     first.close()
     second = Ledger(path, clock=held.clock)
     assert second.find("a") == record("a")
@@ -116,19 +139,20 @@ def test_what_was_written_survives_a_killed_process_without_a_gap(path: Path) ->
 import os, signal, sys, time
 from pathlib import Path
 from energy import ledger
+from energy.types import Bills
 from tests.energy.test_ledger import record, rows
 ledger._INTERVAL_S = 0.01
 path = Path(sys.argv[1])
 book = ledger.Ledger(path)
 number = 0
 while number < 50 or rows(path) < 50:
-    book.put(record(f"{number:06}", time_s=time.time()))
+    book.put(Bills.of(record(f"{number:06}", time_s=time.time())))
     number += 1
 os.kill(os.getpid(), signal.SIGKILL)
 """
     run_killed(program, str(path))
     ledger = Ledger(path)
-    ledger.put(record("after", time_s=time.time()))
+    ledger.put(Bills.of(record("after", time_s=time.time())))
     ledger.close()
     assert ledger.healthy
     with closing(sqlite3.connect(path)) as database:
@@ -139,8 +163,8 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_records_older_than_the_retention_go(ledger: Ledger, path: Path, held: HeldClock) -> None:
-    ledger.put(record("old", time_s=held.wall_s - 2 * DAY_S - 1))
-    ledger.put(record("new", time_s=held.wall_s - 2 * DAY_S + 1))
+    ledger.put(Bills.of(record("old", time_s=held.wall_s - 2 * DAY_S - 1)))
+    ledger.put(Bills.of(record("new", time_s=held.wall_s - 2 * DAY_S + 1)))
     wait_until(lambda: ledger.find("old") is None)
     assert ledger.find("new") is not None
     assert rows(path) == 1
@@ -149,7 +173,7 @@ def test_records_older_than_the_retention_go(ledger: Ledger, path: Path, held: H
 def test_many_threads_write_at_once(ledger: Ledger, path: Path) -> None:
     def put(thread: int) -> None:
         for i in range(50):
-            ledger.put(record(f"{thread}-{i}"))
+            ledger.put(Bills.of(record(f"{thread}-{i}")))
 
     threads = [threading.Thread(target=put, args=(thread,)) for thread in range(4)]
     for thread in threads:
@@ -168,7 +192,7 @@ def test_a_place_that_cannot_be_written_is_said_and_found_again_when_mended(
     ledger = Ledger(in_the_way / "ledger.sqlite", clock=held.clock)
     assert not ledger.healthy
     assert ledger.failure
-    ledger.put(record("a"))
+    ledger.put(Bills.of(record("a")))
     assert ledger.find("a") == record("a")
     with pytest.raises(LedgerUnreadable, match="unable to open database file"):
         ledger.find("b")
@@ -181,11 +205,11 @@ def test_a_place_that_cannot_be_written_is_said_and_found_again_when_mended(
 
 
 def test_a_file_that_is_removed_while_it_is_written_is_made_anew(path: Path, ledger: Ledger) -> None:
-    ledger.put(record("a"))
+    ledger.put(Bills.of(record("a")))
     wait_until(lambda: not (ledger._waiting or ledger._writing))
     for file in path.parent.iterdir():
         file.unlink()
-    ledger.put(record("b"))
+    ledger.put(Bills.of(record("b")))
     wait_until(lambda: not (ledger._waiting or ledger._writing))
     assert rows(path) == 1
     assert ledger.find("b") == record("b")
@@ -199,7 +223,7 @@ def test_a_full_disk_keeps_a_bounded_number_of_records(
     monkeypatch.setattr(ledger_module, "MAX_WAITING", 3)
     ledger = Ledger(tmp_path, clock=held.clock)  # a folder: SQLite cannot open it
     for i in range(5):
-        ledger.put(record(f"r{i}"))
+        ledger.put(Bills.of(record(f"r{i}")))
     wait_until(lambda: list(ledger._waiting) == ["r2", "r3", "r4"])
     assert ledger.dropped == 2
     ledger.close()
@@ -212,14 +236,14 @@ def test_a_schema_of_the_future_is_left_alone(path: Path, held: HeldClock) -> No
     database.execute("PRAGMA user_version = 9")
     database.close()
     ledger = Ledger(path, clock=held.clock)
-    ledger.put(record("a"))
+    ledger.put(Bills.of(record("a")))
     ledger.close()
     assert ledger.failure == "its schema has version 9; this program knows up to 3"
 
 
 def test_a_record_put_while_another_is_written_is_not_lost(ledger: Ledger) -> None:
     for allocated_uj in range(200):
-        ledger.put(record("a", allocated_uj=allocated_uj))
+        ledger.put(Bills.of(record("a", allocated_uj=allocated_uj)))
     ledger.close()
     found = ledger.find("a")
     assert found is not None and found.bill.allocated_uj == 199
@@ -228,9 +252,9 @@ def test_a_record_put_while_another_is_written_is_not_lost(ledger: Ledger) -> No
 def test_the_latest_come_first_written_or_not(ledger: Ledger, path: Path) -> None:
     start_s = HeldClock().wall_s
     for i in range(5):
-        ledger.put(record(f"r{i}", time_s=start_s + i))
+        ledger.put(Bills.of(record(f"r{i}", time_s=start_s + i)))
     wait_until(lambda: rows(path) == 5)
-    ledger.put(record("r6", time_s=start_s + 6))
+    ledger.put(Bills.of(record("r6", time_s=start_s + 6)))
     assert [each.request.request_id for each in ledger.latest(3)] == ["r6", "r4", "r3"]
 
 
@@ -273,7 +297,7 @@ class TestOfVersionOne:
 
     def test_its_records_stay_and_new_ones_join_them(self, old: Path, held: HeldClock) -> None:
         ledger = Ledger(old, clock=held.clock)
-        ledger.put(record("c"))
+        ledger.put(Bills.of(record("c")))
         ledger.close()
         assert ledger.healthy
         assert rows(old) == 3
@@ -323,7 +347,7 @@ class TestOfVersionTwo:
                 rows = [("a", *figures, parts, 7), ("b", *figures, "[]", 7)]
                 database.executemany(f"INSERT INTO requests VALUES ({', '.join('?' * 17)})", rows)
         ledger = Ledger(path, clock=held.clock)
-        ledger.put(record("c"))
+        ledger.put(Bills.of(record("c")))
         ledger.close()
         assert ledger.healthy
         assert ledger.find("a") == record("a")
@@ -339,7 +363,7 @@ def test_the_oldest_go_when_the_file_grows_too_large(path: Path, held: HeldClock
     ledger = Ledger(path, max_mb=0.2, clock=held.clock)
     start_s = held.wall_s
     for i in range(2500):
-        ledger.put(record(f"{i:06}", time_s=start_s + i))
+        ledger.put(Bills.of(record(f"{i:06}", time_s=start_s + i)))
     wait_until(lambda: not (ledger._waiting or ledger._writing))
     ledger.close()
     assert path.stat().st_size <= 200_000
@@ -354,17 +378,18 @@ FULL_DISK = """
 import logging, resource, signal, sys, time
 from pathlib import Path
 from energy import ledger
+from energy.types import Bills
 from tests.energy.test_ledger import record, rows, wait_until
 ledger._INTERVAL_S = 0.01
 logging.basicConfig(stream=sys.stdout, format="%(message)s")
 path = Path(sys.argv[1])
 book = ledger.Ledger(path)
-book.put(record("before", time_s=time.time()))
+book.put(Bills.of(record("before", time_s=time.time())))
 wait_until(lambda: rows(path) == 1)
 # No file may grow any more, as on a disk that is full.
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1, resource.RLIM_INFINITY))
-book.put(record("meanwhile", time_s=time.time()))
+book.put(Bills.of(record("meanwhile", time_s=time.time())))
 wait_until(lambda: not book.healthy)
 time.sleep(0.1)
 assert book.find("meanwhile")
@@ -377,12 +402,13 @@ READ_ONLY_DISK = """
 import logging, os, sys, time
 from pathlib import Path
 from energy import ledger
+from energy.types import Bills
 from tests.energy.test_ledger import record, rows, wait_until
 ledger._INTERVAL_S = 0.01
 logging.basicConfig(stream=sys.stdout, format="%(message)s")
 path = Path(sys.argv[1])
 book = ledger.Ledger(path)
-book.put(record("before", time_s=time.time()))
+book.put(Bills.of(record("before", time_s=time.time())))
 wait_until(lambda: rows(path) == 1)
 book.close()
 if os.geteuid() == 0:  # who may write everywhere
@@ -392,7 +418,7 @@ if os.geteuid() == 0:  # who may write everywhere
 path.chmod(0o444)
 path.parent.chmod(0o555)
 book = ledger.Ledger(path)
-book.put(record("meanwhile", time_s=time.time()))
+book.put(Bills.of(record("meanwhile", time_s=time.time())))
 time.sleep(0.1)
 assert book.failure == "attempt to write a readonly database", book.failure
 assert book.find("before") and book.find("meanwhile")

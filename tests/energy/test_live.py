@@ -7,7 +7,7 @@ from energy.account import Attributed, MeterTotal, Totals, Unattributed
 from energy.carbon import Carbon
 from energy.live import BOUNDS_UJ, INTERVAL_S, MOMENTS, RECENT, Live, Moment
 from energy.settlement import Reason
-from energy.types import Bill, Phase, Quality, RequestRecord, SettledRecord
+from energy.types import Bill, Bills, Phase, Quality, RequestRecord, SettledRecord
 from tests.energy.fakes import HeldClock
 
 
@@ -56,8 +56,8 @@ def test_a_moment_is_kept_every_interval_and_the_oldest_are_forgotten() -> None:
 def test_bills_are_summed_by_task_and_class() -> None:
     live = Live(HeldClock().clock)
     for number, energy_uj in enumerate((1, BOUNDS_UJ[0], BOUNDS_UJ[0] + 1, BOUNDS_UJ[-1] + 1, None)):
-        live.settled([record(number, energy_uj)])
-    live.settled([record(9, 50, task="answer", status="cancelled")])
+        live.settled([Bills.of(record(number, energy_uj))])
+    live.settled([Bills.of(record(9, 50, task="answer", status="cancelled"))])
     sums = live.view().tasks
     assert list(sums) == ["translate", "answer"]
     assert (sums["translate"].requests, sums["translate"].unknown) == (5, 1)
@@ -70,7 +70,7 @@ def test_a_key_has_sums_of_its_own() -> None:
     live = Live(HeldClock().clock)
     for number, key in enumerate(("alice", "bob", None, "alice")):
         billed = record(number, 5 + number)
-        live.settled([billed._replace(request=billed.request._replace(key=key))])
+        live.settled([Bills.of(billed._replace(request=billed.request._replace(key=key)))])
     for key, energies in (("alice", [5, 8]), ("bob", [6]), (None, [5, 6, 7, 8])):
         view = live.view(key)
         assert view.tasks["translate"].allocated_uj == sum(energies)
@@ -81,14 +81,14 @@ def test_a_key_has_sums_of_its_own() -> None:
 
 def test_what_was_refused_is_left_out() -> None:
     live = Live(HeldClock().clock)
-    live.settled([record(0, 0, status="refused")])
+    live.settled([Bills.of(record(0, 0, status="refused"))])
     assert (live.view().tasks, live.view().recent) == ({}, ())
 
 
 def test_the_last_bills_come_newest_first_and_are_bounded() -> None:
     live = Live(HeldClock().clock)
     for number in range(RECENT + 20):
-        live.settled([record(number, 5)])
+        live.settled([Bills.of(record(number, 5))])
     recent = live.view().recent
     assert [each.request.request_id for each in recent[:2]] == [f"req-{RECENT + 19}", f"req-{RECENT + 18}"]
     assert len(recent) == RECENT
@@ -96,8 +96,8 @@ def test_the_last_bills_come_newest_first_and_are_bounded() -> None:
 
 def test_a_view_does_not_change_afterwards() -> None:
     live = Live(HeldClock().clock)
-    live.settled([record(0, 5)])
+    live.settled([Bills.of(record(0, 5))])
     view = live.view()
     before = replace(view.tasks["translate"], counts=list(view.tasks["translate"].counts))
-    live.settled([record(1, 5)])
+    live.settled([Bills.of(record(1, 5))])
     assert view.tasks["translate"] == before

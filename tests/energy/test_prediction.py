@@ -7,7 +7,7 @@ import pytest
 from energy.attribution import DEFAULTS
 from energy.carbon import Carbon
 from energy.prediction import Followed, Forecast, Predictor, Text, Written
-from energy.types import Bill, Quality, RequestRecord, SettledRecord
+from energy.types import Bill, Bills, Quality, RequestRecord, SettledRecord
 
 READ_UJ, WRITE_UJ = 3, 7
 """What a unit of work costs here."""
@@ -48,7 +48,7 @@ def run(
     followed = predictor.begin(request_id, "translate", "tiny", lambda: texts)
     assert followed is not None
     followed.written = [Written(length, ended=True) for length in lengths]
-    compared = predictor.settled([record(request_id, round(cost_uj(texts, lengths) * factor))])
+    compared = predictor.settled([Bills.of(record(request_id, round(cost_uj(texts, lengths) * factor)))])
     return followed.forecast, compared[0][1] if compared else None
 
 
@@ -132,7 +132,7 @@ def test_a_text_cut_at_its_limit_does_not_teach_that_texts_are_short() -> None:
         followed = predictor.begin(request_id, "translate", "tiny", lambda: [Text(20, 5)])
         assert followed is not None
         followed.written = [Written(5, ended=False)]
-        predictor.settled([record(request_id, cost_uj([Text(20)], [5]))])
+        predictor.settled([Bills.of(record(request_id, cost_uj([Text(20)], [5])))])
     forecast = predictor.predict("translate", "tiny", [Text(20, 100)])
     assert forecast is not None and forecast.output_tokens == 40
 
@@ -151,7 +151,7 @@ def test_of_many_at_once_some_are_followed_and_of_the_others_nothing_is_asked() 
     followed = [begin(number) is not None for number in range(20)]
     some = sum(followed)
     assert 0 < some < 20 and followed == [True] * some + [False] * (20 - some)
-    predictor.settled([record("req-1", 500)])
+    predictor.settled([Bills.of(record("req-1", 500))])
     assert [begin(number) is not None for number in (20, 21)] == [True, False]
     assert asked == [*(f"req-{number}" for number in range(some)), "req-20"]
 
@@ -164,7 +164,7 @@ def test_what_was_not_computed_or_not_billed_teaches_nothing(how: str) -> None:
         assert followed is not None
         if how == "unknown":
             followed.written = [Written(0, ended=True)]
-    assert predictor.settled([record("req-0", None if how == "unknown" else 500)]) == []
+    assert predictor.settled([Bills.of(record("req-0", None if how == "unknown" else 500))]) == []
     assert predictor.predict("translate", "tiny", [Text(9)]) is None
 
 

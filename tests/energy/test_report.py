@@ -7,7 +7,7 @@ import pytest
 from energy.carbon import Carbon
 from energy.ledger import Ledger, LedgerUnreadable
 from energy.report import Group, read_moment, read_report
-from energy.types import Bill, Part, Phase, Quality, RequestRecord, SettledRecord
+from energy.types import Bill, Bills, Part, Phase, Quality, RequestRecord, SettledRecord
 from tests.energy.fakes import HeldClock
 
 START_S = 1_700_000_000.0  # 2023-11-14T22:13:20Z
@@ -46,7 +46,7 @@ def ledger(path: Path) -> Iterator[Ledger]:
 
 def written(ledger: Ledger, *records: SettledRecord) -> Path:
     for record in records:
-        ledger.put(record)
+        ledger.put(Bills.of(record))
     ledger.close()
     return ledger.path
 

@@ -20,6 +20,7 @@ from energy.settlement import Reason
 from energy.types import (
     Beside,
     Bill,
+    Bills,
     CarbonAssumptions,
     Load,
     Part,
@@ -275,7 +276,7 @@ class FakeAccount:
         self.steps: list[Step] = []
         self.loads: Sequence[Load] | None = None
         self.time_s = 1_700_000_000.0
-        self.on_settled: Callable[[Sequence[SettledRecord]], None] = lambda records: None
+        self.on_settled: Callable[[Sequence[Bills]], None] = lambda bills: None
         self.seen_uj = 0
         """Of a request that runs, more at every look."""
 
@@ -304,8 +305,8 @@ class FakeAccount:
         carbon = CarbonAssumptions("DEU", 350.0, "a table", 1.0, None, 4.0)
         settled = SettledRecord(record, bill, self.time_s + len(self.records), carbon)
         self.records[record.request_id] = settled
-        self.ledger.put(settled)
-        self.on_settled([settled])
+        self.ledger.put(Bills.of(settled))
+        self.on_settled([Bills.of(settled)])
         return bill
 
     def find(self, request_id: str) -> SettledRecord | None:

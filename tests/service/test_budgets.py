@@ -13,7 +13,7 @@ from starlette.testclient import TestClient
 from energy.carbon import Carbon
 from energy.ledger import Ledger
 from energy.prediction import Text
-from energy.types import Bill, Quality, RequestRecord, SettledRecord
+from energy.types import Bill, Bills, Quality, RequestRecord, SettledRecord
 from service.app import create_app
 from service.books import Books
 from service.budgets import CHECK_EVERY_TOKENS, keep_within
@@ -284,7 +284,7 @@ class TestDailyBudget:
             bill = Bill(f"req-{number}", 1_000_000, 2_000_000, 0.5, Quality.ESTIMATED, settled=True)
             days_ago = 2 if number == 0 else 0
             carbon = Carbon("DEU").assumptions
-            earlier.put(SettledRecord(request, bill, time.time() - days_ago * 86_400, carbon))
+            earlier.put(Bills.of(SettledRecord(request, bill, time.time() - days_ago * 86_400, carbon)))
         earlier.close()
         later = Ledger(path)
         books = Books(Metrics(), daily_budget_j=7)
