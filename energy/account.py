@@ -13,8 +13,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
-from typing import Any
+from itertools import chain, islice, repeat
 
 import numpy as np
 import orjson
@@ -35,6 +34,7 @@ from energy.types import (
     Beside,
     Bill,
     Bills,
+    Ended,
     Load,
     Phase,
     Places,
@@ -57,6 +57,9 @@ provisional one."""
 _ALARM_SHARE = 100
 """A residual above a hundredth of what the meter counted is an alarm."""
 _ALARM_INTERVAL_NS = 60 * NS_PER_S
+_LINES_AT_ONCE = 64
+"""Of the log: so many cost half as much each as one, and a thousand more again, as their text is larger than what the
+system keeps at hand."""
 _NOWHERE = Places(())
 """Of bills that nobody knows."""
 
@@ -227,7 +230,7 @@ class Account:
 
     def close(
         self,
-        record: RequestRecord,
+        ended: Ended,
         beside: Beside = NOTHING_BESIDE,
         loads: Sequence[Load] | None = None,
     ) -> Bill:
@@ -238,11 +241,12 @@ class Account:
         spares a look into the books, which takes longer.
         """
         is_first = not self._closed
-        self._closed.append((record, self._clock.monotonic_ns(), beside))
+        self._closed.append((ended, self._clock.monotonic_ns(), beside))
         if is_first:
             self.wake()
+        request_id = ended[0]
         if loads is None:
-            return self.bill(record.request_id)
+            return self.bill(request_id)
         # Between the steps of a model whatever is touched has left the caches: no further calls, types or keywords.
         rates, active_uj, allocated_uj = self._requests.rates, 0.0, 0.0
         try:
@@ -257,9 +261,9 @@ class Account:
                 allocated_uj += beside.cpu_ns * allocated
         except KeyError:
             # Nothing was settled yet to judge by.
-            return Bill(record.request_id, None, None, None, Quality.UNAVAILABLE, False)
+            return Bill(request_id, None, None, None, Quality.UNAVAILABLE, False)
         whole_uj = round(allocated_uj)
-        return Bill(record.request_id, round(active_uj), whole_uj, whole_uj * self._g_per_uj, self._expected, False)
+        return Bill(request_id, round(active_uj), whole_uj, whole_uj * self._g_per_uj, self._expected, False)
 
     def find(self, request_id: str) -> SettledRecord | None:
         """A request that is over, with its bill; None where it is unknown, still running, or forgotten.
@@ -269,7 +273,7 @@ class Account:
         with self._lock:
             self._note()
             for end in self._over:
-                if end[0].request_id == request_id:
+                if end[0][0] == request_id:
                     return self._provisional_record(end)
         return None if self._ledger is None else self._ledger.find(request_id)
 
@@ -350,47 +354,46 @@ class Account:
 
     def _finish(self, now_ns: int) -> tuple[list[Bills], list[SettledRecord]]:
         """The bills that are final, and those that the ledger gets as they are by now."""
-        waiting = self._requests.are_waiting([record.request_id for record, _, _ in self._over])
+        waiting = self._requests.are_waiting([request[0] for request, _, _ in self._over])
         final: list[End] = []
         over, self._over, open_records = self._over, [], []
         for end, is_waiting in zip(over, waiting, strict=True):
-            record, at_ns, _ = end
-            if not is_waiting and (record.status in _NEVER_LATE or now_ns - at_ns >= HORIZON_NS):
+            (request_id, _, _, status, _, _, _, _, _), at_ns, _ = end
+            if not is_waiting and (status in _NEVER_LATE or now_ns - at_ns >= HORIZON_NS):
                 final.append(end)
                 continue
             self._over.append(end)
-            if now_ns - at_ns >= _KEPT_AFTER_NS and record.request_id not in self._kept:
+            if now_ns - at_ns >= _KEPT_AFTER_NS and request_id not in self._kept:
                 open_records.append(self._provisional_record(end))
-                self._kept.add(record.request_id)
+                self._kept.add(request_id)
         return self._settle(final), open_records
 
     def _settle(self, final: Sequence[End]) -> list[Bills]:
         """Move requests that are over to the totals."""
         if not final:
             return []
-        records, ends_ns, _ = zip(*final, strict=True)
+        requests, ends_ns, _ = zip(*final, strict=True)
         times_s = self._began_s() + np.array(ends_ns) / NS_PER_S
         if self._kept:
-            self._kept.difference_update([record.request_id for record in records])
+            self._kept.difference_update([request[0] for request in requests])
         return [
-            self._bills([records[number] for number in numbers.tolist()], times_s[numbers].tolist(), costs)
-            for numbers, costs in self._requests.settle(records)
+            self._bills([requests[number] for number in numbers.tolist()], times_s[numbers].tolist(), costs)
+            for numbers, costs in self._requests.settle(requests)
         ]
 
-    def _bills(self, requests: Sequence[RequestRecord], times_s: Sequence[float], costs: Costs) -> Bills:
+    def _bills(self, requests: Sequence[Ended], times_s: Sequence[float], costs: Costs) -> Bills:
         """The final bills of requests that are alike."""
-        _, task, model, status, *_, key = requests[0]
-        quality, places = costs.quality or self.quality, costs.places
-        columns: list[list[Any]]
+        (_, task, model, status, *_, key), carbon = requests[0], self._carbon.assumptions
+        quality = costs.quality or self.quality
         if quality is Quality.UNAVAILABLE:
-            nothing, places = [None] * len(requests), _NOWHERE
-            columns = [nothing, nothing, nothing, [()] * len(requests)]
-        else:
-            allocated_uj = costs.allocated_uj
-            gco2e = self._carbon.gco2e(allocated_uj.astype(np.float64), costs.times_ns / self._executors)
-            columns = [column.tolist() for column in (costs.active_uj, allocated_uj, gco2e, costs.parts_uj)]
-        alike = task, model, status, key, quality, True, self._carbon.assumptions, places
-        return Bills(*alike, requests, times_s, *columns)
+            nothing = [()] * len(requests)
+            return Bills(
+                task, model, status, key, quality, True, carbon, _NOWHERE, requests, times_s, nothing, None, None, None
+            )
+        allocated_uj = costs.allocated_uj
+        gco2e = self._carbon.gco2e(allocated_uj.astype(np.float64), costs.times_ns / self._executors)
+        figures = (each.tolist() for each in (costs.parts_uj, costs.active_uj, allocated_uj, gco2e))
+        return Bills(task, model, status, key, quality, True, carbon, costs.places, requests, times_s, *figures)
 
     def _provisional(self, request_id: str) -> Bill:
         """What a request has cost by now."""
@@ -406,9 +409,9 @@ class Account:
         return Bill(request_id, active_uj, allocated_uj, gco2e, quality, False, parts)
 
     def _provisional_record(self, end: End) -> SettledRecord:
-        record, at_ns, _ = end
+        request, at_ns, _ = end
         time_s = self._began_s() + at_ns / NS_PER_S
-        return SettledRecord(record, self._provisional(record.request_id), time_s, self._carbon.assumptions)
+        return SettledRecord(RequestRecord(*request), self._provisional(request[0]), time_s, self._carbon.assumptions)
 
     def _began_s(self) -> float:
         """The wall time at which the monotonic clock began: asking for it at every end takes the event loop longer."""
@@ -455,38 +458,43 @@ class Account:
         if self._on_settled is not None and finished:
             self._on_settled(finished)
         if finished and _requests_log.isEnabledFor(logging.INFO):
-            # All at once: what costs is the log, not a line of it.
-            _requests_log.info("\n".join(chain.from_iterable(map(_as_lines, finished))))
+            for lines in chain.from_iterable(map(_as_lines, finished)):
+                _requests_log.info(lines)
 
 
 def _as_lines(bills: Bills) -> Iterator[str]:
-    """Of JSON, one for each: the record's fields side by side, named as in the ledger, carbon assumptions below their
+    """Of JSON, some at once: the record's fields side by side, named as in the ledger, carbon assumptions below their
     own name."""
-    as_json = orjson.dumps
-    # One for all of them: making another of so many entries takes longer than writing it down.
-    line: dict[str, object] = {
-        **dict.fromkeys(("time_s", *RequestRecord._fields)),
-        "task": bills.task,
-        "model": bills.model,
-        "status": bills.status,
-        "key": bills.key,
-        "quality": bills.quality,
-        "places": orjson.Fragment(bills.places.names),
-        "carbon": orjson.Fragment(as_json(bills.carbon)),
-    }
-    costs = bills.active_uj, bills.allocated_uj, bills.gco2e, bills.parts_uj
-    for request, time_s, *cost in zip(bills.requests, bills.times_s, *costs, strict=True):
-        line["time_s"] = time_s
-        line["active_uj"], line["allocated_uj"], line["gco2e"], line["parts_uj"] = cost
-        (
-            line["request_id"],
-            _,
-            _,
-            _,
-            line["input_tokens"],
-            line["output_tokens"],
-            line["queue_ms"],
-            line["compute_ms"],
-            _,
-        ) = request
-        yield as_json(line).decode()
+    alike = orjson.dumps(
+        {
+            "task": bills.task,
+            "model": bills.model,
+            "status": bills.status,
+            "key": bills.key,
+            "quality": bills.quality,
+            "places": orjson.Fragment(bills.places.names),
+            "carbon": bills.carbon,
+        }
+    )
+    ids, _, _, _, *columns, _ = zip(*bills.requests, strict=True)
+    figures = (repeat(None) if each is None else each for each in (bills.active_uj, bills.allocated_uj, bills.gco2e))
+    rows = zip(bills.times_s, ids, *columns, *figures, bills.parts_uj, strict=False)
+    # What all have in common is put in afterwards: no text has quotes in it without a backslash before them.
+    first, last = b'{"time_s":', b"," + alike[1:]
+    while some := list(islice(rows, _LINES_AT_ONCE)):
+        lines = [
+            {
+                "time_s": time_s,
+                "request_id": request_id,
+                "input_tokens": read,
+                "output_tokens": written,
+                "queue_ms": queue_ms,
+                "compute_ms": compute_ms,
+                "active_uj": active_uj,
+                "allocated_uj": whole_uj,
+                "gco2e": gco2e,
+                "parts_uj": parts_uj,
+            }
+            for time_s, request_id, read, written, queue_ms, compute_ms, active_uj, whole_uj, gco2e, parts_uj in some
+        ]
+        yield (orjson.dumps(lines)[1:-2] + last).replace(b"}," + first, last + b"\n" + first).decode()

@@ -64,8 +64,10 @@ class DailyBudgets:
             self._turn()
             began_s, ends_s = self._day * _S_PER_DAY, (self._day + 1) * _S_PER_DAY
             for each in bills:
+                if each.allocated_uj is None:
+                    continue
                 known = zip(each.times_s, each.allocated_uj, strict=True)
-                spent_uj = sum(uj for time_s, uj in known if uj is not None and began_s <= time_s < ends_s)
+                spent_uj = sum([energy_uj for time_s, energy_uj in known if began_s <= time_s < ends_s])
                 self._spent_uj[EVERYONE] += spent_uj
                 if each.key is not None:
                     self._spent_uj[each.key] += spent_uj

@@ -19,6 +19,7 @@ MOMENTS = 121
 RECENT = 50
 BOUNDS_UJ = (*(step * 10**power for power in range(3, 9) for step in (1, 2, 5)), 10**9)
 """Upper ends of the classes of the distribution, 1 mJ to 1 kJ; one class more holds what is above."""
+_BOUNDS_UJ = np.array(BOUNDS_UJ)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,12 +48,13 @@ class TaskSums:
 
     def count(self, bills: Bills) -> None:
         """Count requests that cost so much."""
-        known_uj = [energy_uj for energy_uj in bills.allocated_uj if energy_uj is not None]
         self.requests += len(bills)
-        self.unknown += len(bills) - len(known_uj)
-        self.allocated_uj += sum(known_uj)
-        self.gco2e += sum(grams for grams in bills.gco2e if grams is not None)
-        classes = np.searchsorted(BOUNDS_UJ, known_uj)
+        if bills.allocated_uj is None or bills.gco2e is None:
+            self.unknown += len(bills)
+            return
+        self.allocated_uj += sum(bills.allocated_uj)
+        self.gco2e += sum(bills.gco2e)
+        classes = np.searchsorted(_BOUNDS_UJ, bills.allocated_uj)
         self.counts = list(map(add, self.counts, np.bincount(classes, minlength=len(self.counts)).tolist()))
 
     def add(self, other: "TaskSums") -> None:

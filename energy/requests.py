@@ -15,13 +15,13 @@ import numpy as np
 from energy.attribution import share_loads, split
 from energy.balances import Balances, Charged, Costs, Numbers, Rows
 from energy.settlement import Channel, Claim, Stretch
-from energy.types import BESIDE, NOTHING_BESIDE, Beside, Phase, Quality, RequestRecord, Step
+from energy.types import BESIDE, NOTHING_BESIDE, Beside, Ended, Phase, Quality, Step
 
 Rates = tuple[float, float]
 """Active and allocated energy per nanosecond of load, on all metered devices together, in microjoules."""
 _RANK = {quality: rank for rank, quality in enumerate(Quality)}
 
-End = tuple[RequestRecord, int, Beside]
+End = tuple[Ended, int, Beside]
 """Of a request: when it was over, by the monotonic clock, and what it took beside the executors. Plain, as there is
 one for every request."""
 Shared = tuple[Rows, Numbers]
@@ -104,15 +104,15 @@ class Requests:
         some = [end for end in ends if end[2] is not NOTHING_BESIDE]
         if not some:
             return
-        rows = self.balances.open([record.request_id for record, _, _ in some])
+        rows = self.balances.open([request[0] for request, _, _ in some])
         place = self._places.get(BESIDE) or self._find_place(BESIDE)
         if not place.channels:
             self._lose(rows)
             return
         # What ended before the last reading is charged apart, as steps are.
         alike: defaultdict[tuple[str, bool, int], list[int]] = defaultdict(list)
-        for number, (record, at_ns, beside) in enumerate(some):
-            alike[record.model, at_ns > self._settled_ns, id(beside)].append(number)
+        for number, ((_, _, model, *_), at_ns, beside) in enumerate(some):
+            alike[model, at_ns > self._settled_ns, id(beside)].append(number)
         for (model, _, _), numbers in alike.items():
             own, (_, first_ns, beside), (_, last_ns, _) = rows[numbers], some[numbers[0]], some[numbers[-1]]
             last_ns = max(first_ns, last_ns)
@@ -229,10 +229,10 @@ class Requests:
                 quality = weaker(quality, each.place.inferred)
         return round(active_uj), round(allocated_uj), quality
 
-    def settle(self, records: Sequence[RequestRecord]) -> Iterator[tuple[Rows, Costs]]:
-        """These requests are no longer open, and what they were charged counts for their tasks. Tells that of those
-        that are alike together, with their numbers among ``records``."""
-        ids, tasks, models, statuses, _, _, _, _, keys = zip(*records, strict=True) if records else [()] * 9
+    def settle(self, ended: Sequence[Ended]) -> Iterator[tuple[Rows, Costs]]:
+        """These requests, some at least, are no longer open, and what they were charged counts for their tasks. Tells
+        that of those that are alike together, with their numbers among ``ended``."""
+        ids, tasks, models, statuses, _, _, _, _, keys = zip(*ended, strict=True)
         numbers = self.balances.take(ids)
         alike: defaultdict[tuple[str, ...], list[int]] = defaultdict(list)
         for number, labels in enumerate(zip(tasks, models, statuses, keys, strict=True)):

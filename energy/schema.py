@@ -149,7 +149,7 @@ class Rows:
     def of(self, bills: Iterable[Bills]) -> list[Row]:
         """A row for each of ``bills``."""
         rows: list[Row] = []
-        carbon, assumptions = None, ""
+        carbon, assumptions, nothing = None, "", repeat(None)
         for each in bills:
             if each.carbon is not carbon:
                 # Those of one process are one object.
@@ -157,8 +157,9 @@ class Rows:
             alike = each.task, each.model, each.key, each.status, each.quality, each.settled
             kind_id = self.kind_id(*alike, each.places.names, assumptions)
             ids, _, _, _, *columns, _ = zip(*each.requests, strict=True)
-            costs = each.active_uj, each.allocated_uj, each.gco2e, _each_as_json(each.parts_uj)
-            rows += zip(ids, each.times_s, repeat(kind_id), *columns, *costs, strict=False)
+            figures = [each.active_uj or nothing, each.allocated_uj or nothing, each.gco2e or nothing]
+            parts_uj = _each_as_json(each.parts_uj)
+            rows += zip(ids, each.times_s, repeat(kind_id), *columns, *figures, parts_uj, strict=False)
         return rows
 
     def kind_id(self, *kind: Any) -> int:

@@ -185,6 +185,10 @@ class Bill(NamedTuple):
     then."""
 
 
+Ended = tuple[str, str, str, str, int, int, float, float, str | None]
+"""The fields of a ``RequestRecord``. Plain where they are only kept, as there is one for every request."""
+
+
 class RequestRecord(NamedTuple):
     """What the service knows of a request that is over."""
 
@@ -242,14 +246,15 @@ class Bills:
     carbon: CarbonAssumptions
     places: Places
     """Of the parts."""
-    requests: Sequence[RequestRecord]
+    requests: Sequence[Ended]
     """With these tasks, models, statuses and keys; from here on a column has an entry for each."""
     times_s: Sequence[float]
-    active_uj: Sequence[int | None]
-    allocated_uj: Sequence[int | None]
-    gco2e: Sequence[float | None]
     parts_uj: Sequence[Sequence[int]]
     """The energy at each of the places."""
+    active_uj: Sequence[int] | None
+    allocated_uj: Sequence[int] | None
+    gco2e: Sequence[float] | None
+    """None where that is unknown of all of them."""
 
     @classmethod
     def of(cls, record: SettledRecord) -> "Bills":
@@ -258,7 +263,10 @@ class Bills:
         places = Places((part.device, part.phase) for part in parts)
         parts_uj = [part.energy_uj for part in parts]
         alike = request.task, request.model, request.status, request.key, bill.quality, bill.settled, carbon, places
-        return cls(*alike, [request], [time_s], [bill.active_uj], [bill.allocated_uj], [bill.gco2e], [parts_uj])
+        active_uj = None if bill.active_uj is None else [bill.active_uj]
+        allocated_uj = None if bill.allocated_uj is None else [bill.allocated_uj]
+        gco2e = None if bill.gco2e is None else [bill.gco2e]
+        return cls(*alike, [request], [time_s], [parts_uj], active_uj, allocated_uj, gco2e)
 
     def __len__(self) -> int:
         """How many."""
@@ -266,12 +274,12 @@ class Bills:
 
     def __getitem__(self, number: int) -> SettledRecord:
         """One of them."""
-        request = self.requests[number]
+        request = RequestRecord(*self.requests[number])
         bill = Bill(
             request.request_id,
-            self.active_uj[number],
-            self.allocated_uj[number],
-            self.gco2e[number],
+            None if self.active_uj is None else self.active_uj[number],
+            None if self.allocated_uj is None else self.allocated_uj[number],
+            None if self.gco2e is None else self.gco2e[number],
             self.quality,
             self.settled,
             self.places.parts(self.parts_uj[number]),

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from energy.account import Account
 from energy.ledger import Ledger
 from energy.prediction import Followed, Forecast
-from energy.types import NOTHING_BESIDE, Beside, Bill, Load, Phase, Quality, RequestRecord, step_beside
+from energy.types import NOTHING_BESIDE, Beside, Bill, Ended, Load, Phase, Quality, step_beside
 from service.books import Books
 from service.budgets import keep_within, to_learn, to_predict
 from service.caller import Count, caller
@@ -107,6 +107,11 @@ class Charge:
         self.queue_ms = min((timing.queue_ns for timing in timings), default=0) / NS_PER_MS
         ends_ns = max((timing.queue_ns + timing.compute_ns for timing in timings), default=0)
         self.compute_ms = ends_ns / NS_PER_MS - self.queue_ms
+
+    def ended(self, status: str, key: str | None) -> Ended:
+        """What the account keeps of it, once it is over."""
+        usage = self.input_tokens, self.output_tokens, self.queue_ms, self.compute_ms
+        return (self.request_id, self.task, self.worker, status, *usage, key)
 
 
 @dataclass(slots=True)
@@ -414,21 +419,7 @@ class Service:
             status = "cancelled"
             raise
         finally:
-            charge.bill = self.account.close(
-                RequestRecord(
-                    charge.request_id,
-                    charge.task,
-                    charge.worker,
-                    status,
-                    charge.input_tokens,
-                    charge.output_tokens,
-                    charge.queue_ms,
-                    charge.compute_ms,
-                    key,
-                ),
-                charge.beside,
-                charge.loads,
-            )
+            charge.bill = self.account.close(charge.ended(status, key), charge.beside, charge.loads)
             self.metrics.request_over(charge, status, time.monotonic() - started_s)
             if self.tracing is not None:
                 self.tracing.request_over(charge, status, started_s)

@@ -52,10 +52,9 @@ from fastapi import FastAPI
 
 from energy.clock import NS_PER_S
 from energy.host import Moment
-from energy.types import NOBODY, NOTHING_BESIDE, Bill, Phase, Quality, RequestRecord, Step
-from service import core
+from energy.types import NOBODY, NOTHING_BESIDE, Bill, Phase, Quality, Step
 from service.app import create_app
-from service.core import Service
+from service.core import Charge, Service
 from service.engine import executor
 from service.metrics import Metrics
 from service.models import Model, load_model
@@ -250,7 +249,7 @@ class _Rig:
         self.watches = {
             "waking": self._switch(account, "wake", self._is_metered),
             "pacing": self._switch(service.pace, "begin", self._is_metered, lambda *about: NOTHING_BESIDE),
-            "writing": self._switch(core, "RequestRecord", lambda name, *about: name in self._begun, RequestRecord),
+            "writing": self._switch(Charge, "ended", self._was_begun, lambda charge, *about: (charge.request_id,)),
             "recording": self._switch(account, "record", self._is_weighed),
             "weighing": self._switch(executor, "weigh", self._is_metered, lambda *about: NOBODY),
             "telling": self._switch(executor, "_tell", lambda jobs, step: self._is_weighed(step)),
@@ -309,16 +308,19 @@ class _Rig:
             self._begun.add(request_id)
         return request_id in self._begun
 
-    def _ends(self, record: RequestRecord, *known: object) -> bool:
-        is_metered = record.request_id in self._begun
-        self._begun.discard(record.request_id)
+    def _was_begun(self, charge: Charge, *about: object) -> bool:
+        return charge.request_id in self._begun
+
+    def _ends(self, ended: Sequence[Any], *known: object) -> bool:
+        is_metered = ended[0] in self._begun
+        self._begun.discard(ended[0])
         return is_metered
 
-    def _made_up(self, record: RequestRecord, *known: object) -> Bill:
+    def _made_up(self, ended: Sequence[Any], *known: object) -> Bill:
         """A bill of a request that is not metered."""
         if self._kind is Kind.SILENT:
-            return Bill(record.request_id, None, None, None, Quality.UNAVAILABLE, settled=False)
-        return Bill(record.request_id, 23_456, 34_567, 0.004567, Quality.ESTIMATED, settled=False)
+            return Bill(ended[0], None, None, None, Quality.UNAVAILABLE, settled=False)
+        return Bill(ended[0], 23_456, 34_567, 0.004567, Quality.ESTIMATED, settled=False)
 
     def _keep_steps(self, metrics: Metrics) -> None:
         counted = metrics.step

@@ -38,17 +38,19 @@ def record(request_id: str, time_s: float = 1_700_000_000.0, allocated_uj: int |
 def alike(*records: SettledRecord) -> Bills:
     """These as columns."""
     first, *others = map(Bills.of, records)
-    columns = "requests", "times_s", "active_uj", "allocated_uj", "gco2e", "parts_uj"
+    columns = "requests", "times_s", "parts_uj", "active_uj", "allocated_uj", "gco2e"
     return replace(
         first, **{name: [*getattr(first, name), *chain(*(getattr(each, name) for each in others))] for name in columns}
     )
 
 
 def test_bills_are_the_same_as_columns() -> None:
-    records = [record("a"), record("b", time_s=5.0, allocated_uj=None)]
+    records = [record("a"), record("b", time_s=5.0, allocated_uj=7)]
     bills = alike(*records)
     assert [list(Bills.of(each)) for each in records] == [[each] for each in records]
     assert (list(bills), len(bills), bills[-1]) == (records, 2, records[1])
+    unknown = record("c", allocated_uj=None)
+    assert list(Bills.of(unknown)) == [unknown]
     assert json.loads(bills.places.names) == [["cpu", "prefill"], ["dram", "decode"]]
     assert bills.parts_uj == [[18, 12], [18, 12]]
 

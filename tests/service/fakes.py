@@ -22,6 +22,7 @@ from energy.types import (
     Bill,
     Bills,
     CarbonAssumptions,
+    Ended,
     Load,
     Part,
     Phase,
@@ -290,7 +291,8 @@ class FakeAccount:
     def record(self, step: Step) -> None:
         self.steps.append(step)
 
-    def close(self, record: RequestRecord, beside: Beside, loads: Sequence[Load] | None = None) -> Bill:
+    def close(self, ended: Ended, beside: Beside, loads: Sequence[Load] | None = None) -> Bill:
+        record = RequestRecord(*ended)
         self.loads = loads
         known = self.quality is not Quality.UNAVAILABLE
         bill = Bill(
