@@ -16,6 +16,7 @@ _RANK, _TIME, _FIRST = range(3)
 _QUALITIES = (None, *Quality)
 """By rank; of whom nothing was charged it is 0."""
 _RANKS = {quality: rank for rank, quality in enumerate(_QUALITIES)}
+_MOST_BITS = 60
 
 
 class Charged(NamedTuple):
@@ -151,16 +152,14 @@ class Balances:
 
 def _alike(ranks: Numbers, has: NDArray[np.bool_]) -> Iterator[tuple[Rows, int, tuple[bool, ...]]]:
     """The numbers of rows that are alike, with what they have in common."""
-    if not len(ranks):
-        return
-    every = np.column_stack((ranks, has))
-    if (every == every[0]).all():
-        # Nearly always.
-        yield np.arange(len(ranks)), int(ranks[0]), tuple(has[0].tolist())
-        return
-    kinds, which = np.unique(every, axis=0, return_inverse=True)
-    for number, (rank, *pattern) in enumerate(kinds.tolist()):
-        yield np.flatnonzero(which == number), rank, tuple(map(bool, pattern))
+    # One number of each row: NumPy looks for whole rows twenty times as long. Python's own where 64 bits are too few.
+    bits = has.shape[1]
+    places = 2 ** np.arange(bits, dtype=np.int64 if bits < _MOST_BITS else np.object_)
+    codes = ranks.astype(places.dtype) * 2**bits + has @ places
+    for code in np.unique(codes):
+        numbers = np.flatnonzero(codes == code)
+        first = numbers[0]
+        yield numbers, int(ranks[first]), tuple(has[first].tolist())
 
 
 class _Form:

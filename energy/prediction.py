@@ -194,8 +194,8 @@ class Predictor:
             followed = [
                 each[number]
                 for each in bills
-                for number, (request_id, *_) in enumerate(each.requests)
-                if request_id in self._followed
+                for number, request in enumerate(each.requests)
+                if request[0] in self._followed
             ]
             errors = [
                 (record, self._compare(record, self._followed.pop(record.bill.request_id))) for record in followed

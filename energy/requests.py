@@ -111,8 +111,8 @@ class Requests:
             return
         # What ended before the last reading is charged apart, as steps are.
         alike: defaultdict[tuple[str, bool, int], list[int]] = defaultdict(list)
-        for number, ((_, _, model, *_), at_ns, beside) in enumerate(some):
-            alike[model, at_ns > self._settled_ns, id(beside)].append(number)
+        for number, (request, at_ns, beside) in enumerate(some):
+            alike[request[2], at_ns > self._settled_ns, id(beside)].append(number)
         for (model, _, _), numbers in alike.items():
             own, (_, first_ns, beside), (_, last_ns, _) = rows[numbers], some[numbers[0]], some[numbers[-1]]
             last_ns = max(first_ns, last_ns)
