@@ -13,10 +13,11 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice, repeat
+from itertools import chain
 
 import numpy as np
 import orjson
+from numpy.typing import NDArray
 
 from energy.balances import Costs
 from energy.carbon import Carbon
@@ -46,7 +47,7 @@ from energy.types import (
 
 _log = logging.getLogger(__name__)
 _requests_log = logging.getLogger("wattle.requests")
-_NEVER_LATE = ("ok", "refused")
+_NEVER_LATE = frozenset(("ok", "refused"))
 """Of a request that ended otherwise, a step may still be running."""
 _LAST_READINGS = 5
 _LAST_INTERVAL_S = 0.06
@@ -354,9 +355,13 @@ class Account:
 
     def _finish(self, now_ns: int) -> tuple[list[Bills], list[SettledRecord]]:
         """The bills that are final, and those that the ledger gets as they are by now."""
-        waiting = self._requests.are_waiting([request[0] for request, _, _ in self._over])
+        over, self._over = self._over, []
+        if not self._requests.waiting and _NEVER_LATE.issuperset([request[3] for request, _, _ in over]):
+            # Nearly always.
+            return self._settle(over), []
         final: list[End] = []
-        over, self._over, open_records = self._over, [], []
+        open_records: list[SettledRecord] = []
+        waiting = self._requests.are_waiting([request[0] for request, _, _ in over])
         for end, is_waiting in zip(over, waiting, strict=True):
             (request_id, _, _, status, _, _, _, _, _), at_ns, _ = end
             if not is_waiting and (status in _NEVER_LATE or now_ns - at_ns >= HORIZON_NS):
@@ -377,22 +382,22 @@ class Account:
         if self._kept:
             self._kept.difference_update([request[0] for request in requests])
         return [
-            self._bills([requests[number] for number in numbers.tolist()], times_s[numbers].tolist(), costs)
+            self._bills([requests[number] for number in numbers.tolist()], times_s[numbers], costs)
             for numbers, costs in self._requests.settle(requests)
         ]
 
-    def _bills(self, requests: Sequence[Ended], times_s: Sequence[float], costs: Costs) -> Bills:
+    def _bills(self, requests: Sequence[Ended], times_s: NDArray[np.float64], costs: Costs) -> Bills:
         """The final bills of requests that are alike."""
         (_, task, model, status, *_, key), carbon = requests[0], self._carbon.assumptions
         quality = costs.quality or self.quality
         if quality is Quality.UNAVAILABLE:
-            nothing = [()] * len(requests)
+            nothing = np.zeros((len(requests), 0), np.int64)
             return Bills(
                 task, model, status, key, quality, True, carbon, _NOWHERE, requests, times_s, nothing, None, None, None
             )
         allocated_uj = costs.allocated_uj
         gco2e = self._carbon.gco2e(allocated_uj.astype(np.float64), costs.times_ns / self._executors)
-        figures = (each.tolist() for each in (costs.parts_uj, costs.active_uj, allocated_uj, gco2e))
+        figures = costs.parts_uj, costs.active_uj, allocated_uj, gco2e
         return Bills(task, model, status, key, quality, True, carbon, costs.places, requests, times_s, *figures)
 
     def _provisional(self, request_id: str) -> Bill:
@@ -476,12 +481,11 @@ def _as_lines(bills: Bills) -> Iterator[str]:
             "carbon": bills.carbon,
         }
     )
-    ids, _, _, _, *columns, _ = zip(*bills.requests, strict=True)
-    figures = (repeat(None) if each is None else each for each in (bills.active_uj, bills.allocated_uj, bills.gco2e))
-    rows = zip(bills.times_s, ids, *columns, *figures, bills.parts_uj, strict=False)
     # What all have in common is put in afterwards: no text has quotes in it without a backslash before them.
-    first, last = b'{"time_s":', b"," + alike[1:]
-    while some := list(islice(rows, _LINES_AT_ONCE)):
+    begin, end = b'{"time_s":', b"," + alike[1:]
+    for first in range(0, len(bills), _LINES_AT_ONCE):
+        some = slice(first, first + _LINES_AT_ONCE)
+        rows = zip(*bills.columns(some), bills.parts_uj[some].tolist(), strict=False)
         lines = [
             {
                 "time_s": time_s,
@@ -495,6 +499,6 @@ def _as_lines(bills: Bills) -> Iterator[str]:
                 "gco2e": gco2e,
                 "parts_uj": parts_uj,
             }
-            for time_s, request_id, read, written, queue_ms, compute_ms, active_uj, whole_uj, gco2e, parts_uj in some
+            for request_id, time_s, read, written, queue_ms, compute_ms, active_uj, whole_uj, gco2e, parts_uj in rows
         ]
-        yield (orjson.dumps(lines)[1:-2] + last).replace(b"}," + first, last + b"\n" + first).decode()
+        yield (orjson.dumps(lines)[1:-2] + end).replace(b"}," + begin, end + b"\n" + begin).decode()

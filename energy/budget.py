@@ -66,8 +66,8 @@ class DailyBudgets:
             for each in bills:
                 if each.allocated_uj is None:
                     continue
-                known = zip(each.times_s, each.allocated_uj, strict=True)
-                spent_uj = sum([energy_uj for time_s, energy_uj in known if began_s <= time_s < ends_s])
+                is_today = (each.times_s >= began_s) & (each.times_s < ends_s)
+                spent_uj = int(each.allocated_uj[is_today].sum())
                 self._spent_uj[EVERYONE] += spent_uj
                 if each.key is not None:
                     self._spent_uj[each.key] += spent_uj

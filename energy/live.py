@@ -52,8 +52,8 @@ class TaskSums:
         if bills.allocated_uj is None or bills.gco2e is None:
             self.unknown += len(bills)
             return
-        self.allocated_uj += sum(bills.allocated_uj)
-        self.gco2e += sum(bills.gco2e)
+        self.allocated_uj += int(bills.allocated_uj.sum())
+        self.gco2e += float(bills.gco2e.sum())
         classes = np.searchsorted(_BOUNDS_UJ, bills.allocated_uj)
         self.counts = list(map(add, self.counts, np.bincount(classes, minlength=len(self.counts)).tolist()))
 

@@ -104,23 +104,31 @@ class Requests:
         some = [end for end in ends if end[2] is not NOTHING_BESIDE]
         if not some:
             return
-        rows = self.balances.open([request[0] for request, _, _ in some])
+        requests, ends_ns, besides = zip(*some, strict=True)
+        rows, ended_ns = self.balances.open([request[0] for request in requests]), np.array(ends_ns)
         place = self._places.get(BESIDE) or self._find_place(BESIDE)
         if not place.channels:
             self._lose(rows)
             return
         # What ended before the last reading is charged apart, as steps are.
-        alike: defaultdict[tuple[str, bool, int], list[int]] = defaultdict(list)
-        for number, (request, at_ns, beside) in enumerate(some):
-            alike[request[2], at_ns > self._settled_ns, id(beside)].append(number)
-        for (model, _, _), numbers in alike.items():
-            own, (_, first_ns, beside), (_, last_ns, _) = rows[numbers], some[numbers[0]], some[numbers[-1]]
-            last_ns = max(first_ns, last_ns)
-            for phase, cpu_ns in beside.by_phase.items():
-                noted = self._noted(place, model, phase, first_ns - 1, last_ns, len(numbers))
-                noted.load_ns += cpu_ns * len(numbers)
-                noted.cpu_ns += cpu_ns * len(numbers)
-                noted.pieces.append((own, np.full(len(numbers), cpu_ns)))
+        alike: defaultdict[tuple[str, bool], list[int]] = defaultdict(list)
+        for number, (request, is_new) in enumerate(zip(requests, (ended_ns > self._settled_ns).tolist(), strict=True)):
+            alike[request[2], is_new].append(number)
+        for (model, _), numbers in alike.items():
+            own, own_ns, their = rows[numbers], ended_ns[numbers], [id(besides[number]) for number in numbers]
+            shared = {id(beside): beside for beside in besides}
+            for phase in dict.fromkeys(chain.from_iterable(beside.by_phase for beside in shared.values())):
+                by_beside = {which: beside.by_phase.get(phase, 0) for which, beside in shared.items()}
+                cpu_ns = np.array(list(map(by_beside.__getitem__, their)))
+                has = cpu_ns > 0
+                if not has.any():
+                    continue
+                noted = self._noted(
+                    place, model, phase, int(own_ns[has].min()) - 1, int(own_ns[has].max()), int(has.sum())
+                )
+                noted.load_ns += int(cpu_ns.sum())
+                noted.cpu_ns += int(cpu_ns.sum())
+                noted.pieces.append((own[has], cpu_ns[has]))
 
     def part(self) -> None:
         """What is noted from now on is charged apart from what was noted before."""
@@ -200,8 +208,9 @@ class Requests:
             pieces = [*pieces, (self.balances.open(names), share_loads(steps))]
         if pieces:
             every, loads_ns = map(np.concatenate, zip(noted.read, *pieces, strict=True))
-            rows, which = np.unique(every, return_inverse=True)
-            noted.read = rows, np.bincount(which, loads_ns).astype(np.int64)
+            # Without sorting: rows are small numbers.
+            rows = np.flatnonzero(np.bincount(every))
+            noted.read = rows, np.bincount(every, loads_ns)[rows].astype(np.int64)
             noted.pieces, noted.unread = [], []
         return noted.read
 

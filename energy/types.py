@@ -3,11 +3,15 @@
 A *reading* comes from a *meter*; a *step* carries work per request; a *bill* is what one request is charged.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import repeat
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 
 class Quality(StrEnum):
@@ -248,12 +252,12 @@ class Bills:
     """Of the parts."""
     requests: Sequence[Ended]
     """With these tasks, models, statuses and keys; from here on a column has an entry for each."""
-    times_s: Sequence[float]
-    parts_uj: Sequence[Sequence[int]]
-    """The energy at each of the places."""
-    active_uj: Sequence[int] | None
-    allocated_uj: Sequence[int] | None
-    gco2e: Sequence[float] | None
+    times_s: NDArray[np.float64]
+    parts_uj: NDArray[np.int64]
+    """``(requests, places)``: the energy at each."""
+    active_uj: NDArray[np.int64] | None
+    allocated_uj: NDArray[np.int64] | None
+    gco2e: NDArray[np.float64] | None
     """None where that is unknown of all of them."""
 
     @classmethod
@@ -261,12 +265,22 @@ class Bills:
         """A single one."""
         (request, bill, time_s, carbon), parts = record, record.bill.parts
         places = Places((part.device, part.phase) for part in parts)
-        parts_uj = [part.energy_uj for part in parts]
-        alike = request.task, request.model, request.status, request.key, bill.quality, bill.settled, carbon, places
-        active_uj = None if bill.active_uj is None else [bill.active_uj]
-        allocated_uj = None if bill.allocated_uj is None else [bill.allocated_uj]
-        gco2e = None if bill.gco2e is None else [bill.gco2e]
-        return cls(*alike, [request], [time_s], [parts_uj], active_uj, allocated_uj, gco2e)
+        return cls(
+            request.task,
+            request.model,
+            request.status,
+            request.key,
+            bill.quality,
+            bill.settled,
+            carbon,
+            places,
+            [request],
+            np.array([time_s]),
+            np.array([[part.energy_uj for part in parts]], np.int64),
+            None if bill.active_uj is None else np.array([bill.active_uj]),
+            None if bill.allocated_uj is None else np.array([bill.allocated_uj]),
+            None if bill.gco2e is None else np.array([bill.gco2e]),
+        )
 
     def __len__(self) -> int:
         """How many."""
@@ -277,11 +291,19 @@ class Bills:
         request = RequestRecord(*self.requests[number])
         bill = Bill(
             request.request_id,
-            None if self.active_uj is None else self.active_uj[number],
-            None if self.allocated_uj is None else self.allocated_uj[number],
-            None if self.gco2e is None else self.gco2e[number],
+            None if self.active_uj is None else int(self.active_uj[number]),
+            None if self.allocated_uj is None else int(self.allocated_uj[number]),
+            None if self.gco2e is None else float(self.gco2e[number]),
             self.quality,
             self.settled,
-            self.places.parts(self.parts_uj[number]),
+            self.places.parts(self.parts_uj[number].tolist()),
         )
-        return SettledRecord(request, bill, self.times_s[number], self.carbon)
+        return SettledRecord(request, bill, float(self.times_s[number]), self.carbon)
+
+    def columns(self, some: slice = slice(None)) -> Iterator[Iterable[Any]]:
+        """Of all or ``some``, as Python's own numbers: ids, times, tokens read and written, milliseconds queued and
+        computed, active and allocated energy, and grams."""
+        ids, _, _, _, *usage, _ = zip(*self.requests[some], strict=True)
+        yield from (ids, self.times_s[some].tolist(), *usage)
+        for figures in (self.active_uj, self.allocated_uj, self.gco2e):
+            yield repeat(None) if figures is None else figures[some].tolist()
