@@ -314,8 +314,7 @@ class Account:
         closed = [self._closed.popleft() for _ in range(len(self._closed))]
         self._over += closed
         self._requests.note_beside(closed)
-        while self._steps:
-            self._requests.note(self._steps.popleft())
+        self._requests.note([self._steps.popleft() for _ in range(len(self._steps))])
 
     def _read(self, now_ns: int) -> None:
         process_ns = self._clock.process_ns()

@@ -78,6 +78,11 @@ class Balances:
         self._columns: dict[Charged, int] = {}
         self._forms: dict[tuple[int, ...], _Form] = {}
 
+    @property
+    def width(self) -> int:
+        """No row is numbered as high."""
+        return len(self._numbers)
+
     def open(self, names: Iterable[str]) -> Rows:
         """The rows of these requests, which are open from now on."""
         rows = np.array(list(map(self._row_of.__getitem__, names)), np.intp)

@@ -84,20 +84,28 @@ class Requests:
         self._settled_uj: dict[str, Numbers] = {}
         """What settled requests had been charged, by task: sums of their rows."""
 
-    def note(self, step: Step) -> None:
-        """Put a step on the books; where its device has no meter, the bills of its requests are unknown."""
-        place = self._places.get(step.device) or self._find_place(step.device)
-        if not place.channels:
-            self._lose(self.balances.open(step.work.request_ids if step.work else ()))
-            return
-        phase = None if step.work is None else step.work.phase
-        noted = self._noted(place, step.model, phase, step.started_ns, step.ended_ns)
-        noted.load_ns += step.load_ns
-        noted.cpu_ns += step.cpu_ns
-        if place.is_executor:
-            noted.time_ns += step.ended_ns - step.started_ns
-        if step.work is not None:
-            noted.unread.append(step)
+    def note(self, steps: Iterable[Step]) -> None:
+        """Put steps on the books; where their device has no meter, the bills of their requests are unknown."""
+        alike: defaultdict[tuple[str, str, Phase | None], list[Step]] = defaultdict(list)
+        for step in steps:
+            alike[step.device, step.model, None if step.work is None else step.work.phase].append(step)
+        for (device, model, phase), some in alike.items():
+            place = self._places.get(device) or self._find_place(device)
+            if not place.channels:
+                self._lose(self.balances.open(_names(some)))
+                continue
+            together = [step for step in some if self._is_short(step.started_ns, step.ended_ns)]
+            alone = [[step] for step in some if not self._is_short(step.started_ns, step.ended_ns)]
+            for own in filter(None, (together, *alone)):
+                started_ns, ended_ns = [step.started_ns for step in own], [step.ended_ns for step in own]
+                noted = self._noted(place, model, phase, min(started_ns), max(ended_ns), own is together)
+                noted.steps += len(own)
+                noted.load_ns += sum([step.load_ns for step in own])
+                noted.cpu_ns += sum([step.cpu_ns for step in own])
+                if place.is_executor:
+                    noted.time_ns += sum(ended_ns) - sum(started_ns)
+                if phase is not None:
+                    noted.unread += own
 
     def note_beside(self, ends: Sequence[End]) -> None:
         """Put CPU time that requests took beside the executors on the books, as if it had been spent in the end."""
@@ -105,17 +113,17 @@ class Requests:
         if not some:
             return
         requests, ends_ns, besides = zip(*some, strict=True)
-        rows, ended_ns = self.balances.open([request[0] for request in requests]), np.array(ends_ns)
+        rows, over_ns = self.balances.open([request[0] for request in requests]), np.array(ends_ns)
         place = self._places.get(BESIDE) or self._find_place(BESIDE)
         if not place.channels:
             self._lose(rows)
             return
         # What ended before the last reading is charged apart, as steps are.
         alike: defaultdict[tuple[str, bool], list[int]] = defaultdict(list)
-        for number, (request, is_new) in enumerate(zip(requests, (ended_ns > self._settled_ns).tolist(), strict=True)):
+        for number, (request, is_new) in enumerate(zip(requests, (over_ns > self._settled_ns).tolist(), strict=True)):
             alike[request[2], is_new].append(number)
         for (model, _), numbers in alike.items():
-            own, own_ns, their = rows[numbers], ended_ns[numbers], [id(besides[number]) for number in numbers]
+            own, own_ns, their = rows[numbers], over_ns[numbers], [id(besides[number]) for number in numbers]
             shared = {id(beside): beside for beside in besides}
             for phase in dict.fromkeys(chain.from_iterable(beside.by_phase for beside in shared.values())):
                 by_beside = {which: beside.by_phase.get(phase, 0) for which, beside in shared.items()}
@@ -123,9 +131,9 @@ class Requests:
                 has = cpu_ns > 0
                 if not has.any():
                     continue
-                noted = self._noted(
-                    place, model, phase, int(own_ns[has].min()) - 1, int(own_ns[has].max()), int(has.sum())
-                )
+                started_ns, ended_ns = int(own_ns[has].min()) - 1, int(own_ns[has].max())
+                noted = self._noted(place, model, phase, started_ns, ended_ns, self._is_short(started_ns, ended_ns))
+                noted.steps += int(has.sum())
                 noted.load_ns += int(cpu_ns.sum())
                 noted.cpu_ns += int(cpu_ns.sum())
                 noted.pieces.append((own[has], cpu_ns[has]))
@@ -139,14 +147,16 @@ class Requests:
         requests have no known bill."""
         self.part()
         self._settled_ns = self._read_ns()
-        covered, waiting = [], []
+        covered, waiting, lost = [], [], []
         for noted in self.waiting:
             if noted.ended_ns <= min([channel.read_ns for channel in noted.place.channels]):
                 covered.append(noted)
             elif noted.ended_ns >= horizon_ns:
                 waiting.append(noted)
             else:
-                self._lose(self._shared(noted)[0])
+                lost.append(noted)
+        for rows, _ in self._shared(lost):
+            self._lose(rows)
         self.waiting = waiting
         return covered
 
@@ -168,7 +178,7 @@ class Requests:
 
     def are_waiting(self, names: Iterable[str]) -> list[bool]:
         """Which of these requests have a share of something that waits for a reading."""
-        waiting = [self._shared(noted)[0] for noted in self.waiting]
+        waiting = [rows for rows, _ in self._shared(self.waiting)]
         are: list[bool] = np.isin(self.balances.rows(names), np.concatenate([_NOBODY[0], *waiting])).tolist()
         return are
 
@@ -177,47 +187,64 @@ class Requests:
 
         Idle energy is shared as active energy is: a step lasts as long as its work makes it last.
         """
-        due = []
-        for noted, own in claims.items():
+        due: list[tuple[int, Rows, Numbers, Charged]] = []
+        known: defaultdict[Quality, list[Rows]] = defaultdict(list)
+        for (noted, own), (rows, loads_ns) in zip(claims.items(), self._shared(list(claims)), strict=True):
             if noted.phase is None:
                 continue
-            shared = self._shared(noted)
             # What costs nothing is known no better than what does.
-            self.balances.know(shared[0], weakest(claim.quality for claim in own))
+            known[weakest(claim.quality for claim in own)].append(rows)
             for channel, claim in zip(noted.place.channels, own, strict=True):
                 for energy_uj, is_active in ((claim.active_uj, True), (claim.idle_uj, False)):
                     if energy_uj:
                         charged = Charged(channel.device, noted.phase, noted.model, claim.quality, is_active)
-                        due.append((energy_uj, *shared, charged))
+                        due.append((energy_uj, rows, loads_ns, charged))
+        for quality, their_rows in known.items():
+            self.balances.know(np.concatenate(their_rows), quality)
         if due:
-            energies_uj, rows, loads_ns, what = zip(*due, strict=True)
-            self.balances.charge(rows, what, split(energies_uj, loads_ns))
+            energies_uj, whose, loads, what = zip(*due, strict=True)
+            self.balances.charge(whose, what, split(energies_uj, loads))
 
     def occupy(self, covered: Iterable[Noted]) -> None:
         """Share the time on executors that steps took."""
-        due = [(noted.time_ns, *self._shared(noted)) for noted in covered if noted.phase is not None]
-        if due:
-            times_ns, rows, loads_ns = zip(*due, strict=True)
-            self.balances.occupy(rows, split(times_ns, loads_ns))
+        some = [noted for noted in covered if noted.phase is not None]
+        if some:
+            whose, loads = zip(*self._shared(some), strict=True)
+            self.balances.occupy(whose, split([noted.time_ns for noted in some], loads))
 
-    def _shared(self, noted: Noted) -> Shared:
-        """Who shares what was noted."""
-        pieces, steps = noted.pieces, noted.unread
+    def _shared(self, noted: Sequence[Noted]) -> list[Shared]:
+        """Who shares each of these."""
+        new = [each for each in noted if each.unread or each.pieces]
+        if new:
+            self._read(new)
+        return [each.read for each in noted]
+
+    def _read(self, noted: Sequence[Noted]) -> None:
+        """See what falls to each request. All is done at once: each of so few calls to NumPy finds nothing in the
+        caches."""
+        pieces = [(number, *piece) for number, each in enumerate(noted) for piece in (each.read, *each.pieces)]
+        steps = [(number, step) for number, each in enumerate(noted) for step in each.unread]
+        numbers, rows, loads_ns = map(list, zip(*pieces, strict=True))
+        counts = list(map(len, rows))
         if steps:
-            names = chain.from_iterable([step.work.request_ids for step in steps if step.work is not None])
-            pieces = [*pieces, (self.balances.open(names), share_loads(steps))]
-        if pieces:
-            every, loads_ns = map(np.concatenate, zip(noted.read, *pieces, strict=True))
-            # Without sorting: rows are small numbers.
-            rows = np.flatnonzero(np.bincount(every))
-            noted.read = rows, np.bincount(every, loads_ns)[rows].astype(np.int64)
-            noted.pieces, noted.unread = [], []
-        return noted.read
+            whose, unread = zip(*steps, strict=True)
+            numbers += whose
+            counts += [len(step.work.request_ids) for step in unread]
+            rows.append(self.balances.open(_names(unread)))
+            loads_ns.append(share_loads(unread))
+        # Rows are small numbers, so nothing need be sorted.
+        width = self.balances.width
+        cells = np.repeat(numbers, counts) * width + np.concatenate(rows)
+        used, sums_ns = np.flatnonzero(np.bincount(cells)), np.bincount(cells, np.concatenate(loads_ns))
+        firsts = np.searchsorted(used, width * np.arange(1, len(noted)))
+        each_rows, each_ns = np.split(used % width, firsts), np.split(sums_ns[used].astype(np.int64), firsts)
+        for each, own, own_ns in zip(noted, each_rows, each_ns, strict=True):
+            each.read, each.pieces, each.unread = (own, own_ns), [], []
 
     def lose_all(self) -> None:
         """What waits will never have a reading."""
-        for noted in self.waiting:
-            self._lose(self._shared(noted)[0])
+        for rows, _ in self._shared(self.waiting):
+            self._lose(rows)
         self.waiting = []
 
     def expect_waiting(self, name: str) -> tuple[int, int, Quality]:
@@ -225,7 +252,7 @@ class Requests:
         quality, unavailable where there is nothing to judge by."""
         active_uj, allocated_uj, quality = 0.0, 0.0, Quality.MEASURED
         # Who is in a step that was not looked at yet has a row only then.
-        shares = [self._shared(each) for each in self.waiting]
+        shares = self._shared(self.waiting)
         (row,) = self.balances.rows([name])
         for each, (rows, loads_ns) in zip(self.waiting, shares, strict=True):
             own_ns = loads_ns[rows == row]
@@ -285,23 +312,22 @@ class Requests:
         self._places[device] = place
         return place
 
+    def _is_short(self, started_ns: int, ended_ns: int) -> bool:
+        """Whether readings do not tell what this took."""
+        return started_ns > self._settled_ns and ended_ns - started_ns < self.window_ns
+
     def _noted(
-        self, place: Place, model: str, phase: Phase | None, started_ns: int, ended_ns: int, steps: int = 1
+        self, place: Place, model: str, phase: Phase | None, started_ns: int, ended_ns: int, is_short: bool
     ) -> Noted:
-        """What a phase of ``steps`` is charged with; whoever calls adds what they took."""
+        """What a phase in this time is charged with; whoever calls adds what it took."""
         key = place, model, phase
-        is_short = started_ns > self._settled_ns and ended_ns - started_ns < self.window_ns
         noted = self._together.get(key) if is_short else None
         if noted is None:
             noted = Noted(started_ns, ended_ns, 0, 0, 0, place, model, phase)
             self.waiting.append(noted)
             if is_short:
                 self._together[key] = noted
-        elif started_ns < noted.started_ns:
-            noted.started_ns = started_ns
-        if ended_ns > noted.ended_ns:
-            noted.ended_ns = ended_ns
-        noted.steps += steps
+        noted.started_ns, noted.ended_ns = min(started_ns, noted.started_ns), max(ended_ns, noted.ended_ns)
         return noted
 
     def _read_ns(self) -> int:
@@ -311,6 +337,11 @@ class Requests:
     def _lose(self, rows: Rows) -> None:
         """Some energy of these requests will never be known."""
         self.balances.know(rows, Quality.UNAVAILABLE)
+
+
+def _names(steps: Iterable[Step]) -> Iterator[str]:
+    """The requests of steps, as often as they are in any."""
+    return chain.from_iterable([step.work.request_ids for step in steps if step.work is not None])
 
 
 def weakest(qualities: Iterable[Quality]) -> Quality:

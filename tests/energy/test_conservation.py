@@ -186,7 +186,7 @@ class SnapshotRequests(Requests):
     def charge(self, claims: Mapping[Noted, Sequence[Claim]]) -> None:
         for noted, own in claims.items():
             if noted.phase is not None:
-                rows, _ = self._shared(noted)
+                ((rows, _),) = self._shared([noted])
                 for channel, claim in zip(noted.place.channels, own, strict=True):
                     charged = Charged(channel.device, noted.phase, noted.model, claim.quality, is_active=True)
                     whole_uj = np.full(len(rows), claim.active_uj + claim.idle_uj)
