@@ -27,7 +27,7 @@ from energy.ledger import Ledger
 from energy.meters.base import Meter
 from energy.meters.observe import observe_idle
 from energy.owner import Owner
-from energy.requests import End, Noted, Requests, weaker, weakest
+from energy.requests import End, Noted, Rates, Requests, weaker, weakest
 from energy.settlement import HORIZON_NS, Channel, Claim, Reason
 from energy.types import (
     BESIDE,
@@ -58,7 +58,7 @@ provisional one."""
 _ALARM_SHARE = 100
 """A residual above a hundredth of what the meter counted is an alarm."""
 _ALARM_INTERVAL_NS = 60 * NS_PER_S
-_LINES_AT_ONCE = 64
+_LINES_AT_ONCE = 128
 """Of the log: so many cost half as much each as one, and a thousand more again, as their text is larger than what the
 system keeps at hand."""
 _NOWHERE = Places(())
@@ -169,6 +169,8 @@ class Account:
         """Guards what follows; held for microseconds, and taken after ``_settling``."""
         self._requests = Requests(self._channels.values())
         """Running ones, and those that are over but not settled."""
+        self._rates: Mapping[str, Rates] = {}
+        """What to expect by, as settled last. Replaced and never changed: reading it takes no lock."""
         self._over: list[End] = []
         """Those, in the order of their ends."""
         self._kept: set[str] = set()
@@ -248,8 +250,8 @@ class Account:
         request_id = ended[0]
         if loads is None:
             return self.bill(request_id)
-        # Between the steps of a model whatever is touched has left the caches: no further calls, types or keywords.
-        rates, active_uj, allocated_uj = self._requests.rates, 0.0, 0.0
+        # Between the steps of a model whatever is touched has left the caches: no further objects, calls or keywords.
+        rates, active_uj, allocated_uj = self._rates, 0.0, 0.0
         try:
             for device, load_ns in loads:
                 active, allocated = rates[device]
@@ -264,7 +266,9 @@ class Account:
             # Nothing was settled yet to judge by.
             return Bill(request_id, None, None, None, Quality.UNAVAILABLE, False)
         whole_uj = round(allocated_uj)
-        return Bill(request_id, round(active_uj), whole_uj, whole_uj * self._g_per_uj, self._expected, False)
+        gco2e = whole_uj * self._g_per_uj
+        # The constructor of a named tuple is Python, and takes as long as all of this.
+        return tuple.__new__(Bill, (request_id, round(active_uj), whole_uj, gco2e, self._expected, False, ()))
 
     def find(self, request_id: str) -> SettledRecord | None:
         """A request that is over, with its bill; None where it is unknown, still running, or forgotten.
@@ -342,7 +346,7 @@ class Account:
                     self._unattributed[device, Reason.WARM_UP] += claim.idle_uj + claim.active_uj
         self._expire(horizon_ns)
         self._requests.charge(claims)
-        self._requests.learn_rates(claims)
+        self._rates = self._requests.learn_rates(claims)
         if self._carbon.assumptions.embodied_kg is not None:
             self._requests.occupy(covered)
 

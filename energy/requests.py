@@ -74,8 +74,6 @@ class Requests:
         self._channels = {channel.device: channel for channel in channels}
         self._places: dict[str, Place] = {}
         """By device of a step."""
-        self.rates: Mapping[str, Rates] = {}
-        """The same of those of which some is known. Replaced and never changed: reading it takes no lock."""
         self._together: dict[tuple[Place, str, Phase | None], Noted] = {}
         """Of what waits, where further steps go."""
         self._settled_ns = self._read_ns()
@@ -118,25 +116,28 @@ class Requests:
         if not place.channels:
             self._lose(rows)
             return
-        # What ended before the last reading is charged apart, as steps are.
-        alike: defaultdict[tuple[str, bool], list[int]] = defaultdict(list)
-        for number, (request, is_new) in enumerate(zip(requests, (over_ns > self._settled_ns).tolist(), strict=True)):
-            alike[request[2], is_new].append(number)
-        for (model, _), numbers in alike.items():
-            own, own_ns, their = rows[numbers], over_ns[numbers], [id(besides[number]) for number in numbers]
-            shared = {id(beside): beside for beside in besides}
-            for phase in dict.fromkeys(chain.from_iterable(beside.by_phase for beside in shared.values())):
-                by_beside = {which: beside.by_phase.get(phase, 0) for which, beside in shared.items()}
-                cpu_ns = np.array(list(map(by_beside.__getitem__, their)))
-                has = cpu_ns > 0
-                if not has.any():
-                    continue
-                started_ns, ended_ns = int(own_ns[has].min()) - 1, int(own_ns[has].max())
-                noted = self._noted(place, model, phase, started_ns, ended_ns, self._is_short(started_ns, ended_ns))
-                noted.steps += int(has.sum())
-                noted.load_ns += int(cpu_ns.sum())
-                noted.cpu_ns += int(cpu_ns.sum())
-                noted.pieces.append((own[has], cpu_ns[has]))
+        models, which = [request[2] for request in requests], list(map(id, besides))
+        shared, is_new = dict(zip(which, besides, strict=True)), over_ns > self._settled_ns
+        for phase in dict.fromkeys(chain.from_iterable([beside.by_phase for beside in shared.values()])):
+            by_beside = {key: beside.by_phase.get(phase, 0) for key, beside in shared.items()}
+            cpu_ns = np.array(list(map(by_beside.__getitem__, which)))
+            for model in dict.fromkeys(models):
+                has = (cpu_ns > 0) & np.array([each == model for each in models])
+                # What ended before the last reading is charged apart, as steps are.
+                for own in (has & is_new, has & ~is_new):
+                    if own.any():
+                        self._note_beside(place, model, phase, rows[own], cpu_ns[own], over_ns[own])
+
+    def _note_beside(
+        self, place: Place, model: str, phase: Phase, rows: Rows, cpu_ns: Numbers, over_ns: Numbers
+    ) -> None:
+        """So much CPU time of requests that were over then."""
+        started_ns, ended_ns, sum_ns = int(over_ns.min()) - 1, int(over_ns.max()), int(cpu_ns.sum())
+        noted = self._noted(place, model, phase, started_ns, ended_ns, self._is_short(started_ns, ended_ns))
+        noted.steps += len(rows)
+        noted.load_ns += sum_ns
+        noted.cpu_ns += sum_ns
+        noted.pieces.append((rows, cpu_ns))
 
     def part(self) -> None:
         """What is noted from now on is charged apart from what was noted before."""
@@ -160,8 +161,8 @@ class Requests:
         self.waiting = waiting
         return covered
 
-    def learn_rates(self, claims: Mapping[Noted, Sequence[Claim]]) -> None:
-        """From now on expect what was settled last."""
+    def learn_rates(self, claims: Mapping[Noted, Sequence[Claim]]) -> dict[str, Rates]:
+        """From now on expect what was settled last; returns that by the device of a step."""
         unknown, sums = set(), {noted.place: [0, 0, 0] for noted in claims}
         for noted, own in claims.items():
             total = sums[noted.place]
@@ -174,7 +175,7 @@ class Requests:
         for place, (load_ns, idle_uj, active_uj) in sums.items():
             if load_ns and place not in unknown:
                 place.rates = active_uj / load_ns, (active_uj + idle_uj) / load_ns
-        self.rates = {device: place.rates for device, place in self._places.items() if place.rates is not None}
+        return {device: place.rates for device, place in self._places.items() if place.rates is not None}
 
     def are_waiting(self, names: Iterable[str]) -> list[bool]:
         """Which of these requests have a share of something that waits for a reading."""

@@ -40,7 +40,7 @@ from service.knowledge.store import Passage
 from service.mailbox import Mailbox
 from service.metrics import UJ_PER_J, Metrics
 from service.models import Model, Models
-from service.pace import Pace
+from service.pace import Pace, Taken
 from service.repository import Repository
 from service.streaming import Transcript, overhear
 from service.tasks.base import Encoded, Task, TaskRequest
@@ -121,6 +121,8 @@ class Receipt(Charge):
     model: Model = field(kw_only=True)
     followed: Followed | None = None
     """Where its bill will be compared with what was foretold."""
+    taken: Taken | None = None
+    """What is short and beside the engine takes; None before any of it."""
 
 
 ChargeT = TypeVar("ChargeT", bound=Charge)
@@ -344,12 +346,17 @@ class Service:
         if not is_short:
             return await asyncio.to_thread(self._recorded, receipt, phase, work)
         await self.desk.turn()
-        receipt.beside = self.pace.begin(receipt.task, receipt.worker, phase, receipt.beside)
+        if receipt.taken is None:
+            receipt.taken = self.pace.begin(receipt.task, receipt.worker)
+        if phase in receipt.taken:
+            receipt.beside = receipt.taken[phase]
+            return work()
+        began_ns = time.thread_time_ns()
         try:
             return work()
         finally:
-            if self.pace.is_timed:
-                receipt.beside = self.pace.end()
+            took_ns = time.thread_time_ns() - began_ns
+            receipt.beside = self.pace.learn(receipt.task, receipt.worker, phase, took_ns)
 
     def _recorded(self, receipt: Receipt, phase: Phase, work: Callable[[], T]) -> T:
         started_ns, cpu_ns = time.monotonic_ns(), time.thread_time_ns()

@@ -96,6 +96,7 @@ _ON_STEPS = ("clocks", "recording", "weighing", "telling")
 """On the threads of executors."""
 _ON_LOOP = ("pacing", "waking", "closing", "writing", "foretelling")
 """On the event loop."""
+_UNTIMED = dict.fromkeys(Phase, NOTHING_BESIDE)
 T = TypeVar("T")
 
 
@@ -248,7 +249,7 @@ class _Rig:
             self._switch(account, name, self._is_metered)
         self.watches = {
             "waking": self._switch(account, "wake", self._is_metered),
-            "pacing": self._switch(service.pace, "begin", self._is_metered, lambda *about: NOTHING_BESIDE),
+            "pacing": self._switch(service.pace, "begin", self._is_metered, lambda *about: _UNTIMED),
             "writing": self._switch(Charge, "ended", self._was_begun, lambda charge, *about: (charge.request_id,)),
             "recording": self._switch(account, "record", self._is_weighed),
             "weighing": self._switch(executor, "weigh", self._is_metered, lambda *about: NOBODY),

@@ -4,64 +4,50 @@ Whoever asks the system for a thread's CPU time may lose the core in that moment
 interpreter from everybody until it has it back: so it does not ask at every piece.
 """
 
-import time
 from collections import defaultdict
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from energy.types import NOTHING_BESIDE, Beside, Phase
 
 TIMED = 64
-"""Of the pieces of a kind, one of so many is measured."""
+"""Of the requests of a kind, one of so many is measured."""
 _LATEST = 0.25
 """Weight of the latest in the moving average."""
+Taken = Mapping[Phase, Beside]
+"""What requests that are alike have taken, each with its piece of a phase and those before it."""
+_UNKNOWN: Taken = MappingProxyType({})
 
 
 @dataclass(slots=True)
 class _Kind:
     begun: int = 0
-    cpu_ns: int = 0
-    """Of one piece."""
-    before: Beside | None = None
-    after: Beside = NOTHING_BESIDE
-    """That, and one piece: requests that are alike share it."""
-
-    def add_to(self, before: Beside, phase: Phase) -> Beside:
-        """What it makes with a piece more."""
-        self.before, self.after = before, before.with_more(phase, self.cpu_ns)
-        return self.after
-
-    def learn(self, took_ns: int) -> None:
-        """One piece took so long; the first has nothing to be averaged with."""
-        self.cpu_ns = round(self.cpu_ns + _LATEST * (took_ns - self.cpu_ns)) if self.begun > 1 else took_ns
+    cpu_ns: dict[Phase, int] = field(default_factory=dict)
+    """Of one piece; in the order of the pieces."""
+    taken: dict[Phase, Beside] = field(default_factory=dict)
+    """Objects that requests share."""
 
 
 class Pace:
-    """The CPU time of pieces, by task, model and phase. Used by one thread, for one piece at a time; the first of a
-    kind is measured."""
+    """The CPU time of pieces, by task, model and phase. Used by one thread."""
 
-    def __init__(self, clock_ns: Callable[[], int] = time.thread_time_ns) -> None:
-        self._clock_ns = clock_ns
-        self._kinds: defaultdict[tuple[str, str, Phase], _Kind] = defaultdict(_Kind)
-        self._timed = _Kind(), NOTHING_BESIDE, Phase.PREPROCESS
-        """Of the piece that is measured."""
-        self.is_timed = False
-        """Whether one has begun that is measured."""
-        self._began_ns = 0
+    def __init__(self) -> None:
+        self._kinds: defaultdict[tuple[str, str], _Kind] = defaultdict(_Kind)
 
-    def begin(self, task: str, model: str, phase: Phase, before: Beside) -> Beside:
-        """A piece begins for who has taken so much ``before``; returns what that and others of its kind make. Where it
-        ``is_timed``, its end must be told."""
-        known = self._kinds[task, model, phase]
-        self.is_timed = known.begun % TIMED == 0
-        known.begun += 1
-        if self.is_timed:
-            self._timed, self._began_ns = (known, before, phase), self._clock_ns()
-        return known.after if known.before is before else known.add_to(before, phase)
+    def begin(self, task: str, model: str) -> Taken:
+        """A request begins; returns what it will have taken. Of what is not in that, each piece must be measured and
+        told: of the first request of a kind, of another now and then, and of phases that nobody had yet."""
+        kind = self._kinds[task, model]
+        kind.begun += 1
+        return _UNKNOWN if kind.begun % TIMED == 1 else kind.taken
 
-    def end(self) -> Beside:
-        """It has ended; returns what it makes, smoothed by what others took."""
-        self.is_timed = False
-        kind, before, phase = self._timed
-        kind.learn(self._clock_ns() - self._began_ns)
-        return kind.add_to(before, phase)
+    def learn(self, task: str, model: str, phase: Phase, took_ns: int) -> Beside:
+        """A piece took so long; returns what its request has taken with it, smoothed by what others took."""
+        kind = self._kinds[task, model]
+        known_ns = kind.cpu_ns.get(phase, took_ns)
+        kind.cpu_ns[phase] = round(known_ns + _LATEST * (took_ns - known_ns))
+        taken = NOTHING_BESIDE
+        for each, cpu_ns in kind.cpu_ns.items():
+            taken = kind.taken[each] = taken.with_more(each, cpu_ns)
+        return kind.taken[phase]
