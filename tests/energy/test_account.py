@@ -4,6 +4,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -513,6 +514,41 @@ class TestRecords:
         assert (line["places"], line["parts_uj"]) == ([["cpu", "encode"]], [360_000])
         assert line["gco2e"] == pytest.approx(360_000 / 3.6e12 * 380.95)
         assert (line["carbon"]["zone"], line["carbon"]["pue"]) == ("DEU", 1.0)
+
+    def test_many_that_are_settled_at_once_have_each_its_own_record_and_line(
+        self, held: HeldClock, meter: CountingMeter, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        caplog.set_level(logging.INFO, logger="wattle.requests")
+        book = Book()
+        account = Account(meter, Carbon("DEU"), book, idle_uw={"cpu": 0}, neighbours=ALONE, clock=held.clock)
+        kinds = list(product(("translate", "sentiment"), ("ok", "refused", "cancelled"), (None, 'a"b')))
+        # Nothing in a name may look like the end of a line, and there are more than are written at once.
+        ends = [
+            RequestRecord(f'{number}"}},{{"time_s":%s\n', task, "tiny", status, number, 1, number / 7, 0.5, key)
+            for number, (task, status, key) in enumerate(kinds * 100)
+        ]
+        for first in range(0, len(ends), 10):
+            held.run(ms=10, cpu_ms=10)
+            meter.energy_uj["cpu"] += 100_003
+            works = [encode(end.request_id, end.input_tokens) for end in ends[first : first + 10]]
+            account.record(step(held, 10, *works))
+            for end in ends[first : first + 10]:
+                account.close(end, Beside({Phase.POST: 1 + end.input_tokens}, 1 + end.input_tokens))
+        held.run(ms=10)
+        account.sample()
+        held.run(ms=11_000)
+        account.sample()
+        assert {name: record.request for name, record in book.records.items()} == {end.request_id: end for end in ends}
+        assert sum(record.bill.allocated_uj or 0 for record in book.records.values()) == meter.energy_uj["cpu"]
+        lines = [json.loads(line) for entry in caplog.records for line in entry.getMessage().split("\n")]
+        assert len(lines) == len(ends)
+        for line in lines:
+            record = book.records[line.pop("request_id")]
+            fields = record.request._asdict() | record.bill._asdict() | {"time_s": record.time_s}
+            parts = zip(line.pop("places"), line.pop("parts_uj"), strict=True)
+            assert tuple(Part(device, Phase(phase), uj) for (device, phase), uj in parts) == record.bill.parts
+            assert line.pop("carbon")["zone"] == "DEU"
+            assert line == {name: fields[name] for name in line} and len(line) == 13
 
     def test_a_provisional_record_is_replaced_by_the_settled_one(
         self, held: HeldClock, meter: CountingMeter, ledger: Ledger, caplog: pytest.LogCaptureFixture

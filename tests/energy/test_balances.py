@@ -75,6 +75,24 @@ def test_what_costs_nothing_may_be_unknown() -> None:
     assert balances.allocated_uj("a") == (0, Quality.UNAVAILABLE)
 
 
+def test_bills_in_however_many_places_are_told_apart() -> None:
+    balances = Balances()
+    places = [(f"gpu:{i}", phase) for i in range(12) for phase in Phase]
+    assert len(places) > 64
+    names = [f"r{i}" for i in range(len(places))]
+    for i, (device, phase) in enumerate(places):
+        # Who comes later was in fewer of them.
+        charge(balances, names[i:], CPU._replace(device=device, phase=phase), [7] * len(names[i:]))
+    found = {
+        number: told(alike, i)
+        for alike in balances.costs(balances.take(names))
+        for i, number in enumerate(alike.numbers)
+    }
+    for number in range(len(names)):
+        parts = {(part.device, part.phase): part.energy_uj for part in found[number].parts}
+        assert parts == dict.fromkeys(places[: number + 1], 7)
+
+
 @settings(max_examples=50)
 @given(st.integers(0, 2**32))
 def test_rows_are_used_again_and_never_mixed_up(seed: int) -> None:
