@@ -11,7 +11,8 @@ metering. *Timed* it is metered and its parts are timed, which itself takes more
 the same, from the body of a request to that of its answer, and so are the results, which are compared.
 
 A turn is a slice of each kind, so many requests always under way; the beginning of a slice, in which requests of the
-one before end, is left out. CPU time is told by thread, by the system's clock of each:
+one before end, is left out. From then on nothing stands between the service and its metering, or what there is in its
+place. CPU time is told by thread, by the system's clock of each:
 
 * an executor's in steps, over what steps of these shapes take on average (least squares over all steps of a phase), so
   that how full batches happened to be does not look like a cost;
@@ -52,7 +53,7 @@ from fastapi import FastAPI
 
 from energy.clock import NS_PER_S
 from energy.host import Moment
-from energy.types import NOBODY, NOTHING_BESIDE, Bill, Phase, Quality, Step
+from energy.types import NOBODY, NOTHING_BESIDE, Beside, Bill, Bills, Phase, Quality, Step
 from service.app import create_app
 from service.core import Charge, Service
 from service.engine import executor
@@ -96,6 +97,11 @@ _ON_STEPS = ("clocks", "recording", "weighing", "telling")
 """On the threads of executors."""
 _ON_LOOP = ("pacing", "waking", "closing", "writing", "foretelling")
 """On the event loop."""
+_BESIDE = ("reading", "settling", "publishing", "ledger")
+"""On threads of its own."""
+_BILL = Bill("", 23_456, 34_567, 0.004567, Quality.ESTIMATED, settled=False)
+_UNKNOWN_BILL = Bill("", None, None, None, Quality.UNAVAILABLE, settled=False)
+_ENDED = ("", "", "", "ok", 0, 0, 0.0, 0.0, None)
 _UNTIMED = dict.fromkeys(Phase, NOTHING_BESIDE)
 T = TypeVar("T")
 
@@ -230,6 +236,34 @@ class _Slice:
         return whole_ns - sum(step.cpu_ns for step in self.whole_steps)
 
 
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A function of metering, and what else stands in its place."""
+
+    owner: Any
+    name: str
+    function: Callable[..., Any]
+    instead: Callable[..., Any]
+    """Where nothing is metered."""
+    is_on: Callable[..., bool]
+    """Whether a call is metered, where there are such and others: between two slices."""
+    watch: _Watch = field(default_factory=_Watch)
+
+    def put(self, kind: Kind | None) -> None:
+        """Have it as slices of a kind have it; None is between two."""
+
+        def decided(*arguments: Any) -> Any:
+            return (self.function if self.is_on(*arguments) else self.instead)(*arguments)
+
+        def watched(*arguments: Any) -> Any:
+            self.watch.times += 1
+            is_timed = self.watch.times % _TIMED == 0
+            return self.watch.time(self.function, *arguments) if is_timed else self.function(*arguments)
+
+        places = {None: decided, Kind.METERED: self.function, Kind.TIMED: watched}
+        setattr(self.owner, self.name, places.get(kind, self.instead))
+
+
 class _Rig:
     """A service in this process, and those who ask it."""
 
@@ -239,26 +273,27 @@ class _Rig:
         self._slice = _Slice(self._kind)
         self._numbers = {kind: cycle(range(_TEXTS)) for kind in Kind}
         self._results: dict[int, Any] = {}
-        self._begun: set[str] = set()
-        """Requests that are metered to their end."""
+        self._billed = 0
+        """Requests that were metered and are settled."""
         self._unwatched: list[tuple[Any, str, Any]] = []
         """What was there before it was watched."""
         service: Service = app.state.service
-        account, predictor = service.account, service.books.predictor
-        for name in ("read", "sample"):
-            self._switch(account, name, self._is_metered)
-        self.watches = {
-            "waking": self._switch(account, "wake", self._is_metered),
-            "pacing": self._switch(service.pace, "begin", self._is_metered, lambda *about: _UNTIMED),
-            "writing": self._switch(Charge, "ended", self._was_begun, lambda charge, *about: (charge.request_id,)),
-            "recording": self._switch(account, "record", self._is_weighed),
-            "weighing": self._switch(executor, "weigh", self._is_metered, lambda *about: NOBODY),
-            "telling": self._switch(executor, "_tell", lambda jobs, step: self._is_weighed(step)),
-            "closing": self._switch(account, "close", self._ends, self._made_up),
-            "foretelling": self._switch(predictor, "begin", self._begins),
-            "reading": self._switch(account, "_read", lambda now_ns: True, every=1),
-            "publishing": self._switch(account, "_publish", lambda *records: True, every=1),
+        self._books, account, predictor = service.books, service.account, service.books.predictor
+        self._parts = {
+            "waking": self._part(account, "wake", self._is_metered),
+            "pacing": self._part(service.pace, "begin", self._is_metered, lambda *about: _UNTIMED),
+            "writing": self._part(Charge, "ended", self._is_metered, lambda *about: _ENDED),
+            "recording": self._part(account, "record", self._is_weighed),
+            "weighing": self._part(executor, "weigh", self._is_metered, lambda *about: NOBODY),
+            "telling": self._part(executor, "_tell", lambda jobs, step: self._is_weighed(step)),
+            "closing": self._part(account, "close", self._was_metered, self._made_up),
+            "foretelling": self._part(predictor, "begin", self._is_metered),
         }
+        self._pauses = [self._part(account, name, self._is_metered) for name in ("read", "sample")]
+        """Those that are not told of, as what they do is."""
+        self._rare = {"reading": self._always(account, "_read"), "publishing": self._always(account, "_publish")}
+        self._unwatched.append((account, "_on_settled", account._on_settled))
+        account._on_settled = self._settled
         self._keep_steps(service.metrics)
         self._clocks = {
             thread.name: time.pthread_getcpuclockid(thread.ident)
@@ -266,35 +301,33 @@ class _Rig:
             if thread.name in ("energy", "ledger") and thread.ident is not None
         }
 
-    def _switch(
-        self,
-        owner: Any,
-        name: str,
-        is_on: Callable[..., bool],
-        instead: Callable[..., Any] = lambda *arguments: None,
-        every: int = _TIMED,
-    ) -> _Watch:
-        """Watch a function of metering, and do something else ``instead`` where it is not on.
+    def _part(
+        self, owner: Any, name: str, is_on: Callable[..., bool], instead: Callable[..., Any] = lambda *arguments: None
+    ) -> _Part:
+        function = getattr(owner, name)
+        self._unwatched.append((owner, name, function))
+        return _Part(owner, name, function, instead, is_on)
 
-        ``every`` so many times it is timed: where that is always, in whatever slice, else in those for it.
-        """
+    def _always(self, owner: Any, name: str) -> _Watch:
+        """Time a function that is seldom called each time that it is."""
         watch, function = _Watch(), getattr(owner, name)
         self._unwatched.append((owner, name, function))
 
-        def switched(*arguments: Any) -> Any:
-            if not is_on(*arguments):
-                return instead(*arguments)
+        def timed(*arguments: Any) -> Any:
             watch.times += 1
-            is_timed = not watch.times % every and (every == 1 or self._kind is Kind.TIMED)
-            return watch.time(function, *arguments) if is_timed else function(*arguments)
+            return watch.time(function, *arguments)
 
-        setattr(owner, name, switched)
+        setattr(owner, name, timed)
         return watch
 
     def close(self) -> None:
         """Leave everything as it was."""
         for owner, name, function in reversed(self._unwatched):
             setattr(owner, name, function)
+
+    def _put(self, kind: Kind | None) -> None:
+        for part in (*self._parts.values(), *self._pauses):
+            part.put(kind)
 
     def _is_metered(self, *about: object) -> bool:
         return self._kind in (Kind.METERED, Kind.TIMED)
@@ -303,25 +336,17 @@ class _Rig:
         """Whether a step is metered: only where it was from its beginning."""
         return self._is_metered() and (step.work is None or step.weights is not NOBODY)
 
-    def _begins(self, request_id: str, *about: object) -> bool:
-        """Whether a request is metered: to its end, whatever comes meanwhile."""
-        if self._is_metered():
-            self._begun.add(request_id)
-        return request_id in self._begun
+    def _was_metered(self, ended: object, beside: Beside, *loads: object) -> bool:
+        """Whether a request was when it began, which all of these do with a short piece."""
+        return beside is not NOTHING_BESIDE
 
-    def _was_begun(self, charge: Charge, *about: object) -> bool:
-        return charge.request_id in self._begun
+    def _made_up(self, *about: object) -> Bill:
+        """What a request that is not metered is told."""
+        return _UNKNOWN_BILL if self._kind is Kind.SILENT else _BILL
 
-    def _ends(self, ended: Sequence[Any], *known: object) -> bool:
-        is_metered = ended[0] in self._begun
-        self._begun.discard(ended[0])
-        return is_metered
-
-    def _made_up(self, ended: Sequence[Any], *known: object) -> Bill:
-        """A bill of a request that is not metered."""
-        if self._kind is Kind.SILENT:
-            return Bill(ended[0], None, None, None, Quality.UNAVAILABLE, settled=False)
-        return Bill(ended[0], 23_456, 34_567, 0.004567, Quality.ESTIMATED, settled=False)
+    def _settled(self, bills: Sequence[Bills]) -> None:
+        self._billed += sum(map(len, bills))
+        self._books.settled(bills)
 
     def _keep_steps(self, metrics: Metrics) -> None:
         counted = metrics.step
@@ -333,17 +358,17 @@ class _Rig:
 
         metrics.step = kept  # type: ignore[method-assign]
 
-    def spent_ns(self) -> dict[str, float]:
-        """CPU time of metering so far, by what is done."""
-        spent = {name: watch.total_ns for name, watch in self.watches.items()}
+    def spent_ns(self) -> tuple[int, int, dict[str, float]]:
+        """Requests that were metered and are settled, those among them that were watched, and CPU time of metering so
+        far, by what is done."""
+        watches = {name: part.watch for name, part in self._parts.items()}
+        spent = {name: watch.total_ns for name, watch in (watches | self._rare).items()}
         energy_ns, ledger_ns = (time.clock_gettime_ns(self._clocks[name]) for name in ("energy", "ledger"))
-        return {
-            # A step asks for its CPU time twice, as a watch does.
-            "clocks": self.watches["recording"].timing_ns,
-            **spent,
-            "settling": energy_ns - spent["reading"] - spent["publishing"],
-            "ledger": ledger_ns,
-        }
+        # A step asks for its CPU time twice, as a watch does.
+        spent["clocks"] = watches["recording"].timing_ns
+        spent["settling"] = energy_ns - spent["reading"] - spent["publishing"]
+        spent["ledger"] = ledger_ns
+        return self._billed, watches["closing"].times, spent
 
     async def compare(self, turns: int) -> list[list[_Slice]]:
         """Ask without a pause, and keep ``turns`` turns of slices. Raises ``RuntimeError`` where results differ."""
@@ -360,12 +385,15 @@ class _Rig:
                 raise outcome
         # What was metered last is still to be settled.
         self._kind = Kind.TIMED
+        self._put(None)
         await asyncio.sleep(_REST_S)
         return kept
 
     async def _keep_slice(self, kind: Kind) -> _Slice:
         self._kind = kind
+        self._put(None)
         await asyncio.sleep(_LEFT_OUT_S)
+        self._put(kind)
         kept = self._slice = _Slice(kind)
         started_s, loop_ns, process_ns = time.monotonic(), time.thread_time_ns(), time.process_time_ns()
         await asyncio.sleep(SLICE_S)
@@ -444,11 +472,15 @@ async def compare(model: Model, settings: Settings, turns: int) -> Cost:
         with closing(_Rig(app, model)) as rig:
             # The first requests are slow.
             await rig.compare(1)
-            before, spent_ns, metered = Moment.now(), rig.spent_ns(), rig.watches["closing"].times
+            before, (settled, watched, spent_ns) = Moment.now(), rig.spent_ns()
             slices = await rig.compare(turns)
-        foreign_cores = Moment.now().foreign_cores(before)
-        requests = rig.watches["closing"].times - metered
-        spent_us = {what: (ns - spent_ns[what]) / requests / _NS_PER_US for what, ns in rig.spent_ns().items()}
+            foreign_cores = Moment.now().foreign_cores(before)
+            all_settled, all_watched, all_spent_ns = rig.spent_ns()
+        requests = all_settled - settled
+        spent_us = {
+            what: (ns - spent_ns[what]) / (requests if what in _BESIDE else all_watched - watched) / _NS_PER_US
+            for what, ns in all_spent_ns.items()
+        }
     return _cost(slices, spent_us, requests, foreign_cores)
 
 
@@ -461,7 +493,7 @@ def _cost(
     in_slices = sum(each.requests for each in every)
     steps_us = sum(step.cpu_ns for each in every for step in each.whole_steps) / in_slices / _NS_PER_US
     steps = sum(len(each.whole_steps) for each in every) / in_slices
-    beside_us = sum(spent_us[what] for what in ("reading", "settling", "publishing", "ledger"))
+    beside_us = sum(spent_us[what] for what in _BESIDE)
     by_thread: list[dict[Kind, dict[str, float]]] = []
     rates: list[dict[Kind, float]] = []
     for turn in turns:
