@@ -315,10 +315,12 @@ class Account:
 
     def _note(self) -> None:
         """Put what happened on the books: ends of requests first, for their steps were recorded before them."""
-        closed = [self._closed.popleft() for _ in range(len(self._closed))]
-        self._over += closed
-        self._requests.note_beside(closed)
-        self._requests.note([self._steps.popleft() for _ in range(len(self._steps))])
+        if self._closed:
+            closed = [self._closed.popleft() for _ in range(len(self._closed))]
+            self._over += closed
+            self._requests.note_beside(closed)
+        if self._steps:
+            self._requests.note([self._steps.popleft() for _ in range(len(self._steps))])
 
     def _read(self, now_ns: int) -> None:
         process_ns = self._clock.process_ns()

@@ -78,11 +78,6 @@ class Balances:
         self._columns: dict[Charged, int] = {}
         self._forms: dict[tuple[int, ...], _Form] = {}
 
-    @property
-    def width(self) -> int:
-        """No row is numbered as high."""
-        return len(self._numbers)
-
     def open(self, names: Iterable[str]) -> Rows:
         """The rows of these requests, which are open from now on."""
         rows = np.array(list(map(self._row_of.__getitem__, names)), np.intp)
@@ -95,6 +90,10 @@ class Balances:
     def rows(self, names: Iterable[str]) -> Rows:
         """The rows of these requests, the empty one of those that were never charged."""
         return np.array(list(map(self._row_of.get, names, repeat(0))), np.intp)
+
+    def row(self, name: str) -> int:
+        """That of one of them."""
+        return self._row_of.get(name, 0)
 
     def charge(self, whose: Sequence[Rows], charged: Sequence[Charged], shares_uj: Numbers) -> None:
         """Charge each of some rows for what stands in the same place of ``charged``; the shares of one stand behind
@@ -113,12 +112,12 @@ class Balances:
 
     def find(self, name: str) -> Costs:
         """What a request has been charged so far."""
-        (costs,) = self.costs(self._numbers[self.rows([name])])
+        (costs,) = self.costs(self._numbers[[self.row(name)]])
         return costs
 
     def allocated_uj(self, name: str) -> tuple[int, Quality | None]:
         """The sum of that alone, and its quality."""
-        row = self._numbers[self._row_of.get(name, 0)].tolist()
+        row = self._numbers[self.row(name)].tolist()
         return sum(row[_FIRST:]), _QUALITIES[row[_RANK]]
 
     def take(self, names: Iterable[str]) -> Numbers:

@@ -221,26 +221,18 @@ class Requests:
         return [each.read for each in noted]
 
     def _read(self, noted: Sequence[Noted]) -> None:
-        """See what falls to each request. All is done at once: each of so few calls to NumPy finds nothing in the
-        caches."""
-        pieces = [(number, *piece) for number, each in enumerate(noted) for piece in (each.read, *each.pieces)]
-        steps = [(number, step) for number, each in enumerate(noted) for step in each.unread]
-        numbers, rows, loads_ns = map(list, zip(*pieces, strict=True))
-        counts = list(map(len, rows))
-        if steps:
-            whose, unread = zip(*steps, strict=True)
-            numbers += whose
-            counts += [len(step.work.request_ids) for step in unread]
-            rows.append(self.balances.open(_names(unread)))
-            loads_ns.append(share_loads(unread))
-        # Rows are small numbers, so nothing need be sorted.
-        width = self.balances.width
-        cells = np.repeat(numbers, counts) * width + np.concatenate(rows)
-        used, sums_ns = np.flatnonzero(np.bincount(cells)), np.bincount(cells, np.concatenate(loads_ns))
-        firsts = np.searchsorted(used, width * np.arange(1, len(noted)))
-        each_rows, each_ns = np.split(used % width, firsts), np.split(sums_ns[used].astype(np.int64), firsts)
-        for each, own, own_ns in zip(noted, each_rows, each_ns, strict=True):
-            each.read, each.pieces, each.unread = (own, own_ns), [], []
+        """See what falls to each request."""
+        steps = [step for each in noted for step in each.unread]
+        rows, loads_ns = (self.balances.open(_names(steps)), share_loads(steps)) if steps else _NOBODY
+        first = 0
+        for each in noted:
+            end = first + sum([len(step.weights[0]) for step in each.unread])
+            pieces = [each.read, *each.pieces, (rows[first:end], loads_ns[first:end])]
+            whose, what_ns = map(np.concatenate, zip(*pieces, strict=True))
+            # Rows are small numbers, so nothing need be sorted.
+            own = np.flatnonzero(np.bincount(whose))
+            each.read = own, np.bincount(whose, what_ns)[own].astype(np.int64)
+            each.pieces, each.unread, first = [], [], end
 
     def lose_all(self) -> None:
         """What waits will never have a reading."""
@@ -254,15 +246,16 @@ class Requests:
         active_uj, allocated_uj, quality = 0.0, 0.0, Quality.MEASURED
         # Who is in a step that was not looked at yet has a row only then.
         shares = self._shared(self.waiting)
-        (row,) = self.balances.rows([name])
+        row = self.balances.row(name)
         for each, (rows, loads_ns) in zip(self.waiting, shares, strict=True):
-            own_ns = loads_ns[rows == row]
-            if len(own_ns):
+            number = rows.searchsorted(row)
+            if number < len(rows) and rows[number] == row:
                 if each.place.rates is None:
                     return 0, 0, Quality.UNAVAILABLE
                 active, allocated = each.place.rates
-                active_uj += float(own_ns[0]) * active
-                allocated_uj += float(own_ns[0]) * allocated
+                load_ns = int(loads_ns[number])
+                active_uj += load_ns * active
+                allocated_uj += load_ns * allocated
                 quality = weaker(quality, each.place.inferred)
         return round(active_uj), round(allocated_uj), quality
 

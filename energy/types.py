@@ -238,8 +238,8 @@ class SettledRecord(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Bills:
-    """The same of requests that are alike, as columns: most are only written down and summed up, and objects for each
-    would take longer than all else that settling is."""
+    """The bills of requests that are alike, as columns: most are only written down and summed up, and an object for
+    each would take longer than that. In a loop each is a ``SettledRecord``."""
 
     task: str
     model: str
