@@ -110,8 +110,17 @@ class Charge:
 
     def ended(self, status: str, key: str | None) -> Ended:
         """What the account keeps of it, once it is over."""
-        usage = self.input_tokens, self.output_tokens, self.queue_ms, self.compute_ms
-        return (self.request_id, self.task, self.worker, status, *usage, key)
+        return (
+            self.request_id,
+            self.task,
+            self.worker,
+            status,
+            self.input_tokens,
+            self.output_tokens,
+            self.queue_ms,
+            self.compute_ms,
+            key,
+        )
 
 
 @dataclass(slots=True)
