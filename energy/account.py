@@ -59,8 +59,8 @@ _ALARM_SHARE = 100
 """A residual above a hundredth of what the meter counted is an alarm."""
 _ALARM_INTERVAL_NS = 60 * NS_PER_S
 _LINES_AT_ONCE = 128
-"""Of the log: giving it each by itself takes longer, and so does a text as long as a thousand, for which the system has
-to find pages."""
+"""Of the log: giving it each by itself takes longer, and so does a text as long as a thousand, for which the system
+has to find pages."""
 _NOWHERE = Places(())
 """Of bills that nobody knows."""
 
