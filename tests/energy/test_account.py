@@ -431,6 +431,31 @@ class TestEstimate:
         assert bill.active_uj == pytest.approx(found.bill.active_uj, abs=2)
         check_balance(everything_settled(held, account))
 
+    def test_what_ended_while_the_meter_was_read_is_charged_afterwards(
+        self, held: HeldClock, account: Account
+    ) -> None:
+        held.run(ms=100, cpu_ms=10)
+        account.sample()
+        # The clock stands where it stood at that reading.
+        account.close(over("a"), Beside({Phase.POST: 4 * MS}, 4 * MS))
+        account.close(over("b")._replace(model="other"), Beside({Phase.POST: 2 * MS}, 2 * MS))
+        held.run(ms=100, cpu_ms=90)
+        account.close(over("c"), Beside({Phase.POST: 3 * MS}, 3 * MS))
+        account.sample()
+        bills = [record.bill.parts for name in "abc" if (record := account.find(name)) is not None]
+        assert bills == [(Part("cpu", Phase.POST, ms * 2_760),) for ms in (4, 2, 3)]
+        by_model = {row.model: row.energy_uj for row in account.totals().attributed}
+        assert by_model == {"tiny": 7 * 2_760, "other": 2 * 2_760}
+
+    def test_nobody_is_expected_to_pay_for_the_steps_of_others(self, held: HeldClock, account: Account) -> None:
+        for names in (("a", "b"), ("b",)):
+            held.run(ms=100, cpu_ms=100)
+            account.record(step(held, 100, *map(encode, names)))
+            if "a" in names:
+                account.sample()
+        assert (account.bill("a").active_uj, account.spent_uj("a")) == (138_000, 138_000 + 37_000)
+        assert account.bill("b").active_uj == 138_000 + 276_000
+
     def test_cancelled_work_stays_on_the_request_that_caused_it(self, held: HeldClock, account: Account) -> None:
         held.run(ms=100, cpu_ms=100)
         account.record(step(held, 100, encode("a"), encode("b")))

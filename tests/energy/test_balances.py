@@ -75,6 +75,15 @@ def test_what_costs_nothing_may_be_unknown() -> None:
     assert balances.allocated_uj("a") == (0, Quality.UNAVAILABLE)
 
 
+def test_bills_in_the_same_places_are_told_apart_by_quality() -> None:
+    balances = Balances()
+    charge(balances, ["a", "b", "c"], CPU, [1, 2, 3])
+    balances.know(balances.open(["b"]), Quality.UNAVAILABLE)
+    costs = list(balances.costs(balances.take(["a", "b", "c"])))
+    found = {(each.quality, tuple(each.numbers.tolist()), tuple(each.allocated_uj.tolist())) for each in costs}
+    assert found == {(Quality.MEASURED, (0, 2), (1, 3)), (Quality.UNAVAILABLE, (1,), (2,))}
+
+
 def test_bills_in_however_many_places_are_told_apart() -> None:
     balances = Balances()
     places = [(f"gpu:{i}", phase) for i in range(12) for phase in Phase]

@@ -94,6 +94,14 @@ def test_the_last_bills_come_newest_first_and_are_bounded() -> None:
     assert len(recent) == RECENT
 
 
+def test_bills_that_come_together_are_in_the_order_of_their_ends() -> None:
+    live = Live(HeldClock().clock)
+    records = [record(number, 5, task="answer" if number % 2 else "translate") for number in range(4)]
+    ended = [each._replace(time_s=each.time_s + number) for number, each in enumerate(records)]
+    live.settled(map(Bills.of, [ended[0], ended[2], ended[1], ended[3]]))
+    assert [each.request.request_id for each in live.view().recent] == ["req-3", "req-2", "req-1", "req-0"]
+
+
 def test_a_view_does_not_change_afterwards() -> None:
     live = Live(HeldClock().clock)
     live.settled([Bills.of(record(0, 5))])
