@@ -437,8 +437,8 @@ class TestEstimate:
         held.run(ms=100, cpu_ms=10)
         account.sample()
         # The clock stands where it stood at that reading.
-        account.close(over("a"), Beside({Phase.POST: 4 * MS}, 4 * MS))
-        account.close(over("b")._replace(model="other"), Beside({Phase.POST: 2 * MS}, 2 * MS))
+        account.close(over("a"), Beside({Phase.POST: 4 * MS}, 4 * MS), [])
+        account.close(over("b")._replace(model="other"), Beside({Phase.POST: 2 * MS}, 2 * MS), [])
         held.run(ms=100, cpu_ms=90)
         account.close(over("c"), Beside({Phase.POST: 3 * MS}, 3 * MS))
         account.sample()
