@@ -167,6 +167,32 @@ def test_in_which_order_steps_are_recorded_does_not_matter(seed: int) -> None:
     assert sums[0] == pytest.approx(sums[1], abs=10)
 
 
+@settings(deadline=None, max_examples=20)
+@given(st.lists(st.integers(1, 50), min_size=2, max_size=9), st.randoms(), st.booleans())
+def test_in_which_order_a_step_names_its_requests_does_not_matter(
+    tokens: list[int], random: Random, are_known: bool
+) -> None:
+    """Once they are known it does not at all; before, the odd microjoule goes to whoever is named first."""
+    bills = []
+    named = [(f"r{number}", count) for number, count in enumerate(tokens)]
+    for some in (named, random.sample(named, len(named))):
+        world = World(1)
+        steps = [named, some] if are_known else [some]
+        for each in steps:
+            world.pass_time(10, 10)
+            work = Work(Phase.ENCODE, *map(list, zip(*each, strict=True)))
+            now_ns = world.held.now_ns
+            world.account.record(step_of(work, now_ns - 10 * MS, now_ns, 10 * MS, "cpu:0"))
+        world.open, world.requests = [name for name, _ in named], len(named)
+        world.end()
+        world.check_end()
+        bills.append({name: record.bill.parts for name, record in world.book.records.items()})
+    if are_known:
+        assert bills[0] == bills[1]
+    sums = [{name: sum(part.energy_uj for part in parts) for name, parts in each.items()} for each in bills]
+    assert sums[0] == pytest.approx(sums[1], abs=4)  # active and idle energy on two devices
+
+
 class ForgetfulChannel(Channel):
     """Loses every third window."""
 
