@@ -92,8 +92,13 @@ class Requests:
             if not place.channels:
                 self._lose(self.balances.open(_names(some)))
                 continue
-            together = [step for step in some if self._is_short(step.started_ns, step.ended_ns)]
-            alone = [[step] for step in some if not self._is_short(step.started_ns, step.ended_ns)]
+            together: list[Step] = []
+            alone: list[list[Step]] = []
+            for step in some:
+                if self._is_short(step.started_ns, step.ended_ns):
+                    together.append(step)
+                else:
+                    alone.append([step])
             for own in filter(None, (together, *alone)):
                 started_ns, ended_ns = [step.started_ns for step in own], [step.ended_ns for step in own]
                 noted = self._noted(place, model, phase, min(started_ns), max(ended_ns), own is together)
@@ -117,12 +122,13 @@ class Requests:
             self._lose(rows)
             return
         models, which = [request[2] for request in requests], list(map(id, besides))
+        of_model = {model: np.array([each == model for each in models]) for model in dict.fromkeys(models)}
         shared, is_new = dict(zip(which, besides, strict=True)), over_ns > self._settled_ns
         for phase in dict.fromkeys(chain.from_iterable([beside.by_phase for beside in shared.values()])):
             by_beside = {key: beside.by_phase.get(phase, 0) for key, beside in shared.items()}
             cpu_ns = np.array(list(map(by_beside.__getitem__, which)))
-            for model in dict.fromkeys(models):
-                has = (cpu_ns > 0) & np.array([each == model for each in models])
+            for model, is_own in of_model.items():
+                has = (cpu_ns > 0) & is_own
                 # What ended before the last reading is charged apart, as steps are.
                 for own in (has & is_new, has & ~is_new):
                     if own.any():
