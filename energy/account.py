@@ -211,9 +211,9 @@ class Account:
             self._read(now_ns)
             with self._lock:
                 self._charge(now_ns)
-                finished, open_records = self._finish(now_ns)
+                finished, provisional = self._finish(now_ns)
                 self._watch_residual(now_ns)
-        self._publish(finished, open_records)
+        self._publish(finished, provisional)
 
     def bill(self, request_id: str) -> Bill:
         """What a running request has cost so far."""
@@ -358,14 +358,14 @@ class Account:
             for reason, energy_uj in channel.expire(before_ns):
                 self._unattributed[device, reason] += energy_uj
 
-    def _finish(self, now_ns: int) -> tuple[list[Bills], list[SettledRecord]]:
+    def _finish(self, now_ns: int) -> tuple[list[Bills], list[Bills]]:
         """The bills that are final, and those that the ledger gets as they are by now."""
         over, self._over = self._over, []
         if not self._requests.waiting and _NEVER_LATE.issuperset([request[3] for request, _, _ in over]):
             # Nearly always.
             return self._settle(over), []
         final: list[End] = []
-        open_records: list[SettledRecord] = []
+        provisional: list[Bills] = []
         waiting = self._requests.are_waiting([request[0] for request, _, _ in over])
         for end, is_waiting in zip(over, waiting, strict=True):
             (request_id, _, _, status, _, _, _, _, _), at_ns, _ = end
@@ -374,9 +374,9 @@ class Account:
                 continue
             self._over.append(end)
             if now_ns - at_ns >= _KEPT_AFTER_NS and request_id not in self._kept:
-                open_records.append(self._provisional_record(end))
+                provisional.append(Bills.of(self._provisional_record(end)))
                 self._kept.add(request_id)
-        return self._settle(final), open_records
+        return self._settle(final), provisional
 
     def _settle(self, final: Sequence[End]) -> list[Bills]:
         """Move requests that are over to the totals."""
@@ -394,16 +394,15 @@ class Account:
     def _bills(self, requests: Sequence[Ended], times_s: NDArray[np.float64], costs: Costs) -> Bills:
         """The final bills of requests that are alike."""
         (_, task, model, status, *_, key), carbon = requests[0], self._carbon.assumptions
-        quality = costs.quality or self.quality
+        quality, places, parts_uj = costs.quality or self.quality, costs.places, costs.parts_uj
+        active_uj = allocated_uj = gco2e = None
         if quality is Quality.UNAVAILABLE:
-            nothing = np.zeros((len(requests), 0), np.int64)
-            return Bills(
-                task, model, status, key, quality, True, carbon, _NOWHERE, requests, times_s, nothing, None, None, None
-            )
-        allocated_uj = costs.allocated_uj
-        gco2e = self._carbon.gco2e(allocated_uj.astype(np.float64), costs.times_ns / self._executors)
-        figures = costs.parts_uj, costs.active_uj, allocated_uj, gco2e
-        return Bills(task, model, status, key, quality, True, carbon, costs.places, requests, times_s, *figures)
+            places, parts_uj = _NOWHERE, parts_uj[:, :0]
+        else:
+            active_uj, allocated_uj = costs.active_uj, costs.allocated_uj
+            gco2e = self._carbon.gco2e(allocated_uj.astype(np.float64), costs.times_ns / self._executors)
+        alike = task, model, status, key, quality, True, carbon, places
+        return Bills(*alike, requests, times_s, parts_uj, active_uj, allocated_uj, gco2e)
 
     def _provisional(self, request_id: str) -> Bill:
         """What a request has cost by now."""
@@ -461,10 +460,10 @@ class Account:
                     meter_uj,
                 )
 
-    def _publish(self, finished: Sequence[Bills], unsettled: Sequence[SettledRecord]) -> None:
+    def _publish(self, finished: Sequence[Bills], provisional: Sequence[Bills]) -> None:
         """Write bills to the ledger, and settled ones to the log; never under a lock."""
-        if self._ledger is not None and (unsettled or finished):
-            self._ledger.put(*map(Bills.of, unsettled), *finished)
+        if self._ledger is not None and (provisional or finished):
+            self._ledger.put(*provisional, *finished)
         if self._on_settled is not None and finished:
             self._on_settled(finished)
         if finished and _requests_log.isEnabledFor(logging.INFO):
