@@ -26,7 +26,7 @@ whether steps themselves take longer with metering; the CPU time of executors in
 
 A figure is the mean over turns without the outermost tenths, with a 95% interval by bootstrap. Metering is also added
 up where it is spent, which is more precise and does not see what it slows down elsewhere. Neither way sees that a step
-writes down the work in it, which `/metrics` needs as well; that a request's record is written is only added up.
+writes down the work in it, which `/metrics` needs as well.
 """
 
 import asyncio
