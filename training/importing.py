@@ -26,6 +26,8 @@ from training.recipe import Storage
 from training.tasks import Batch
 
 _FILES = ("*.json", "1_Pooling/*.json", "*.spm", "*.jinja", "README.md", "model*.safetensors", "pytorch_model.bin")
+_MAX_POSITIONS = 2048
+"""What an imported model holds unless told otherwise, where it can."""
 _MAX_TOKENS = 256
 """What a text gets that does not say how long it may become."""
 _MOST_TEXTS = 128
@@ -40,7 +42,7 @@ def import_model(
     *,
     name: str | None = None,
     how: Storage | None = None,
-    max_positions: int = 2048,
+    max_positions: int | None = None,
     source_language: str | None = None,
     target_language: str | None = None,
     texts: Path | None = None,
@@ -48,9 +50,9 @@ def import_model(
     """Write ``out/<name>`` from a Hugging Face folder, or a name on the Hub, whose model is then fetched; or from a
     folder that was exported before, to store its matrices in another way.
 
-    ``max_positions`` is the longest text that it will hold, where the model itself can hold more; ``texts`` is a file
-    with a text on each line, of the kind that it will read, which the calibrated scheme needs. Raises
-    ``TrainingError`` for what is missing, and for what the graphs cannot express.
+    ``max_positions`` is the longest text that it will hold, by default of 2048 tokens, where the model itself can hold
+    more; ``texts`` is a file with a text on each line, of the kind that it will read, which the calibrated scheme
+    needs. Raises ``TrainingError`` for what is missing, and for what the graphs cannot express.
     """
     how = how or Storage()
     if how.scheme == "calibrated" and texts is None:
@@ -60,13 +62,16 @@ def import_model(
     if (Path(source) / "manifest.json").is_file():
         if source_language or target_language:
             raise TrainingError(f"{source}: its manifest says which languages it has; leave them out")
+        if max_positions is not None:
+            raise TrainingError(f"{source}: its manifest says how long its texts may be; leave --max-positions out")
         return store_anew(Path(source), out, name, how)
     folder = _folder(source)
     name = name or re.sub(r"[^a-z0-9._-]+", "-", Path(source).resolve().name.lower()).strip("-._")[:64]
     if not re.fullmatch(NAME_PATTERN, name):
         raise TrainingError(f"{name!r} can be no model's name, which is like {NAME_PATTERN}: give --name")
     files = ForeignFolder(folder)
-    foreign = load_foreign(folder, max_positions, files.pooling())
+    most = _MAX_POSITIONS if max_positions is None else max_positions
+    foreign = load_foreign(folder, most, files.pooling())
     config = foreign.config
     tokenizer = read_tokenizer(folder, target_language)
     largest = max(tokenizer.get_vocab(with_added_tokens=True).values())

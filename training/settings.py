@@ -70,7 +70,9 @@ class Settings(BaseSettings):
     block_size: Literal["16", "32", "64"] = Field(
         "64", description="Weights of the blockwise scheme that share a scale."
     )
-    max_positions: int = Field(2048, ge=2, description="Tokens of a text that an imported model holds, if it can.")
+    max_positions: int | None = Field(
+        None, ge=2, description="Tokens of a text that an imported model holds, if it can; unset, 2048."
+    )
     source_language: str | None = Field(None, description="Language that an imported model reads.")
     target_language: str | None = Field(None, description="Language that an imported translator writes.")
 

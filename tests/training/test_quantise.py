@@ -198,6 +198,8 @@ def test_an_exported_model_is_stored_anew(tmp_path, kind, capsys):
         store_anew(tmp_path / "before", tmp_path / "out", None, Storage(scheme="calibrated"))
     with pytest.raises(TrainingError, match="which languages it has"):
         import_model(tmp_path / "before", tmp_path / "out", source_language="en")
+    with pytest.raises(TrainingError, match="leave --max-positions out"):
+        import_model(tmp_path / "before", tmp_path / "out", max_positions=16)
 
 
 def test_a_setting_is_asked_of_every_set_or_of_none(exported):
