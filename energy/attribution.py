@@ -12,7 +12,7 @@ from types import MappingProxyType
 import numpy as np
 from numpy.typing import NDArray
 
-from energy.types import Phase, Step, Weights, Work
+from energy.types import Phase, Step, Weights
 
 Integers = NDArray[np.int64]
 _WORD_BITS = 62
@@ -37,34 +37,41 @@ class Coefficients:
     """m for one token already in the buffers, which attention reads again: between a 125th and a 210th of a token
     written in the starters that write."""
 
+    def of(self, phase: Phase) -> Weights:
+        """By what requests share steps of this phase."""
+        token = self.decode_token if phase is Phase.DECODE else self.prefill_token
+        return self.fixed, token, self.context_token
+
 
 DEFAULTS = Coefficients()
 UNCALIBRATED: Mapping[str, Coefficients] = MappingProxyType({})
 """Of no model anything is known."""
 
 
-def weigh(work: Work, coefficients: Coefficients) -> Weights:
-    """How requests share a step with this work: in proportion to ``F / n + m * work_i``."""
-    n, is_writing = len(work.request_ids), work.phase is Phase.DECODE
-    token = n * (coefficients.decode_token if is_writing else coefficients.prefill_token)
-    fixed, context = coefficients.fixed, n * coefficients.context_token
-    if work.context_tokens:
-        each = zip(work.tokens, work.context_tokens, strict=True)
-        first = [fixed + token * tokens + context * context_tokens for tokens, context_tokens in each]
-    else:
-        first = [fixed + token * tokens for tokens in work.tokens]
-    return first, context * work.tokens[0]
+def weigh(step: Step) -> list[float]:
+    """How requests share a step: in proportion to ``F / n + m * work_i``, the mean of its passes."""
+    assert step.work is not None
+    (fixed, token, context), tokens = step.weights, step.work.tokens
+    contexts, more = step.work.context_tokens or [0] * len(tokens), (step.passes - 1) / 2
+    token, context = len(tokens) * token, len(tokens) * context
+    return [fixed + token * own + context * (found + more * own) for own, found in zip(tokens, contexts, strict=True)]
 
 
 def share_loads(steps: Sequence[Step]) -> Integers:
-    """What falls of the load of each of ``steps`` to each of its requests, to the nanosecond; those of one step stand
-    behind those of the other. All is done at once: what is done for each of so many finds nothing in the caches."""
-    firsts, growths = zip(*[step.weights for step in steps], strict=True)
-    counts, more = list(map(len, firsts)), [(step.passes - 1) / 2 for step in steps]
-    weights = np.array(list(chain.from_iterable(firsts))) + np.repeat(np.multiply(growths, more), counts)
-    wholes = np.add.reduceat(weights, np.cumsum([0, *counts[:-1]]))
-    loads_ns = np.array([step.load_ns for step in steps])
-    shares: Integers = np.rint(weights * np.repeat(loads_ns / wholes, counts)).astype(np.int64)
+    """What falls of the load of each of ``steps`` to each of its requests (``weigh``), to the nanosecond; those of one
+    step stand behind those of the other. All is done at once: what is done for each of so many finds nothing in the
+    caches."""
+    works = [step.work for step in steps if step.work is not None]
+    counts = [len(work.tokens) for work in works]
+    own = np.fromiter(chain.from_iterable([work.tokens for work in works]), np.int64, sum(counts))
+    looked_back = [work.context_tokens or [0] * count for work, count in zip(works, counts, strict=True)]
+    found = np.fromiter(chain.from_iterable(looked_back), np.int64, len(own))
+    fixed, token, context = np.array([step.weights for step in steps]).T
+    more, n = np.array([(step.passes - 1) / 2 for step in steps]), np.array(counts)
+    each = np.repeat(np.arange(len(n)), n)
+    weights = fixed[each] + (n * (token + context * more))[each] * own + (n * context)[each] * found
+    wholes = np.add.reduceat(weights, np.cumsum(n) - n)
+    shares: Integers = np.rint(weights * (np.array([step.load_ns for step in steps]) / wholes)[each]).astype(np.int64)
     return shares
 
 

@@ -232,7 +232,7 @@ class Requests:
         rows, loads_ns = (self.balances.open(_names(steps)), share_loads(steps)) if steps else _NOBODY
         first = 0
         for each in noted:
-            end = first + sum([len(step.weights[0]) for step in each.unread])
+            end = first + sum([len(step.work.request_ids) for step in each.unread if step.work is not None])
             pieces = [each.read, *each.pieces, (rows[first:end], loads_ns[first:end])]
             whose, what_ns = map(np.concatenate, zip(*pieces, strict=True))
             # Rows are small numbers, so nothing need be sorted.

@@ -55,14 +55,11 @@ class Work:
     """Of each, already in its key/value buffers; empty where nobody has such."""
 
 
-Weights = tuple[Sequence[float], float]
-"""How requests share what a step takes (``attribution.weigh``): the weight of each in the first pass, and how much
-heavier each is in any pass than in the one before. Plain, for it is made at every step: anything else takes longer
-than to reckon it."""
-NOBODY: Weights = (), 0
-"""Of a step for no request."""
-ALONE: Weights = (1,), 0
-"""Of one for a single request."""
+Weights = tuple[int, int, int]
+"""By what requests share a step (``attribution.weigh``): what a pass costs however small it is, what each token costs
+that it computes, and each that it finds in the buffers. Only their proportions matter."""
+EVENLY: Weights = 1, 0, 0
+"""To each request as much as to any other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +112,7 @@ def step_beside(model: str, request_id: str, phase: Phase, started_ns: int, ende
     """Work for one request beside the executors."""
     ended_ns = max(ended_ns, started_ns + 1)
     load_ns = load_of(BESIDE, ended_ns - started_ns, cpu_ns)
-    return Step(BESIDE, model, started_ns, ended_ns, cpu_ns, load_ns, Work(phase, [request_id], [0]), ALONE)
+    return Step(BESIDE, model, started_ns, ended_ns, cpu_ns, load_ns, Work(phase, [request_id], [0]), EVENLY)
 
 
 def load_of(device: str, duration_ns: int, cpu_ns: int) -> int:

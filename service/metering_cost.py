@@ -53,7 +53,7 @@ from fastapi import FastAPI
 
 from energy.clock import NS_PER_S
 from energy.host import Moment
-from energy.types import NOBODY, NOTHING_BESIDE, Beside, Bill, Bills, Phase, Quality, Step
+from energy.types import NOTHING_BESIDE, Beside, Bill, Bills, Phase, Quality, Step
 from service.app import create_app
 from service.core import Charge, Service
 from service.engine import executor
@@ -89,11 +89,11 @@ _TEXT = """A woman in a red coat walks her dog along the old river while two chi
 and three young men on bicycles look at the snow on the hills"""
 _PURPOSES = {
     "measuring": ("clocks", "reading", "pacing"),
-    "apportioning": ("recording", "weighing", "telling", "waking", "closing", "settling"),
+    "apportioning": ("recording", "telling", "waking", "closing", "settling"),
     "keeping": ("writing", "publishing", "ledger"),
     "foretelling": ("foretelling",),
 }
-_ON_STEPS = ("clocks", "recording", "weighing", "telling")
+_ON_STEPS = ("clocks", "recording", "telling")
 """On the threads of executors."""
 _ON_LOOP = ("pacing", "waking", "closing", "writing", "foretelling")
 """On the event loop."""
@@ -283,9 +283,8 @@ class _Rig:
             "waking": self._part(account, "wake", self._is_metered),
             "pacing": self._part(service.pace, "begin", self._is_metered, lambda *about: _UNTIMED),
             "writing": self._part(Charge, "ended", self._is_metered, lambda *about: _ENDED),
-            "recording": self._part(account, "record", self._is_weighed),
-            "weighing": self._part(executor, "weigh", self._is_metered, lambda *about: NOBODY),
-            "telling": self._part(executor, "_tell", lambda jobs, step: self._is_weighed(step)),
+            "recording": self._part(account, "record", self._is_metered),
+            "telling": self._part(executor, "_tell", self._is_metered),
             "closing": self._part(account, "close", self._was_metered, self._made_up),
             "foretelling": self._part(predictor, "begin", self._is_metered),
         }
@@ -331,10 +330,6 @@ class _Rig:
 
     def _is_metered(self, *about: object) -> bool:
         return self._kind in (Kind.METERED, Kind.TIMED)
-
-    def _is_weighed(self, step: Step) -> bool:
-        """Whether a step is metered: only where it was from its beginning."""
-        return self._is_metered() and (step.work is None or step.weights is not NOBODY)
 
     def _was_metered(self, ended: object, beside: Beside, *loads: object) -> bool:
         """Whether a request was when it began, which all of these do with a short piece."""

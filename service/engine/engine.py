@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any, Literal, Protocol
 
 from energy.attribution import UNCALIBRATED, Coefficients
-from energy.types import BESIDE, NOBODY, Load, Step
+from energy.types import BESIDE, EVENLY, Load, Phase, Step
 from models.manifest import Manifest
 from service.engine.backlog import Backlog
 from service.engine.batching import fair_share
@@ -164,7 +164,7 @@ class Engine:
         cpu_ns = opened.cpu_ns // max(1, len(models))
         for model in models.values():
             name, ended_ns = model.manifest.name, time.monotonic_ns()
-            self._record(Step(BESIDE, name, started_ns, ended_ns, cpu_ns, cpu_ns, None, NOBODY))
+            self._record(Step(BESIDE, name, started_ns, ended_ns, cpu_ns, cpu_ns, None, EVENLY))
         try:
             for key, model in models.items():
                 rows = rows_that_fit(model, self._settings)
@@ -352,7 +352,8 @@ class Engine:
                 output = _answer(job, result, executor.device)
                 if output is not None:
                     self._reuse.keep(model, job.item, output)
-            new_tokens = sum(job.tokens for job in turn.jobs if job.started_ns == step.started_ns)
+            if turn.work.phase is not Phase.DECODE:
+                new_tokens = sum([job.tokens for job in turn.jobs if job.started_ns == step.started_ns])
             elapsed_s = (step.ended_ns - step.started_ns) / _NS_PER_S
         with self._changed:
             executor.running[model] = worker.jobs

@@ -8,10 +8,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from itertools import repeat
 from typing import Any
 
-from energy.attribution import DEFAULTS, UNCALIBRATED, Coefficients, weigh
-from energy.types import NOBODY, Step, Weights, Work, load_of
+from energy.attribution import DEFAULTS, UNCALIBRATED, Coefficients
+from energy.types import EVENLY, Step, Weights, Work, load_of
 from service.engine.types import Answer
 from service.engine.workers import Job, Result, Turn, Worker
 
@@ -83,7 +84,7 @@ class Executor:
         worker.warm_up()
         self.workers[model], self._names[model] = worker, name
         self.order.append(model)
-        return timer.step(self.device, name, None, NOBODY, 0)
+        return timer.step(self.device, name, None, EVENLY, 0)
 
     def drop(self, model: str) -> Sequence[Job]:
         """Forget ``model``, if it is here; returns the jobs that it had not finished."""
@@ -101,8 +102,7 @@ class Executor:
         to do between two steps costs the more, the fewer texts they are for.
         """
         name = self._names[model]
-        # Weighed while its work is still in the caches, which a forward pass empties.
-        weights = weigh(turn.work, self._coefficients.get(name, DEFAULTS))
+        weights = self._coefficients.get(name, DEFAULTS).of(turn.work.phase)
         timer, passes, cancellations = _Timer(self._threads), 1, Answer.cancellations
         may_go_on = turn.repeats and not any([worker.busy for key, worker in self.workers.items() if key != model])
         try:
@@ -126,12 +126,16 @@ class Executor:
 
 
 def _tell(jobs: Sequence[Job], step: Step) -> None:
-    """Tell jobs about what falls to each of the load of their step, for a first bill; that they grow heavier from pass
-    to pass is left to the last one."""
-    weights, _ = step.weights
-    ns_per_weight = step.load_ns / sum(weights)
-    for job, weight in zip(jobs, weights, strict=True):
-        job.load_ns += ns_per_weight * weight
+    """Tell jobs what falls to each of the load of their step (``attribution.weigh``), for a first bill."""
+    assert step.work is not None
+    (fixed, token, context), tokens, contexts = step.weights, step.work.tokens, step.work.context_tokens
+    n, own = len(tokens), sum(tokens)
+    # In the mean of all passes.
+    mean_token = token + context * (step.passes - 1) / 2
+    ns_per_weight = step.load_ns / (n * (fixed + mean_token * own + context * sum(contexts)))
+    even_ns, token_ns, context_ns = ns_per_weight * fixed, ns_per_weight * n * mean_token, ns_per_weight * n * context
+    for job, each, found in zip(jobs, tokens, contexts or repeat(0), strict=False):
+        job.load_ns += even_ns + token_ns * each + context_ns * found
 
 
 class _Timer:

@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 
-from energy.attribution import DEFAULTS, Coefficients, weigh
+from energy.attribution import DEFAULTS, Coefficients
 from energy.clock import Clock
 from energy.meters.base import Reading
-from energy.types import NOBODY, Bills, Phase, Quality, SettledRecord, Step, Work, load_of
+from energy.types import EVENLY, Bills, Phase, Quality, SettledRecord, Step, Work, load_of
 
 MS = 1_000_000
 S = 1_000_000_000
@@ -91,7 +91,7 @@ def step_of(
 ) -> Step:
     """A step whose load is shared as an executor does it."""
     load_ns = load_of(device, ended_ns - started_ns, cpu_ns)
-    weights = weigh(work, coefficients) if work else NOBODY
+    weights = coefficients.of(work.phase) if work else EVENLY
     return Step(device, model, started_ns, ended_ns, cpu_ns, load_ns, work, weights, padding_tokens, passes)
 
 

@@ -45,7 +45,7 @@ def charge(energy_uj: int, rows: Sizes, c: Coefficients, phase: Phase = Phase.DE
 
 
 def whole(work: Work, c: Coefficients) -> list[int]:
-    return list(map(int, weigh(work, c)[0]))
+    return list(map(int, weigh(step_of(work, coefficients=c))))
 
 
 def split_one(total: int, weights: Sequence[int], keys: Sequence[str]) -> list[int]:
@@ -138,10 +138,12 @@ def test_in_several_passes_requests_weigh_what_they_do_in_each(
     tokens: int, contexts: list[int], passes: int, c: Coefficients
 ) -> None:
     rows = [(f"r{i}", tokens, context) for i, context in enumerate(contexts)]
-    first, growth = weigh(work_of(rows), c)
-    for number in range(passes):
-        later = work_of([(name, tokens, context + number * tokens) for name, _, context in rows])
-        assert whole(later, c) == [weight + number * growth for weight in first]
+    each = [
+        whole(work_of([(name, tokens, context + number * tokens) for name, _, context in rows]), c)
+        for number in range(passes)
+    ]
+    mean = [sum(weights) / passes for weights in zip(*each, strict=True)]
+    assert weigh(step_of(work_of(rows), passes=passes, coefficients=c)) == mean
 
 
 def test_the_load_of_a_step_of_several_passes_is_shared_by_all_of_them() -> None:

@@ -18,7 +18,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from energy.attribution import Coefficients, share_loads, weigh
+from energy.attribution import Coefficients, share_loads
 from energy.types import Phase, Step, Work
 from models.graph import KEY_BLOCK, Scheme
 from models.manifest import ArtefactError
@@ -466,13 +466,13 @@ def test_an_output_says_about_what_fell_to_it_of_the_loads_of_its_steps(models: 
         running.close()
     exact_ns: Counter[str] = Counter()
     for step, work in zip(steps.worked, steps.works, strict=True):
-        assert step.weights == weigh(work, coefficients)
+        assert step.weights == coefficients.of(work.phase)
         exact_ns.update(dict(zip(work.request_ids, share_loads([step]).tolist(), strict=True)))
     loads = [output.timing.load for output in outputs]
     assert [load.device for load in loads] == ["cpu:0"] * 3
     assert sum(load.load_ns for load in loads) == pytest.approx(sum(step.load_ns for step in steps.worked))
     for item, load in zip(items, loads, strict=True):
-        assert load.load_ns == pytest.approx(exact_ns[item.request_id], rel=0.005)
+        assert load.load_ns == pytest.approx(exact_ns[item.request_id], abs=2 * len(steps.worked))
 
 
 def test_a_step_is_recorded_before_its_items_are_answered(models: dict[str, Loaded]) -> None:

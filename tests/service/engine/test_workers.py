@@ -339,12 +339,11 @@ def test_several_passes_do_the_work_of_as_many_steps(kind: Kind, beams: int) -> 
     for outcome in outcomes:
         single = apart.turn()
         assert single is not None and single.run() == outcome == []
-        one = step_of(single.work)
+        one = step_of(single.work, coefficients=coefficients)
         tokens, context_tokens = tokens + one.tokens, context_tokens + one.context_tokens
-        weights += weigh(single.work, coefficients)[0]
-    three = step_of(turn.work, passes=3)
-    first, growth = weigh(turn.work, coefficients)
-    assert [3 * weight + (1 + 2) * growth for weight in first] == weights.tolist()
+        weights += weigh(one)
+    three = step_of(turn.work, passes=3, coefficients=coefficients)
+    assert [3 * weight for weight in weigh(three)] == weights.tolist()
     assert (three.tokens, three.context_tokens) == (tokens, context_tokens)
 
 
