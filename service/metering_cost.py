@@ -2,17 +2,19 @@
 
     python -m service.metering_cost [MODEL [TURNS]]
 
-MODEL is a folder under the starters, or a path. *Metered* is the service as it is: every step is recorded, a thread
-reads the meters and settles, every request is foretold, billed, logged, kept in the ledger and entered in the books.
-*Unmetered* there is no account: steps are dropped, neither meters nor what is short beside the engine are timed,
-nothing is foretold, settled, logged or written; every answer bears the same bill, so that headers, JSON and histograms
-are those of a service that knows one. *Silent* it bears none: what a known bill adds is the cost of showing it, not of
-metering. *Timed* it is metered and its parts are timed, which itself takes more than they do. The rest of the way is
-the same, from the body of a request to that of its answer, and so are the results, which are compared.
+MODEL is a folder under the starters, or a path. Texts are as long as those of the load tests. *Metered* is the service
+as it is: every step is recorded, a thread reads the meters and settles, every request is foretold, billed, logged,
+kept in the ledger and entered in the books. *Unmetered* there is no account: steps are dropped, neither meters nor
+what is short beside the engine are timed, nothing is foretold, settled, logged or written; every answer bears the same
+bill, so that headers, JSON and histograms are those of a service that knows one. *Silent* it bears none: what a known
+bill adds is the cost of showing it, not of metering. *Timed* it is metered and its parts are timed, which itself takes
+more than they do. The rest of the way is the same, from the body of a request to that of its answer, and so are the
+results, which are compared: what differs is counted. That is none, unless two words are all but equally likely to a
+model: then the texts computed beside one decide.
 
 A turn is a slice of each kind, so many requests always under way; the beginning of a slice, in which requests of the
-one before end, is left out. From then on nothing stands between the service and its metering, or what there is in its
-place. CPU time is told by thread, by the system's clock of each:
+one before end, is left out. Slices are longer where requests take long. From then on nothing stands between the
+service and its metering, or what there is in its place. CPU time is told by thread, by the system's clock of each:
 
 * an executor's in steps, over what steps of these shapes take on average (least squares over all steps of a phase), so
   that how full batches happened to be does not look like a cost;
@@ -64,10 +66,13 @@ from service.settings import STARTERS, Settings, read_settings
 
 TURNS = 24
 SLICE_S = 1.0
+"""At least."""
 AIM = 0.01
 """Of CPU time and of throughput."""
 _LEFT_OUT_S = 0.5
-"""Before a slice: longer than a request takes."""
+"""Before a slice, at least: longer than a request takes."""
+_REQUESTS_LONG = 4
+"""How often a request could be done in a slice."""
 _REST_S = 1.5
 """Bills are settled within a second, and then written."""
 _AT_ONCE = 32
@@ -83,8 +88,10 @@ _TEXTS = 64
 """So few that all are soon known: else a kind of slice that comes first would keep the results for the others."""
 _TIMED = 5
 """Of what is done often, one of so many is timed: timing takes as long as some of it."""
-_WORDS = 12
-_MAX_TOKENS = 32
+_WORDS = {"translate": 8, "generate": 32, "answer": 132, "sentiment": 19, "summarize": 115}
+"""Of a text, by task: the means of public data sets (``loadtests/texts/lengths.toml``)."""
+_TOKENS = 32
+"""That are written behind a prompt."""
 _TEXT = """A woman in a red coat walks her dog along the old river while two children play near a small wooden house
 and three young men on bicycles look at the snow on the hills"""
 _PURPOSES = {
@@ -163,6 +170,9 @@ class Cost:
     """A request, of which each has many."""
     requests: int
     """Metered ones."""
+    otherwise: int
+    """Answers of any kind of slice that were not as the first to the same request."""
+    slice_s: float
     foreign_cores: float | None
     """Cores that other processes kept busy meanwhile."""
 
@@ -273,6 +283,9 @@ class _Rig:
         self._slice = _Slice(self._kind)
         self._numbers = {kind: cycle(range(_TEXTS)) for kind in Kind}
         self._results: dict[int, Any] = {}
+        self._slice_s, self._left_out_s = SLICE_S, _LEFT_OUT_S
+        self.otherwise = 0
+        """Answers that were not as the first one to the same request."""
         self._billed = 0
         """Requests that were metered and are settled."""
         self._unwatched: list[tuple[Any, str, Any]] = []
@@ -365,8 +378,15 @@ class _Rig:
         spent["ledger"] = ledger_ns
         return self._billed, watches["closing"].times, spent
 
+    def lengthen(self, slices: Sequence[_Slice]) -> None:
+        """From now on slices are long enough for requests that take as long as in these."""
+        requests, elapsed_s = sum(each.requests for each in slices), sum(each.elapsed_s for each in slices)
+        request_s = elapsed_s * _AT_ONCE / max(1, requests)
+        self._left_out_s = max(_LEFT_OUT_S, request_s)
+        self._slice_s = max(SLICE_S, _REQUESTS_LONG * request_s)
+
     async def compare(self, turns: int) -> list[list[_Slice]]:
-        """Ask without a pause, and keep ``turns`` turns of slices. Raises ``RuntimeError`` where results differ."""
+        """Ask without a pause, and keep ``turns`` turns of slices. Raises ``RuntimeError`` where one fails."""
         clients = [asyncio.create_task(self._ask_on()) for _ in range(_AT_ONCE)]
         # Which comes first changes: a machine that gets slower must not look like a cost.
         orders = list(permutations(Kind))
@@ -387,11 +407,11 @@ class _Rig:
     async def _keep_slice(self, kind: Kind) -> _Slice:
         self._kind = kind
         self._put(None)
-        await asyncio.sleep(_LEFT_OUT_S)
+        await asyncio.sleep(self._left_out_s)
         self._put(kind)
         kept = self._slice = _Slice(kind)
         started_s, loop_ns, process_ns = time.monotonic(), time.thread_time_ns(), time.process_time_ns()
-        await asyncio.sleep(SLICE_S)
+        await asyncio.sleep(self._slice_s)
         kept.elapsed_s, kept.loop_ns = time.monotonic() - started_s, time.thread_time_ns() - loop_ns
         kept.process_ns = time.process_time_ns() - process_ns
         self._slice = _Slice(kind)
@@ -403,8 +423,7 @@ class _Rig:
             path, body = f"/v1/{self._model.manifest.tasks[0]}", body_of(self._model, number)
             results = await ask(self._app, path, body)
             self._slice.requests += 1
-            if self._results.setdefault(number, results) != results:
-                raise RuntimeError("a request was answered otherwise with metering than without")
+            self.otherwise += self._results.setdefault(number, results) != results
 
 
 async def ask(app: FastAPI, path: str, body: bytes) -> Any:
@@ -446,15 +465,15 @@ async def ask(app: FastAPI, path: str, body: bytes) -> Any:
 
 
 def body_of(model: Model, number: int) -> bytes:
-    """A request for ``model`` about a dozen words; another for each number."""
-    random = Random(number)
-    text = " ".join(random.choices(_TEXT.split(), k=_WORDS)) + "."
+    """A request for ``model``; another for each number."""
+    random, task = Random(number), model.manifest.tasks[0]
+    text = " ".join(random.choices(_TEXT.split(), k=_WORDS[task])) + "."
     body: dict[str, object] = {"input": text, "truncate": True}
-    if model.manifest.tasks[0] == "answer":
+    if task == "answer":
         body = {"question": "Who walks?", "context": text}
-    elif model.manifest.tasks[0] == "generate":
-        # Behind a full stop little is written, and by chance always something else.
-        body = {"input": f"{text} He said:", "max_tokens": _MAX_TOKENS, "temperature": 0}
+    elif task == "generate":
+        # A chat's answer is soon over, and so is what is written behind a full stop.
+        body = {"input": f"{text} He said:", "chat": False, "max_tokens": _TOKENS, "temperature": 0}
     return json.dumps(body).encode()
 
 
@@ -466,7 +485,7 @@ async def compare(model: Model, settings: Settings, turns: int) -> Cost:
         calm_collector()
         with closing(_Rig(app, model)) as rig:
             # The first requests are slow.
-            await rig.compare(1)
+            rig.lengthen(*await rig.compare(1))
             before, (settled, watched, spent_ns) = Moment.now(), rig.spent_ns()
             slices = await rig.compare(turns)
             foreign_cores = Moment.now().foreign_cores(before)
@@ -476,11 +495,15 @@ async def compare(model: Model, settings: Settings, turns: int) -> Cost:
             what: (ns - spent_ns[what]) / (requests if what in _BESIDE else all_watched - watched) / _NS_PER_US
             for what, ns in all_spent_ns.items()
         }
-    return _cost(slices, spent_us, requests, foreign_cores)
+    return _cost(slices, spent_us, requests, rig.otherwise, foreign_cores)
 
 
 def _cost(
-    turns: Sequence[Sequence[_Slice]], spent_us: Mapping[str, float], requests: int, foreign_cores: float | None
+    turns: Sequence[Sequence[_Slice]],
+    spent_us: Mapping[str, float],
+    requests: int,
+    otherwise: int,
+    foreign_cores: float | None,
 ) -> Cost:
     """What the slices of ``turns`` show."""
     every = [each for turn in turns for each in turn]
@@ -518,6 +541,8 @@ def _cost(
         spent_us=spent_us,
         steps=steps,
         requests=requests,
+        otherwise=otherwise,
+        slice_s=fmean(each.elapsed_s for each in every),
         foreign_cores=foreign_cores,
     )
 
@@ -561,7 +586,7 @@ def _log_requests(file: Path) -> None:
 
 def _told(cost: Cost) -> Iterator[str]:
     """The figures of ``cost``, line by line."""
-    yield f"with metering {cost.requests} requests; {cost.steps:.2f} steps each"
+    yield f"with metering {cost.requests} requests; {cost.steps:.2f} steps each; answered otherwise {cost.otherwise}"
     yield f"foreign load: {'unknown' if cost.foreign_cores is None else f'{cost.foreign_cores:.2f} cores'}"
     spent_us = sum(cost.spent_us.values())
     yield (
@@ -597,7 +622,7 @@ def main(arguments: Sequence[str]) -> int:
         _log_requests(Path(state) / "requests.log")
         settings = read_settings(models=str(folder), state=state)
         cost = uvloop.run(compare(load_model(folder), settings, turns))
-    print(f"{folder.name}, {_AT_ONCE} requests at once, {turns} turns of slices of {SLICE_S:g} s")
+    print(f"{folder.name}, {_AT_ONCE} requests at once, {turns} turns of slices of {cost.slice_s:.1f} s")
     print("\n".join(_told(cost)))
     return 0
 

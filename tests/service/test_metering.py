@@ -149,6 +149,7 @@ def test_the_cost_of_metering_is_measured(
     monkeypatch.setattr("service.metering_cost.TURN_S", sys.getswitchinterval())
     assert main([str(tmp_path / "model"), "3"]) == 0
     told = capsys.readouterr().out
+    assert re.search(r"^with metering [1-9]\d* requests; .* answered otherwise 0$", told, re.M) is not None
     assert re.search(r"CPU time added: .*% \(95% interval .*% to .*%\); under 1%: (yes|no|not decided)", told)
     assert (
         re.search(r"^  by what is left for steps alone: .*%\); under 1%: (yes|no|not decided)$", told, re.M)
@@ -185,7 +186,7 @@ def test_lost_throughput_is_what_steps_have_less_of_whatever_the_speed_of_the_ma
         metered = kept_slice(Kind.METERED, round(760 / slower), slower, 1.79)
         others = [kept_slice(kind, 800, 1.0, 1.80) for kind in Kind if kind is not Kind.METERED]
         turns.append([metered, *others])
-    cost = _cost(turns, defaultdict(float), 100, None)
+    cost = _cost(turns, defaultdict(float), 100, 0, None)
     assert cost.room.value == pytest.approx(0.8 / 0.76 - 1, abs=0.001)
     assert cost.busy_cores.value == pytest.approx(-0.01)
     assert cost.time.value > 0.2
