@@ -8,6 +8,8 @@ import threading
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
@@ -22,7 +24,7 @@ from service.engine.engine import Engine
 from service.engine.settings import EngineSettings
 from service.engine.types import EncodeItem, EngineClosed, Item, Sampling, WriteItem
 from service.keys import add_key
-from service.metering_cost import _PURPOSES, Kind, Share, _cost, _Slice, main
+from service.metering_cost import _PURPOSES, Kind, Share, _cost, _Rig, _Slice, main
 from tests.energy.fakes import Book, step_of
 from tests.tiny import Loaded, load_tiny, write_tiny
 
@@ -190,6 +192,15 @@ def test_lost_throughput_is_what_steps_have_less_of_whatever_the_speed_of_the_ma
     assert cost.room.value == pytest.approx(0.8 / 0.76 - 1, abs=0.001)
     assert cost.busy_cores.value == pytest.approx(-0.01)
     assert cost.time.value > 0.2
+
+
+def test_slices_are_longer_where_requests_take_long() -> None:
+    rig = SimpleNamespace()
+    # 32 at once, 4 a second: each takes 8 s.
+    _Rig.lengthen(cast(_Rig, rig), [kept_slice(Kind.METERED, 3, 1.0, 1.0), kept_slice(Kind.UNMETERED, 5, 1.0, 1.0)])
+    assert (rig._left_out_s, rig._slice_s) == (8, 32)
+    _Rig.lengthen(cast(_Rig, rig), [kept_slice(Kind.METERED, 1000, 1.0, 1.0)])
+    assert (rig._left_out_s, rig._slice_s) == (0.5, 1)
 
 
 def test_the_meters_are_printed(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
