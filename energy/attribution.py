@@ -48,19 +48,23 @@ UNCALIBRATED: Mapping[str, Coefficients] = MappingProxyType({})
 """Of no model anything is known."""
 
 
-def weigh(step: Step) -> list[float]:
-    """How requests share a step: in proportion to ``F / n + m * work_i``, the mean of its passes."""
+def share_load(step: Step) -> tuple[float, float, float]:
+    """What falls to a request of the load of its step, in nanoseconds: in any case, for each token computed, and for
+    each that it already had in the buffers. In proportion to ``F / n + m * work_i``, the mean of all passes."""
     assert step.work is not None
-    (fixed, token, context), tokens = step.weights, step.work.tokens
-    contexts, more = step.work.context_tokens or [0] * len(tokens), (step.passes - 1) / 2
-    token, context = len(tokens) * token, len(tokens) * context
-    return [fixed + token * own + context * (found + more * own) for own, found in zip(tokens, contexts, strict=True)]
+    (fixed, token, context), n = step.weights, len(step.work.tokens)
+    # Every pass finds what those before it have computed.
+    mean_token = token + context * (step.passes - 1) / 2
+    ns_per_weight = step.load_ns / (
+        n * (fixed + mean_token * sum(step.work.tokens) + context * sum(step.work.context_tokens))
+    )
+    return ns_per_weight * fixed, ns_per_weight * n * mean_token, ns_per_weight * n * context
 
 
 def share_loads(steps: Sequence[Step]) -> Integers:
-    """What falls of the load of each of ``steps`` to each of its requests (``weigh``), to the nanosecond; those of one
-    step stand behind those of the other. All is done at once: what is done for each of so many finds nothing in the
-    caches."""
+    """What falls of the load of each of ``steps`` to each of its requests, as ``share_load`` says, to the nanosecond;
+    those of one step stand behind those of the other. All is done at once: what is done for each of so many finds
+    nothing in the caches."""
     works = [step.work for step in steps if step.work is not None]
     counts = [len(work.tokens) for work in works]
     own = np.fromiter(chain.from_iterable([work.tokens for work in works]), np.int64, sum(counts))

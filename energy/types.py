@@ -56,8 +56,8 @@ class Work:
 
 
 Weights = tuple[int, int, int]
-"""By what requests share a step (``attribution.weigh``): what a pass costs however small it is, what each token costs
-that it computes, and each that it finds in the buffers. Only their proportions matter."""
+"""By what requests share a step (``attribution.share_load``): what a pass costs however small it is, what each token
+costs that it computes, and each that it finds in the buffers. Only their proportions matter."""
 EVENLY: Weights = 1, 0, 0
 """To each request as much as to any other."""
 

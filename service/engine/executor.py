@@ -11,7 +11,7 @@ from concurrent.futures import Future
 from itertools import repeat
 from typing import Any
 
-from energy.attribution import DEFAULTS, UNCALIBRATED, Coefficients
+from energy.attribution import DEFAULTS, UNCALIBRATED, Coefficients, share_load
 from energy.types import EVENLY, Step, Weights, Work, load_of
 from service.engine.types import Answer
 from service.engine.workers import Job, Result, Turn, Worker
@@ -126,16 +126,11 @@ class Executor:
 
 
 def _tell(jobs: Sequence[Job], step: Step) -> None:
-    """Tell jobs what falls to each of the load of their step (``attribution.weigh``), for a first bill."""
+    """Tell jobs what falls to each of the load of their step, for a first bill."""
     assert step.work is not None
-    (fixed, token, context), tokens, contexts = step.weights, step.work.tokens, step.work.context_tokens
-    n, own = len(tokens), sum(tokens)
-    # In the mean of all passes.
-    mean_token = token + context * (step.passes - 1) / 2
-    ns_per_weight = step.load_ns / (n * (fixed + mean_token * own + context * sum(contexts)))
-    even_ns, token_ns, context_ns = ns_per_weight * fixed, ns_per_weight * n * mean_token, ns_per_weight * n * context
-    for job, each, found in zip(jobs, tokens, contexts or repeat(0), strict=False):
-        job.load_ns += even_ns + token_ns * each + context_ns * found
+    even_ns, token_ns, context_ns = share_load(step)
+    for job, tokens, found in zip(jobs, step.work.tokens, step.work.context_tokens or repeat(0), strict=False):
+        job.load_ns += even_ns + token_ns * tokens + context_ns * found
 
 
 class _Timer:

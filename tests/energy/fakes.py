@@ -95,6 +95,18 @@ def step_of(
     return Step(device, model, started_ns, ended_ns, cpu_ns, load_ns, work, weights, padding_tokens, passes)
 
 
+def weigh(step: Step) -> list[float]:
+    """How requests share a step, in the plainest way: n times ``F / n + m * work_i``, the mean of its passes."""
+    assert step.work is not None
+    (fixed, token, context), n = step.weights, len(step.work.tokens)
+    contexts = step.work.context_tokens or [0] * n
+    return [
+        sum(fixed + n * (token * own + context * (found + own * number)) for number in range(step.passes))
+        / step.passes
+        for own, found in zip(step.work.tokens, contexts, strict=True)
+    ]
+
+
 def encode(request_id: str, tokens: int = 10) -> Work:
     return Work(Phase.ENCODE, (request_id,), (tokens,))
 

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from energy.attribution import Coefficients, share_loads, split, weigh
+from energy.attribution import Coefficients, share_load, share_loads, split
 from energy.types import Phase, Work
-from tests.energy.fakes import step_of
+from tests.energy.fakes import step_of, weigh
 
 coefficients = st.builds(
     Coefficients,
@@ -133,17 +133,19 @@ def test_the_affine_cost_is_charged_to_those_who_cause_it() -> None:
     assert list(charge(40, rows, Coefficients(fixed=0, decode_token=10)).values()) == [30, 10, 0, 0]
 
 
-@given(st.integers(1, 4), st.lists(st.integers(0, 4096), min_size=1, max_size=9), st.integers(1, 5), coefficients)
-def test_in_several_passes_requests_weigh_what_they_do_in_each(
-    tokens: int, contexts: list[int], passes: int, c: Coefficients
+@given(sizes(), phases, st.integers(1, 5), st.integers(1, 10**10), coefficients)
+def test_the_load_of_one_step_is_shared_in_proportion_to_weights(
+    rows: Sizes, phase: Phase, passes: int, load_ns: int, c: Coefficients
 ) -> None:
-    rows = [(f"r{i}", tokens, context) for i, context in enumerate(contexts)]
-    each = [
-        whole(work_of([(name, tokens, context + number * tokens) for name, _, context in rows]), c)
-        for number in range(passes)
+    step = step_of(work_of(rows, phase), ended_ns=load_ns, device="gpu:0", passes=passes, coefficients=c)
+    even_ns, token_ns, context_ns = share_load(step)
+    weights = weigh(step)
+    assert [even_ns + token_ns * tokens + context_ns * context for _, tokens, context in rows] == [
+        pytest.approx(load_ns * weight / sum(weights)) for weight in weights
     ]
-    mean = [sum(weights) / passes for weights in zip(*each, strict=True)]
-    assert weigh(step_of(work_of(rows), passes=passes, coefficients=c)) == mean
+    assert share_loads([step]).tolist() == [
+        pytest.approx(load_ns * weight / sum(weights), abs=0.51) for weight in weights
+    ]
 
 
 def test_the_load_of_a_step_of_several_passes_is_shared_by_all_of_them() -> None:

@@ -11,14 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from energy.attribution import Coefficients, weigh
+from energy.attribution import Coefficients
 from energy.types import Phase, Work
 from models.manifest import Manifest, Quantisation, SpecialIds
 from service.engine.graphs import WriteGraphs
 from service.engine.texts import Written
 from service.engine.types import ExtractItem, Sampling, WriteItem
 from service.engine.workers import Job, Limits, Result, WriteWorker
-from tests.energy.fakes import step_of
+from tests.energy.fakes import step_of, weigh
 from tests.tiny import EOS, Kind, tiny_config
 
 WORDS = 20
