@@ -528,6 +528,19 @@ def test_items_cancelled_in_the_queue_are_never_computed(models: dict[str, Loade
     assert [name for work in steps.works for name in work.request_ids] == ["first", "r3"]
 
 
+@pytest.mark.parametrize("kind", ["decoder", "encoder-decoder", "classify"])
+def test_how_fast_tokens_leave_the_queue_is_told_once_of_each(models: dict[str, Loaded], kind: str) -> None:
+    told: list[int] = []
+    items: list[Item] = [write(0, 40), write(1, 20), write(2, 7)]
+    if kind == "classify":
+        items = [EncodeItem(item.request_id, item.input_ids) for item in items]
+    with engine(models, [kind], max_piece_tokens=16) as running:
+        stepped = running._backlog.stepped
+        running._backlog.stepped = lambda tokens, seconds: (told.append(tokens), stepped(tokens, seconds))[1]
+        results(running.submit(kind, items))
+    assert sum(told) == 40 + 20 + 7
+
+
 def test_a_full_queue_refuses_the_whole_submission(models: dict[str, Loaded]) -> None:
     steps = Steps()
     with engine(models, ["classify"], steps, max_waiting_items=4, max_waiting_tokens=30) as running:
