@@ -45,7 +45,11 @@ def charge(energy_uj: int, rows: Sizes, c: Coefficients, phase: Phase = Phase.DE
 
 
 def whole(work: Work, c: Coefficients) -> list[int]:
-    return list(map(int, weigh(step_of(work, coefficients=c))))
+    """What requests weigh: the shares of a load as large as all of their weights."""
+    load_ns = round(sum(weigh(step_of(work, coefficients=c))))
+    if not load_ns:
+        return [0] * len(work.tokens)
+    return share_loads([step_of(work, ended_ns=load_ns, device="gpu:0", coefficients=c)]).tolist()
 
 
 def split_one(total: int, weights: Sequence[int], keys: Sequence[str]) -> list[int]:
@@ -120,7 +124,7 @@ def test_loads_of_many_steps_are_shared_in_proportion_to_weights(
     steps, expected = [], []
     for rows, phase, load_ns in some:
         work = work_of(rows, phase)
-        heavy = whole(work, c)
+        heavy = weigh(step_of(work, coefficients=c))
         steps.append(step_of(work, ended_ns=load_ns, device="gpu:0", coefficients=c))
         expected += [load_ns * weight / sum(heavy) for weight in heavy]
     assert share_loads(steps).tolist() == [pytest.approx(load_ns, abs=0.51) for load_ns in expected]
