@@ -149,6 +149,8 @@ class Account:
             for first in meter.read()
             if first.device in known and (owner is None or owner.may_count(first.device))
         }
+        self.is_metered = bool(self._channels)
+        """Whether there is anything to share; where there is not, requests are only kept, with unknown bills."""
         self.quality = weakest(channel.quality for channel in self._channels.values())
         """The best that a bill can have here."""
         self._expected = weaker(self.quality, Quality.APPORTIONED)
@@ -184,6 +186,8 @@ class Account:
 
     def record(self, step: Step) -> None:
         """A step has just ended; it is charged to its requests with one of the next samples."""
+        if not self.is_metered:
+            return
         is_first = not self._steps
         self._steps.append(step)
         if is_first:
@@ -318,7 +322,8 @@ class Account:
         if self._closed:
             closed = [self._closed.popleft() for _ in range(len(self._closed))]
             self._over += closed
-            self._requests.note_beside(closed)
+            if self.is_metered:
+                self._requests.note_beside(closed)
         if self._steps:
             self._requests.note([self._steps.popleft() for _ in range(len(self._steps))])
 

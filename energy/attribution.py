@@ -48,17 +48,20 @@ UNCALIBRATED: Mapping[str, Coefficients] = MappingProxyType({})
 """Of no model anything is known."""
 
 
-def share_load(step: Step) -> tuple[float, float, float]:
-    """What falls to a request of the load of its step, in nanoseconds: in any case, for each token computed, and for
-    each that it already had in the buffers. In proportion to ``F / n + m * work_i``, the mean of all passes."""
-    assert step.work is not None
-    (fixed, token, context), n = step.weights, len(step.work.tokens)
+def share_load(step: Step) -> tuple[float, float, Sequence[int]]:
+    """What falls to a request of the load of its step, in proportion to ``F / n + m * work_i``, the mean of all
+    passes: nanoseconds in any case, nanoseconds for each token by which requests differ, and how many of those each
+    has. They are tokens in the buffers, or computed ones where nobody has such."""
+    work, (fixed, token, context) = step.work, step.weights
+    assert work is not None
+    tokens, found = work.tokens, work.context_tokens
     # Every pass finds what those before it have computed.
-    mean_token = token + context * (step.passes - 1) / 2
-    ns_per_weight = step.load_ns / (
-        n * (fixed + mean_token * sum(step.work.tokens) + context * sum(step.work.context_tokens))
-    )
-    return ns_per_weight * fixed, ns_per_weight * n * mean_token, ns_per_weight * n * context
+    n, mean_token = len(tokens), token + context * (step.passes - 1) / 2
+    if found:
+        ns_per_weight = step.load_ns / (n * (fixed + mean_token * sum(tokens) + context * sum(found)))
+        return ns_per_weight * (fixed + n * mean_token * tokens[0]), ns_per_weight * n * context, found
+    ns_per_weight = step.load_ns / (n * (fixed + mean_token * sum(tokens)))
+    return ns_per_weight * fixed, ns_per_weight * n * mean_token, tokens
 
 
 def share_loads(steps: Sequence[Step]) -> Integers:

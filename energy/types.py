@@ -52,7 +52,7 @@ class Work:
     tokens: Sequence[int]
     """Of each, computed in the pass."""
     context_tokens: Sequence[int] = ()
-    """Of each, already in its key/value buffers; empty where nobody has such."""
+    """Of each, already in its key/value buffers; empty where nobody has such. Else all compute equally many tokens."""
 
 
 Weights = tuple[int, int, int]

@@ -26,7 +26,7 @@ from energy.ledger import Ledger
 from energy.meters.choose import MeterSettings, choose_meter
 from energy.owner import Owner
 from energy.sampler import Sampler
-from energy.types import Bills, Quality, Step
+from energy.types import Bills, Step
 from models.manifest import CALIBRATION_NAME, ArtefactError, Manifest
 from service import __version__
 from service.books import Books
@@ -177,7 +177,8 @@ def build_service(settings: Settings) -> Iterator[Service]:
 
     try:
         with Sampler(account, settings.sample_interval_ms / 1000):
-            engine = Engine({}, record, engine_settings(settings), coefficients)
+            shared_by = coefficients if account.is_metered else None
+            engine = Engine({}, record, engine_settings(settings), shared_by)
             embedder = find_embedder(models)
             repository = Repository(
                 models,
@@ -289,7 +290,7 @@ def open_account(
         owner=Owner(settings.state),
         on_settled=on_settled,
     )
-    if settings.daily_budget_j is not None and account.quality is Quality.UNAVAILABLE:
+    if settings.daily_budget_j is not None and not account.is_metered:
         _log.warning("no energy meter is read, so the daily budget of %g J cannot be kept", settings.daily_budget_j)
     return account
 

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from energy.account import Account
 from energy.ledger import Ledger
 from energy.prediction import Followed, Forecast
-from energy.types import NOTHING_BESIDE, Beside, Bill, Ended, Load, Phase, Quality, step_beside
+from energy.types import NOTHING_BESIDE, Beside, Bill, Ended, Load, Phase, step_beside
 from service.books import Books
 from service.budgets import keep_within, to_learn, to_predict
 from service.caller import Count, caller
@@ -272,13 +272,15 @@ class Service:
     def _require_budget(self, request: TaskRequest) -> None:
         """Raise ``DailyBudgetSpent``, or ``InvalidValue`` for a budget without meter."""
         self._require_day()
-        if request.energy_budget_j is not None and self.account.quality is Quality.UNAVAILABLE:
+        if request.energy_budget_j is not None and not self.account.is_metered:
             raise InvalidValue("energy_budget_j", "no energy meter is read here, so no budget can be kept")
 
     def _foresee(
         self, task: Task[Any, Any], request: TaskRequest, items: tuple[Item, ...], receipt: Receipt
     ) -> tuple[Item, ...]:
         """Predict the bill, and hold ``items`` to the request's budget. Raises ``EnergyBudgetExceeded``."""
+        if not self.account.is_metered:
+            return items
         predictor, texts = self.books.predictor, partial(to_predict, items)
         receipt.followed = predictor.begin(receipt.request_id, receipt.task, receipt.worker, texts)
         if request.energy_budget_j is None:
@@ -355,6 +357,8 @@ class Service:
         if not is_short:
             return await asyncio.to_thread(self._recorded, receipt, phase, work)
         await self.desk.turn()
+        if not self.account.is_metered:
+            return work()
         if receipt.taken is None:
             receipt.taken = self.pace.begin(receipt.task, receipt.worker)
         if phase in receipt.taken:

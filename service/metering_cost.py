@@ -4,10 +4,9 @@
 
 MODEL is a folder under the starters, or a path. Texts are as long as those of the load tests. *Metered* is the service
 as it is: every step is recorded, a thread reads the meters and settles, every request is foretold, billed, logged,
-kept in the ledger and entered in the books. *Unmetered* there is no account: steps are dropped, neither meters nor
-what is short beside the engine are timed, nothing is foretold, settled, logged or written; every answer bears the same
-bill, so that headers, JSON and histograms are those of a service that knows one. *Silent* it bears none: what a known
-bill adds is the cost of showing it, not of metering. *Timed* it is metered and its parts are timed, which itself takes
+kept in the ledger and entered in the books. *Off* is the service with ``WATTLE_METER=none``: it logs requests and
+keeps them in the ledger as well, with unknown bills, and that is all. *Bare* there is no account at all, neither log
+nor ledger, and every answer bears the same bill. *Timed* it is metered and its parts are timed, which itself takes
 more than they do. The rest of the way is the same, from the body of a request to that of its answer, and so are the
 results, which are compared: what differs is counted. That is none, unless two words are all but equally likely to a
 model: then the texts computed beside one decide.
@@ -20,7 +19,7 @@ service and its metering, or what there is in its place. CPU time is told by thr
   that how full batches happened to be does not look like a cost;
 * an executor's between steps, per step;
 * the event loop's, with whoever asks, per request;
-* that of the threads that settle and that write the ledger, all of it over all metered requests.
+* that of the threads that settle and that write the ledger, all of it over all requests of their account.
 
 Throughput is told twice: by the work that was done in the time, and by the CPU time that was left for steps. The
 second knows no change of the machine's speed, and shows where threads wait for the interpreter. It does not see
@@ -28,7 +27,8 @@ whether steps themselves take longer with metering; the CPU time of executors in
 
 A figure is the mean over turns without the outermost tenths, with a 95% interval by bootstrap. Metering is also added
 up where it is spent, which is more precise and does not see what it slows down elsewhere. Neither way sees that a step
-writes down the work in it, which `/metrics` needs as well.
+writes down the work in it, which `/metrics` needs as well; and a step asks for its CPU time without a meter, too, so
+that only adding up sees what that takes.
 """
 
 import asyncio
@@ -39,24 +39,30 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import partial
 from itertools import cycle, permutations
 from pathlib import Path
 from random import Random
 from statistics import fmean
 from tempfile import TemporaryDirectory
+from threading import Thread
 from typing import Any, TypeVar
 
 import numpy as np
 import uvloop
 from fastapi import FastAPI
 
+from energy.account import Account
 from energy.clock import NS_PER_S
 from energy.host import Moment
+from energy.ledger import Ledger
+from energy.sampler import Sampler
 from energy.types import NOTHING_BESIDE, Beside, Bill, Bills, Phase, Quality, Step
-from service.app import create_app
+from service.app import create_app, open_account
+from service.books import Books
 from service.core import Charge, Service
 from service.engine import executor
 from service.metrics import Metrics
@@ -107,9 +113,10 @@ _ON_LOOP = ("pacing", "waking", "closing", "writing", "foretelling")
 _BESIDE = ("reading", "settling", "publishing", "ledger")
 """On threads of its own."""
 _BILL = Bill("", 23_456, 34_567, 0.004567, Quality.ESTIMATED, settled=False)
-_UNKNOWN_BILL = Bill("", None, None, None, Quality.UNAVAILABLE, settled=False)
 _ENDED = ("", "", "", "ok", 0, 0, 0.0, 0.0, None)
-_UNTIMED = dict.fromkeys(Phase, NOTHING_BESIDE)
+_OFF = Beside({}, 0)
+"""Of requests that began without a meter: nothing, as of those without any account, but told apart."""
+_UNTIMED_OFF, _UNTIMED_BARE = dict.fromkeys(Phase, _OFF), dict.fromkeys(Phase, NOTHING_BESIDE)
 T = TypeVar("T")
 
 
@@ -117,8 +124,8 @@ class Kind(StrEnum):
     """Of a slice."""
 
     METERED = "metered"
-    UNMETERED = "unmetered"
-    SILENT = "silent"
+    OFF = "off"
+    BARE = "bare"
     TIMED = "timed"
 
 
@@ -147,25 +154,33 @@ class Share:
 
 
 @dataclass(frozen=True, slots=True)
+class Against:
+    """What metering adds to a service without; microseconds are of CPU time and per request."""
+
+    cpu: Share
+    """CPU time: metered / without - 1."""
+    time: Share
+    """Time for the same work, of which throughput is the inverse: metered / without - 1."""
+    added_us: Mapping[str, Share]
+    """CPU time: metered - without, by thread."""
+    room: Share
+    """CPU time that was left for steps: without / metered - 1. Told more sharply than ``time``, in which every change
+    of the machine's speed is; it takes steps to be as long with metering as without."""
+    busy_cores: Share
+    """Cores that the process kept busy: metered - without. Where fewer, threads waited for the interpreter."""
+    without_us: float
+
+
+@dataclass(frozen=True, slots=True)
 class Cost:
     """What one comparison showed; microseconds are of CPU time and per request."""
 
-    cpu: Share
-    """CPU time: metered / unmetered - 1."""
-    time: Share
-    """Time for the same work, of which throughput is the inverse: metered / unmetered - 1."""
-    added_us: Mapping[str, Share]
-    """CPU time: metered - unmetered, by thread."""
-    room: Share
-    """CPU time that was left for steps: unmetered / metered - 1. Told more sharply than ``time``, in which every
-    change of the machine's speed is; it takes steps to be as long with metering as without."""
-    busy_cores: Share
-    """Cores that the process kept busy: metered - unmetered. Where fewer, threads waited for the interpreter."""
-    shown_us: Share
-    """CPU time of the event loop: unmetered - silent."""
-    unmetered_us: float
+    against_off: Against
+    against_bare: Against
     spent_us: Mapping[str, float]
     """Metering itself, by what is done."""
+    kept_us: float
+    """What keeping requests takes without a meter, but for what the event loop does for it."""
     steps: float
     """A request, of which each has many."""
     requests: int
@@ -252,32 +267,78 @@ class _Part:
 
     owner: Any
     name: str
-    function: Callable[..., Any]
-    instead: Callable[..., Any]
-    """Where nothing is metered."""
-    is_on: Callable[..., bool]
-    """Whether a call is metered, where there are such and others: between two slices."""
+    metered: Callable[..., Any]
+    off: Callable[..., Any]
+    bare: Callable[..., Any]
+    kind_of: Callable[..., Kind]
+    """Of which kind a call is where there are calls of several: between two slices."""
     watch: _Watch = field(default_factory=_Watch)
 
     def put(self, kind: Kind | None) -> None:
         """Have it as slices of a kind have it; None is between two."""
+        places = {Kind.METERED: self.metered, Kind.OFF: self.off, Kind.BARE: self.bare}
 
+        # Functions, as some of them are methods of their owner.
         def decided(*arguments: Any) -> Any:
-            return (self.function if self.is_on(*arguments) else self.instead)(*arguments)
+            return places.get(self.kind_of(*arguments), self.metered)(*arguments)
 
-        def watched(*arguments: Any) -> Any:
+        def timed(*arguments: Any) -> Any:
             self.watch.times += 1
             is_timed = self.watch.times % _TIMED == 0
-            return self.watch.time(self.function, *arguments) if is_timed else self.function(*arguments)
+            return self.watch.time(self.metered, *arguments) if is_timed else self.metered(*arguments)
 
-        places = {None: decided, Kind.METERED: self.function, Kind.TIMED: watched}
-        setattr(self.owner, self.name, places.get(kind, self.instead))
+        setattr(self.owner, self.name, decided if kind is None else places.get(kind, timed))
+
+
+@dataclass(frozen=True, slots=True)
+class _Spent:
+    """CPU time of metering, and over how many requests."""
+
+    metered: int
+    """Those that were metered and are settled."""
+    off: int
+    """Those that are settled in the account without a meter."""
+    watched: int
+    """Those whose parts were timed."""
+    spent_ns: Mapping[str, float]
+    """By what is done."""
+    kept_ns: int
+    """Of the threads of the account without a meter."""
+
+    def since(self, earlier: "_Spent") -> "_Spent":
+        """From then on."""
+        spent_ns = {what: ns - earlier.spent_ns[what] for what, ns in self.spent_ns.items()}
+        return _Spent(
+            self.metered - earlier.metered,
+            self.off - earlier.off,
+            self.watched - earlier.watched,
+            spent_ns,
+            self.kept_ns - earlier.kept_ns,
+        )
+
+    @property
+    def us(self) -> dict[str, float]:
+        """Of a request, by what is done."""
+        return {
+            what: ns / (self.metered if what in _BESIDE else self.watched) / _NS_PER_US
+            for what, ns in self.spent_ns.items()
+        }
+
+    @property
+    def kept_us(self) -> float:
+        """Of a request without a meter."""
+        return self.kept_ns / self.off / _NS_PER_US
+
+
+def _nothing(*arguments: Any) -> None:
+    """What stands in the place of what is not done."""
 
 
 class _Rig:
     """A service in this process, and those who ask it."""
 
-    def __init__(self, app: FastAPI, model: Model) -> None:
+    def __init__(self, app: FastAPI, model: Model, off: Account, threads: Mapping[Kind, Sequence[Thread]]) -> None:
+        """``off`` is an account without a meter; ``threads`` settle and write the ledgers of each."""
         self._app, self._model = app, model
         self._kind = Kind.METERED
         self._slice = _Slice(self._kind)
@@ -286,44 +347,61 @@ class _Rig:
         self._slice_s, self._left_out_s = SLICE_S, _LEFT_OUT_S
         self.otherwise = 0
         """Answers that were not as the first one to the same request."""
-        self._billed = 0
-        """Requests that were metered and are settled."""
+        self._settled = dict.fromkeys((Kind.METERED, Kind.OFF), 0)
+        """Requests, by whose account they are in."""
         self._unwatched: list[tuple[Any, str, Any]] = []
         """What was there before it was watched."""
         service: Service = app.state.service
         self._books, account, predictor = service.books, service.account, service.books.predictor
         self._parts = {
-            "waking": self._part(account, "wake", self._is_metered),
-            "pacing": self._part(service.pace, "begin", self._is_metered, lambda *about: _UNTIMED),
-            "writing": self._part(Charge, "ended", self._is_metered, lambda *about: _ENDED),
-            "recording": self._part(account, "record", self._is_metered),
-            "telling": self._part(executor, "_tell", self._is_metered),
-            "closing": self._part(account, "close", self._was_metered, self._made_up),
-            "foretelling": self._part(predictor, "begin", self._is_metered),
+            "waking": self._part(account, "wake", off=off.wake),
+            "pacing": self._part(
+                service.pace, "begin", off=lambda *about: _UNTIMED_OFF, bare=lambda *about: _UNTIMED_BARE
+            ),
+            "writing": self._part(
+                Charge, "ended", off=Charge.ended, bare=lambda *about: _ENDED, kind_of=self._kind_of_charge
+            ),
+            "recording": self._part(account, "record", off=off.record),
+            "telling": self._part(executor, "_tell"),
+            "closing": self._part(
+                account, "close", off=off.close, bare=lambda *about: _BILL, kind_of=self._kind_of_end
+            ),
+            "foretelling": self._part(predictor, "begin"),
         }
-        self._pauses = [self._part(account, name, self._is_metered) for name in ("read", "sample")]
+        self._pauses = [self._part(account, name) for name in ("read", "sample")]
         """Those that are not told of, as what they do is."""
+        for name in ("read", "sample"):
+            function = self._watched(off, name)
+            self._pauses.append(_Part(off, name, _nothing, function, _nothing, self._kind_now))
         self._rare = {"reading": self._always(account, "_read"), "publishing": self._always(account, "_publish")}
-        self._unwatched.append((account, "_on_settled", account._on_settled))
-        account._on_settled = self._settled
+        for kind, each in ((Kind.METERED, account), (Kind.OFF, off)):
+            self._watched(each, "_on_settled")
+            each._on_settled = partial(self._enter, kind)
         self._keep_steps(service.metrics)
         self._clocks = {
-            thread.name: time.pthread_getcpuclockid(thread.ident)
-            for thread in threading.enumerate()
-            if thread.name in ("energy", "ledger") and thread.ident is not None
+            kind: {thread.name: time.pthread_getcpuclockid(thread.ident) for thread in own if thread.ident is not None}
+            for kind, own in threads.items()
         }
 
     def _part(
-        self, owner: Any, name: str, is_on: Callable[..., bool], instead: Callable[..., Any] = lambda *arguments: None
+        self,
+        owner: Any,
+        name: str,
+        *,
+        off: Callable[..., Any] = _nothing,
+        bare: Callable[..., Any] = _nothing,
+        kind_of: Callable[..., Kind] | None = None,
     ) -> _Part:
+        return _Part(owner, name, self._watched(owner, name), off, bare, kind_of or self._kind_now)
+
+    def _watched(self, owner: Any, name: str) -> Any:
         function = getattr(owner, name)
         self._unwatched.append((owner, name, function))
-        return _Part(owner, name, function, instead, is_on)
+        return function
 
     def _always(self, owner: Any, name: str) -> _Watch:
         """Time a function that is seldom called each time that it is."""
-        watch, function = _Watch(), getattr(owner, name)
-        self._unwatched.append((owner, name, function))
+        watch, function = _Watch(), self._watched(owner, name)
 
         def timed(*arguments: Any) -> Any:
             watch.times += 1
@@ -341,19 +419,18 @@ class _Rig:
         for part in (*self._parts.values(), *self._pauses):
             part.put(kind)
 
-    def _is_metered(self, *about: object) -> bool:
-        return self._kind in (Kind.METERED, Kind.TIMED)
+    def _kind_now(self, *about: object) -> Kind:
+        return self._kind
 
-    def _was_metered(self, ended: object, beside: Beside, *loads: object) -> bool:
-        """Whether a request was when it began, which all of these do with a short piece."""
-        return beside is not NOTHING_BESIDE
+    def _kind_of_charge(self, charge: Charge, *about: object) -> Kind:
+        return self._kind_of_end((), charge.beside)
 
-    def _made_up(self, *about: object) -> Bill:
-        """What a request that is not metered is told."""
-        return _UNKNOWN_BILL if self._kind is Kind.SILENT else _BILL
+    def _kind_of_end(self, ended: object, beside: Beside, *loads: object) -> Kind:
+        """That which a request was of when it began, which all of these do with a short piece."""
+        return {id(_OFF): Kind.OFF, id(NOTHING_BESIDE): Kind.BARE}.get(id(beside), Kind.METERED)
 
-    def _settled(self, bills: Sequence[Bills]) -> None:
-        self._billed += sum(map(len, bills))
+    def _enter(self, kind: Kind, bills: Sequence[Bills]) -> None:
+        self._settled[kind] += sum(map(len, bills))
         self._books.settled(bills)
 
     def _keep_steps(self, metrics: Metrics) -> None:
@@ -366,17 +443,23 @@ class _Rig:
 
         metrics.step = kept  # type: ignore[method-assign]
 
-    def spent_ns(self) -> tuple[int, int, dict[str, float]]:
-        """Requests that were metered and are settled, those among them that were watched, and CPU time of metering so
-        far, by what is done."""
+    def spent(self) -> "_Spent":
+        """CPU time of metering so far."""
         watches = {name: part.watch for name, part in self._parts.items()}
-        spent = {name: watch.total_ns for name, watch in (watches | self._rare).items()}
-        energy_ns, ledger_ns = (time.clock_gettime_ns(self._clocks[name]) for name in ("energy", "ledger"))
+        spent_ns = {name: watch.total_ns for name, watch in (watches | self._rare).items()}
+        by_thread_ns = {
+            kind: {name: time.clock_gettime_ns(clock) for name, clock in own.items()}
+            for kind, own in self._clocks.items()
+        }
         # A step asks for its CPU time twice, as a watch does.
-        spent["clocks"] = watches["recording"].timing_ns
-        spent["settling"] = energy_ns - spent["reading"] - spent["publishing"]
-        spent["ledger"] = ledger_ns
-        return self._billed, watches["closing"].times, spent
+        spent_ns["clocks"] = watches["recording"].timing_ns
+        metered_ns = by_thread_ns[Kind.METERED]
+        spent_ns["settling"] = metered_ns["energy"] - spent_ns["reading"] - spent_ns["publishing"]
+        spent_ns["ledger"] = metered_ns["ledger"]
+        kept_ns = sum(by_thread_ns[Kind.OFF].values())
+        return _Spent(
+            self._settled[Kind.METERED], self._settled[Kind.OFF], watches["closing"].times, spent_ns, kept_ns
+        )
 
     def lengthen(self, slices: Sequence[_Slice]) -> None:
         """From now on slices are long enough for requests that take as long as in these."""
@@ -398,7 +481,7 @@ class _Rig:
         for outcome in await asyncio.gather(*clients, return_exceptions=True):
             if isinstance(outcome, Exception):
                 raise outcome
-        # What was metered last is still to be settled.
+        # What was metered last is still to be settled; what was not is settled with the next slice of its kind.
         self._kind = Kind.TIMED
         self._put(None)
         await asyncio.sleep(_REST_S)
@@ -483,64 +566,80 @@ async def compare(model: Model, settings: Settings, turns: int) -> Cost:
     async with app.router.lifespan_context(app):
         # As the server does.
         calm_collector()
-        with closing(_Rig(app, model)) as rig:
-            # The first requests are slow.
-            rig.lengthen(*await rig.compare(1))
-            before, (settled, watched, spent_ns) = Moment.now(), rig.spent_ns()
-            slices = await rig.compare(turns)
-            foreign_cores = Moment.now().foreign_cores(before)
-            all_settled, all_watched, all_spent_ns = rig.spent_ns()
-        requests = all_settled - settled
-        spent_us = {
-            what: (ns - spent_ns[what]) / (requests if what in _BESIDE else all_watched - watched) / _NS_PER_US
-            for what, ns in all_spent_ns.items()
-        }
-    return _cost(slices, spent_us, requests, rig.otherwise, foreign_cores)
+        threads = _accountants()
+        with without_meter(settings, app.state.service.books) as off:
+            both = {Kind.METERED: threads, Kind.OFF: [each for each in _accountants() if each not in threads]}
+            with closing(_Rig(app, model, off, both)) as rig:
+                # The first requests are slow.
+                rig.lengthen(*await rig.compare(1))
+                before, spent = Moment.now(), rig.spent()
+                slices = await rig.compare(turns)
+                foreign_cores = Moment.now().foreign_cores(before)
+                spent = rig.spent().since(spent)
+    return _cost(slices, spent, rig.otherwise, foreign_cores)
 
 
-def _cost(
-    turns: Sequence[Sequence[_Slice]],
-    spent_us: Mapping[str, float],
-    requests: int,
-    otherwise: int,
-    foreign_cores: float | None,
-) -> Cost:
+def _accountants() -> list[Thread]:
+    """The threads that settle and that write ledgers."""
+    return [thread for thread in threading.enumerate() if thread.name in ("energy", "ledger")]
+
+
+@contextmanager
+def without_meter(settings: Settings, books: Books) -> Iterator[Account]:
+    """A second account as the service opens it with ``WATTLE_METER=none``, with a ledger of its own."""
+    ledger = Ledger(settings.state / "off.sqlite", settings.ledger_max_days, settings.ledger_max_mb)
+    account = open_account(settings.model_copy(update={"meter": "none"}), ledger, books.settled)
+    try:
+        with Sampler(account, settings.sample_interval_ms / 1000):
+            yield account
+    finally:
+        account.shutdown()
+
+
+def _cost(turns: Sequence[Sequence[_Slice]], spent: _Spent, otherwise: int, foreign_cores: float | None) -> Cost:
     """What the slices of ``turns`` show."""
     every = [each for turn in turns for each in turn]
     usual_ns = _usual_ns([step for each in every for step in each.whole_steps])
     in_slices = sum(each.requests for each in every)
     steps_us = sum(step.cpu_ns for each in every for step in each.whole_steps) / in_slices / _NS_PER_US
     steps = sum(len(each.whole_steps) for each in every) / in_slices
-    beside_us = sum(spent_us[what] for what in _BESIDE)
-    by_thread: list[dict[Kind, dict[str, float]]] = []
+    beside_us = {Kind.METERED: sum(spent.us[what] for what in _BESIDE), Kind.OFF: spent.kept_us}
+    took: list[dict[Kind, dict[str, float]]] = []
     rates: list[dict[Kind, float]] = []
     for turn in turns:
-        took, rate = {}, {}
-        for each in turn:
-            usual = sum(usual_ns[id(step)] for step in each.whole_steps)
-            took[each.kind] = {
-                "executors in steps": sum(step.cpu_ns for step in each.whole_steps) / usual * steps_us,
-                "executors between steps": each.between_ns / len(each.whole_steps) * steps / _NS_PER_US,
-                "event loop": each.loop_ns / each.requests / _NS_PER_US,
-                "settling and ledger": beside_us if each.kind is Kind.METERED else 0.0,
+        usual = {each.kind: sum(usual_ns[id(step)] for step in each.whole_steps) for each in turn}
+        rates.append({each.kind: usual[each.kind] / each.elapsed_s for each in turn})
+        took.append(
+            {
+                each.kind: {
+                    "executors in steps": sum(step.cpu_ns for step in each.whole_steps) / usual[each.kind] * steps_us,
+                    "executors between steps": each.between_ns / len(each.whole_steps) * steps / _NS_PER_US,
+                    "event loop": each.loop_ns / each.requests / _NS_PER_US,
+                    "settling and ledger": beside_us.get(each.kind, 0.0),
+                }
+                for each in turn
             }
-            rate[each.kind] = usual / each.elapsed_s
-        by_thread.append(took)
-        rates.append(rate)
-    on, off = Kind.METERED, Kind.UNMETERED
-    threads = by_thread[0][on]
-    pairs = [(by_kind[on], by_kind[off]) for by_kind in ({each.kind: each for each in turn} for turn in turns)]
+        )
+    by_kind = [{each.kind: each for each in turn} for turn in turns]
+
+    def against(kind: Kind) -> Against:
+        on, threads = Kind.METERED, took[0][kind]
+        return Against(
+            cpu=Share.of([sum(each[on].values()) / sum(each[kind].values()) - 1 for each in took]),
+            time=Share.of([rate[kind] / rate[on] - 1 for rate in rates]),
+            added_us={name: Share.of([each[on][name] - each[kind][name] for each in took]) for name in threads},
+            room=Share.of([each[kind].step_cores / each[on].step_cores - 1 for each in by_kind]),
+            busy_cores=Share.of([each[on].busy_cores - each[kind].busy_cores for each in by_kind]),
+            without_us=fmean(sum(each[kind].values()) for each in took),
+        )
+
     return Cost(
-        cpu=Share.of([sum(took[on].values()) / sum(took[off].values()) - 1 for took in by_thread]),
-        time=Share.of([rate[off] / rate[on] - 1 for rate in rates]),
-        added_us={name: Share.of([took[on][name] - took[off][name] for took in by_thread]) for name in threads},
-        room=Share.of([unmetered.step_cores / metered.step_cores - 1 for metered, unmetered in pairs]),
-        busy_cores=Share.of([metered.busy_cores - unmetered.busy_cores for metered, unmetered in pairs]),
-        shown_us=Share.of([took[off]["event loop"] - took[Kind.SILENT]["event loop"] for took in by_thread]),
-        unmetered_us=fmean(sum(took[off].values()) for took in by_thread),
-        spent_us=spent_us,
+        against_off=against(Kind.OFF),
+        against_bare=against(Kind.BARE),
+        spent_us=spent.us,
+        kept_us=spent.kept_us,
         steps=steps,
-        requests=requests,
+        requests=spent.metered,
         otherwise=otherwise,
         slice_s=fmean(each.elapsed_s for each in every),
         foreign_cores=foreign_cores,
@@ -589,27 +688,28 @@ def _told(cost: Cost) -> Iterator[str]:
     yield f"with metering {cost.requests} requests; {cost.steps:.2f} steps each; answered otherwise {cost.otherwise}"
     yield f"foreign load: {'unknown' if cost.foreign_cores is None else f'{cost.foreign_cores:.2f} cores'}"
     spent_us = sum(cost.spent_us.values())
-    yield (
-        f"CPU time of metering itself: {spent_us:.1f} us of {cost.unmetered_us:.0f} us per request, "
-        f"{spent_us / cost.unmetered_us:.2%}"
-    )
+    yield f"CPU time of metering itself: {spent_us:.1f} us per request"
     for purpose, whats in _PURPOSES.items():
         figures = ", ".join(f"{what} {cost.spent_us[what]:.1f}" for what in whats)
         yield f"  {purpose} {sum(cost.spent_us[what] for what in whats):.1f} us ({figures})"
     on_step_us = sum(cost.spent_us[what] for what in _ON_STEPS) / cost.steps
     yield f"  on the thread that ran a step {on_step_us:.1f} us a step"
     yield f"  on the event loop {sum(cost.spent_us[what] for what in _ON_LOOP):.1f} us per request"
-    yield f"CPU time added: {cost.cpu}"
-    for name, share in cost.added_us.items():
-        yield f"  {name} {share.value:+.1f} us per request (95% interval {share.low:+.1f} to {share.high:+.1f})"
-    yield f"time added, of which throughput is the inverse: {cost.time}"
-    busy, shown = cost.busy_cores, cost.shown_us
-    yield f"  by what is left for steps alone: {cost.room}"
-    yield f"  cores kept busy {busy.value:+.3f} (95% interval {busy.low:+.3f} to {busy.high:+.3f})"
-    yield (
-        "showing a bill, which is not metering: event loop "
-        f"{shown.value:+.1f} us per request (95% interval {shown.low:+.1f} to {shown.high:+.1f})"
-    )
+    kept_us = cost.kept_us + cost.spent_us["writing"]
+    yield from _told_against("off, with WATTLE_METER=none", cost.against_off, spent_us - kept_us, kept_us)
+    yield from _told_against("bare, without any account", cost.against_bare, spent_us, 0)
+
+
+def _told_against(name: str, against: Against, added_us: float, kept_us: float) -> Iterator[str]:
+    yield f"{name}: {against.without_us:.0f} us of CPU time per request, {kept_us:.1f} of them to keep it"
+    yield f"  metering adds, by adding up, {added_us:.1f} us, {added_us / against.without_us:.2%}"
+    yield f"  CPU time added: {against.cpu}"
+    for thread, share in against.added_us.items():
+        yield f"    {thread} {share.value:+.1f} us per request (95% interval {share.low:+.1f} to {share.high:+.1f})"
+    yield f"  time added, of which throughput is the inverse: {against.time}"
+    yield f"    by what is left for steps alone: {against.room}"
+    busy = against.busy_cores
+    yield f"    cores kept busy {busy.value:+.3f} (95% interval {busy.low:+.3f} to {busy.high:+.3f})"
 
 
 def main(arguments: Sequence[str]) -> int:

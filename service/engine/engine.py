@@ -115,12 +115,13 @@ class Engine:
         models: Mapping[str, LoadedModel],
         recorder: Recorder,
         settings: EngineSettings,
-        coefficients: Mapping[str, Coefficients] = UNCALIBRATED,
+        coefficients: Mapping[str, Coefficients] | None = UNCALIBRATED,
     ) -> None:
         """Load the graphs and start the executors; returns when every model has run once.
 
         ``recorder`` is called on the executor's thread after each step, before the items that ended in it are
-        answered. ``coefficients``, by which items share a step, are by model, and may come to hold more of them.
+        answered. ``coefficients``, by which items share a step, are by model, and may come to hold more of them; None
+        where nobody wants to know what falls to whom.
         Raises ``ArtefactError`` for a model that the engine does not run.
         """
         self._recorder, self._settings = recorder, settings

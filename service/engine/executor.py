@@ -8,7 +8,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from itertools import repeat
 from typing import Any
 
 from energy.attribution import DEFAULTS, UNCALIBRATED, Coefficients, share_load
@@ -47,10 +46,11 @@ class Executor:
         device: str,
         cores: Sequence[int],
         threads: int,
-        coefficients: Mapping[str, Coefficients] = UNCALIBRATED,
+        coefficients: Mapping[str, Coefficients] | None = UNCALIBRATED,
         check: Callable[[], None] = lambda: None,
     ) -> None:
-        """``check``, which a failed step is followed by, raises where the device is lost."""
+        """By ``coefficients`` jobs share steps; None where nobody wants to know. ``check``, which a failed step is
+        followed by, raises where the device is lost."""
         self.device, self._check = device, check
         self.workers: dict[str, Worker] = {}
         """By the key under which a model is loaded."""
@@ -102,7 +102,8 @@ class Executor:
         to do between two steps costs the more, the fewer texts they are for.
         """
         name = self._names[model]
-        weights = self._coefficients.get(name, DEFAULTS).of(turn.work.phase)
+        shares = self._coefficients
+        weights = EVENLY if shares is None else shares.get(name, DEFAULTS).of(turn.work.phase)
         timer, passes, cancellations = _Timer(self._threads), 1, Answer.cancellations
         may_go_on = turn.repeats and not any([worker.busy for key, worker in self.workers.items() if key != model])
         try:
@@ -121,16 +122,16 @@ class Executor:
             if job.started_ns is None:
                 job.started_ns = step.started_ns
             job.compute_ns += duration_ns
-        _tell(turn.jobs, step)
+        if shares is not None:
+            _tell(turn.jobs, step)
         return step, ended
 
 
 def _tell(jobs: Sequence[Job], step: Step) -> None:
     """Tell jobs what falls to each of the load of their step, for a first bill."""
-    assert step.work is not None
-    even_ns, token_ns, context_ns = share_load(step)
-    for job, tokens, found in zip(jobs, step.work.tokens, step.work.context_tokens or repeat(0), strict=False):
-        job.load_ns += even_ns + token_ns * tokens + context_ns * found
+    even_ns, token_ns, tokens = share_load(step)
+    for job, own in zip(jobs, tokens, strict=False):
+        job.load_ns += even_ns + token_ns * own
 
 
 class _Timer:

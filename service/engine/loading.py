@@ -54,7 +54,7 @@ class Opened:
     """Where the weights lie: the addresses of the large pages that they would fill."""
 
 
-def open_executors(settings: EngineSettings, coefficients: Mapping[str, Coefficients]) -> list[Executor]:
+def open_executors(settings: EngineSettings, coefficients: Mapping[str, Coefficients] | None) -> list[Executor]:
     """Executors without models: on the processor, each with cores of its own where there are enough, and one for each
     GPU. Raises ``DeviceUnavailable``."""
     groups = core_groups(_cores(), settings.executors, settings.threads)

@@ -502,8 +502,10 @@ class TestEstimate:
 class TestUnavailable:
     def test_bills_are_unknown(self, held: HeldClock) -> None:
         account = Account(Unavailable("a test"), Carbon(), Book(), clock=held.clock)
+        assert not account.is_metered
         held.run(ms=10, cpu_ms=10)
         account.record(step(held, 10, encode("a")))
+        assert not account.settles  # nobody has to look at it again
         for request_id in ("a", "refused"):
             bill = bill_of(account, request_id)
             assert (bill.active_uj, bill.allocated_uj, bill.gco2e) == (None, None, None)

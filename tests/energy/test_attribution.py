@@ -137,14 +137,20 @@ def test_the_affine_cost_is_charged_to_those_who_cause_it() -> None:
     assert list(charge(40, rows, Coefficients(fixed=0, decode_token=10)).values()) == [30, 10, 0, 0]
 
 
-@given(sizes(), phases, st.integers(1, 5), st.integers(1, 10**10), coefficients)
+@given(sizes(), st.booleans(), st.integers(1, 5), st.integers(1, 10**10), coefficients)
 def test_the_load_of_one_step_is_shared_in_proportion_to_weights(
-    rows: Sizes, phase: Phase, passes: int, load_ns: int, c: Coefficients
+    rows: Sizes, is_reading: bool, passes: int, load_ns: int, c: Coefficients
 ) -> None:
-    step = step_of(work_of(rows, phase), ended_ns=load_ns, device="gpu:0", passes=passes, coefficients=c)
-    even_ns, token_ns, context_ns = share_load(step)
+    names, tokens, context = zip(*rows, strict=True)
+    # Who looks back computes as many tokens as the others of the step.
+    if is_reading:
+        work = Work(Phase.ENCODE, names, tokens)
+    else:
+        work = Work(Phase.DECODE, names, tokens[:1] * len(rows), context)
+    step = step_of(work, ended_ns=load_ns, device="gpu:0", passes=passes, coefficients=c)
+    even_ns, each_ns, own = share_load(step)
     weights = weigh(step)
-    assert [even_ns + token_ns * tokens + context_ns * context for _, tokens, context in rows] == [
+    assert [even_ns + each_ns * number for number in own] == [
         pytest.approx(load_ns * weight / sum(weights)) for weight in weights
     ]
     assert share_loads([step]).tolist() == [

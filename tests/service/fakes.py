@@ -281,6 +281,10 @@ class FakeAccount:
         self.seen_uj = 0
         """Of a request that runs, more at every look."""
 
+    @property
+    def is_metered(self) -> bool:
+        return self.quality is not Quality.UNAVAILABLE
+
     def spent_uj(self, request_id: str) -> int:
         self.seen_uj += 100_000
         return self.seen_uj

@@ -6,7 +6,9 @@ import pytest
 from starlette.testclient import TestClient
 
 from energy import ledger as ledger_module
+from energy.prediction import Predictor
 from energy.types import Quality
+from service.pace import Pace
 from service.routes.energy import EXAMPLE, EnergyReport
 from tests.service.fakes import FakeAccount, FakeEngine, wait_until
 
@@ -69,6 +71,19 @@ def test_a_request_without_a_known_bill_is_null(client: TestClient, account: Fak
     total = report(client, requests=1)["total"]
     assert (total["allocated_j"], total["gco2e"], total["j_per_query"]["mean"]) == (None, None, None)
     assert total["quality"]["unavailable"] == 1.0
+
+
+def test_without_a_meter_nothing_is_timed_or_foretold(
+    client: TestClient, account: FakeAccount, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[str] = []
+    monkeypatch.setattr(Pace, "begin", lambda self, task, model: begun.append("timed") or {})
+    monkeypatch.setattr(Predictor, "begin", lambda self, *request: begun.append("foretold"))
+    ask(client)
+    assert begun == ["timed", "foretold"]
+    account.quality = Quality.UNAVAILABLE
+    assert client.post("/v1/sentiment", json={"input": "good"}).json()["energy"]["allocated_j"] is None
+    assert len(begun) == 2
 
 
 @pytest.mark.parametrize(

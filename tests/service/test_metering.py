@@ -5,7 +5,7 @@ import re
 import subprocess
 import sys
 import threading
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +24,7 @@ from service.engine.engine import Engine
 from service.engine.settings import EngineSettings
 from service.engine.types import EncodeItem, EngineClosed, Item, Sampling, WriteItem
 from service.keys import add_key
-from service.metering_cost import _PURPOSES, Kind, Share, _cost, _Rig, _Slice, main
+from service.metering_cost import _BESIDE, _PURPOSES, Kind, Share, _cost, _Rig, _Slice, _Spent, main
 from tests.energy.fakes import Book, step_of
 from tests.tiny import Loaded, load_tiny, write_tiny
 
@@ -152,12 +152,13 @@ def test_the_cost_of_metering_is_measured(
     assert main([str(tmp_path / "model"), "3"]) == 0
     told = capsys.readouterr().out
     assert re.search(r"^with metering [1-9]\d* requests; .* answered otherwise 0$", told, re.M) is not None
-    assert re.search(r"CPU time added: .*% \(95% interval .*% to .*%\); under 1%: (yes|no|not decided)", told)
-    assert (
-        re.search(r"^  by what is left for steps alone: .*%\); under 1%: (yes|no|not decided)$", told, re.M)
-        is not None
-    )
-    assert re.search(r"^  cores kept busy [+-]\d\.\d{3} \(", told, re.M) is not None
+    for name in ("off, with WATTLE_METER=none", "bare, without any account"):
+        (against,) = re.findall(rf"^{name}: [1-9]\d* us of .*\n((?:  .*\n?)+)", told, re.M)
+        assert re.search(r"^  metering adds, by adding up, -?\d+\.\d us, -?\d+\.\d\d%$", against, re.M) is not None
+        verdict = r"[^%]*% \(95% interval .*% to .*%\); under 1%: (yes|no|not decided)$"
+        for figure in ("CPU time added", "time added, of which throughput is the inverse", "left for steps alone"):
+            assert re.search(rf"{figure}: {verdict}", against, re.M) is not None
+        assert re.search(r"^    cores kept busy [+-]\d\.\d{3} \(", against, re.M) is not None
     spent_us = dict(
         re.findall(r"[(,] ?(\w+) (-?\d+\.\d)", "".join(re.findall(r"^  \w+ [\d.]+ us (\(.*\))$", told, re.M)))
     )
@@ -188,16 +189,20 @@ def test_lost_throughput_is_what_steps_have_less_of_whatever_the_speed_of_the_ma
         metered = kept_slice(Kind.METERED, round(760 / slower), slower, 1.79)
         others = [kept_slice(kind, 800, 1.0, 1.80) for kind in Kind if kind is not Kind.METERED]
         turns.append([metered, *others])
-    cost = _cost(turns, defaultdict(float), 100, 0, None)
-    assert cost.room.value == pytest.approx(0.8 / 0.76 - 1, abs=0.001)
-    assert cost.busy_cores.value == pytest.approx(-0.01)
-    assert cost.time.value > 0.2
+    # A millisecond of settling for each of 100 requests, and 0.4 ms for each of 50 without a meter.
+    spent = _Spent(100, 50, 10, {**dict.fromkeys(_BESIDE, 0), "settling": 10**8}, 2 * 10**7)
+    cost = _cost(turns, spent, 0, None)
+    for against, settling_us in ((cost.against_off, 600), (cost.against_bare, 1000)):
+        assert against.room.value == pytest.approx(0.8 / 0.76 - 1, abs=0.001)
+        assert against.busy_cores.value == pytest.approx(-0.01)
+        assert against.time.value > 0.2
+        assert against.added_us["settling and ledger"].value == pytest.approx(settling_us)
 
 
 def test_slices_are_longer_where_requests_take_long() -> None:
     rig = SimpleNamespace()
     # 32 at once, 4 a second: each takes 8 s.
-    _Rig.lengthen(cast(_Rig, rig), [kept_slice(Kind.METERED, 3, 1.0, 1.0), kept_slice(Kind.UNMETERED, 5, 1.0, 1.0)])
+    _Rig.lengthen(cast(_Rig, rig), [kept_slice(Kind.METERED, 3, 1.0, 1.0), kept_slice(Kind.BARE, 5, 1.0, 1.0)])
     assert (rig._left_out_s, rig._slice_s) == (8, 32)
     _Rig.lengthen(cast(_Rig, rig), [kept_slice(Kind.METERED, 1000, 1.0, 1.0)])
     assert (rig._left_out_s, rig._slice_s) == (0.5, 1)

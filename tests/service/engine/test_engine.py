@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from energy.attribution import Coefficients, share_loads
-from energy.types import Phase, Step, Work
+from energy.types import EVENLY, Load, Phase, Step, Work
 from models.graph import KEY_BLOCK, Scheme
 from models.manifest import ArtefactError
 from service.engine import buffers, executor
@@ -473,6 +473,17 @@ def test_an_output_says_about_what_fell_to_it_of_the_loads_of_its_steps(models: 
     assert sum(load.load_ns for load in loads) == pytest.approx(sum(step.load_ns for step in steps.worked))
     for item, load in zip(items, loads, strict=True):
         assert load.load_ns == pytest.approx(exact_ns[item.request_id], abs=2 * len(steps.worked))
+
+
+def test_without_coefficients_nothing_is_said_of_loads(models: dict[str, Loaded]) -> None:
+    steps = Steps()
+    running = Engine({"decoder": models["decoder"]}, steps, EngineSettings(executors=1), None)
+    try:
+        outputs = results(running.submit("decoder", [write(0, 9), write(1, 5)]))
+    finally:
+        running.close()
+    assert [output.timing.load for output in outputs] == [Load("cpu:0", 0.0)] * 2
+    assert {step.weights for step in steps.worked} == {EVENLY}
 
 
 def test_a_step_is_recorded_before_its_items_are_answered(models: dict[str, Loaded]) -> None:
