@@ -12,9 +12,11 @@ from types import MappingProxyType
 import numpy as np
 from numpy.typing import NDArray
 
-from energy.types import Phase, Step, Weights
+from energy.types import Phase, Shares, Step, Work
 
 Integers = NDArray[np.int64]
+Weights = tuple[int, int, int]
+"""What a pass costs however small it is, each token that it computes, and each that it finds in the buffers."""
 _WORD_BITS = 62
 """A product of so many bits is exact in 64."""
 
@@ -48,37 +50,26 @@ UNCALIBRATED: Mapping[str, Coefficients] = MappingProxyType({})
 """Of no model anything is known."""
 
 
-def share_load(step: Step) -> tuple[float, float, Sequence[int]]:
-    """What falls to a request of the load of its step, in proportion to ``F / n + m * work_i``, the mean of all
-    passes: nanoseconds in any case, nanoseconds for each token by which requests differ, and how many of those each
-    has. They are tokens in the buffers, or computed ones where nobody has such."""
-    work, (fixed, token, context) = step.work, step.weights
-    assert work is not None
-    tokens, found = work.tokens, work.context_tokens
+def share_load(load_ns: int, work: Work, passes: int, weights: Weights) -> Shares:
+    """Share the load of a step in proportion to ``F / n + m * work_i``, the mean of all of its passes. Its requests
+    differ by tokens in the buffers, or by computed ones where nobody has such."""
+    (fixed, token, context), tokens, found = weights, work.tokens, work.context_tokens
     # Every pass finds what those before it have computed.
-    n, mean_token = len(tokens), token + context * (step.passes - 1) / 2
+    n, mean_token = len(tokens), token + context * (passes - 1) / 2
     if found:
-        ns_per_weight = step.load_ns / (n * (fixed + mean_token * sum(tokens) + context * sum(found)))
+        ns_per_weight = load_ns / (n * (fixed + mean_token * sum(tokens) + context * sum(found)))
         return ns_per_weight * (fixed + n * mean_token * tokens[0]), ns_per_weight * n * context, found
-    ns_per_weight = step.load_ns / (n * (fixed + mean_token * sum(tokens)))
+    ns_per_weight = load_ns / (n * (fixed + mean_token * sum(tokens)))
     return ns_per_weight * fixed, ns_per_weight * n * mean_token, tokens
 
 
 def share_loads(steps: Sequence[Step]) -> Integers:
-    """What falls of the load of each of ``steps`` to each of its requests, as ``share_load`` says, to the nanosecond;
-    those of one step stand behind those of the other. All is done at once: what is done for each of so many finds
-    nothing in the caches."""
-    works = [step.work for step in steps if step.work is not None]
-    counts = [len(work.tokens) for work in works]
-    own = np.fromiter(chain.from_iterable([work.tokens for work in works]), np.int64, sum(counts))
-    looked_back = [work.context_tokens or [0] * count for work, count in zip(works, counts, strict=True)]
-    found = np.fromiter(chain.from_iterable(looked_back), np.int64, len(own))
-    fixed, token, context = np.array([step.weights for step in steps]).T
-    more, n = np.array([(step.passes - 1) / 2 for step in steps]), np.array(counts)
-    each = np.repeat(np.arange(len(n)), n)
-    weights = fixed[each] + (n * (token + context * more))[each] * own + (n * context)[each] * found
-    wholes = np.add.reduceat(weights, np.cumsum(n) - n)
-    shares: Integers = np.rint(weights * (np.array([step.load_ns for step in steps]) / wholes)[each]).astype(np.int64)
+    """What falls to each of the requests of ``steps``, to the nanosecond; those of one step stand behind those of the
+    other. All is done at once: what is done for each of so many finds nothing in the caches."""
+    even_ns, each_ns, own = zip(*[step.shares for step in steps], strict=True)
+    counts = list(map(len, own))
+    tokens = np.fromiter(chain.from_iterable(own), np.int64, sum(counts))
+    shares: Integers = np.rint(np.repeat(even_ns, counts) + np.repeat(each_ns, counts) * tokens).astype(np.int64)
     return shares
 
 

@@ -55,11 +55,11 @@ class Work:
     """Of each, already in its key/value buffers; empty where nobody has such. Else all compute equally many tokens."""
 
 
-Weights = tuple[int, int, int]
-"""By what requests share a step (``attribution.share_load``): what a pass costs however small it is, what each token
-costs that it computes, and each that it finds in the buffers. Only their proportions matter."""
-EVENLY: Weights = 1, 0, 0
-"""To each request as much as to any other."""
+Shares = tuple[float, float, Sequence[int]]
+"""What falls to each request of a step's load (``attribution.share_load``): nanoseconds in any case, nanoseconds for
+each token by which requests differ, and how many of those each has."""
+UNSHARED: Shares = 0.0, 0.0, ()
+"""Of a step for no request, or where nobody wants to know."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,7 @@ class Step:
     work: Work | None
     """Of the first pass; None where it was for no request. Each further one computes as many tokens, of which all
     requests then have equally many, and looks back on what those before it have computed."""
-    weights: Weights
+    shares: Shares
     padding_tokens: int = 0
     """Of a pass."""
     passes: int = 1
@@ -112,7 +112,8 @@ def step_beside(model: str, request_id: str, phase: Phase, started_ns: int, ende
     """Work for one request beside the executors."""
     ended_ns = max(ended_ns, started_ns + 1)
     load_ns = load_of(BESIDE, ended_ns - started_ns, cpu_ns)
-    return Step(BESIDE, model, started_ns, ended_ns, cpu_ns, load_ns, Work(phase, [request_id], [0]), EVENLY)
+    work, shares = Work(phase, [request_id], [0]), (load_ns, 0.0, [0])
+    return Step(BESIDE, model, started_ns, ended_ns, cpu_ns, load_ns, work, shares)
 
 
 def load_of(device: str, duration_ns: int, cpu_ns: int) -> int:

@@ -60,7 +60,7 @@ from energy.clock import NS_PER_S
 from energy.host import Moment
 from energy.ledger import Ledger
 from energy.sampler import Sampler
-from energy.types import NOTHING_BESIDE, Beside, Bill, Bills, Phase, Quality, Step
+from energy.types import NOTHING_BESIDE, UNSHARED, Beside, Bill, Bills, Phase, Quality, Step
 from service.app import create_app, open_account
 from service.books import Books
 from service.core import Charge, Service
@@ -102,11 +102,11 @@ _TEXT = """A woman in a red coat walks her dog along the old river while two chi
 and three young men on bicycles look at the snow on the hills"""
 _PURPOSES = {
     "measuring": ("clocks", "reading", "pacing"),
-    "apportioning": ("recording", "telling", "waking", "closing", "settling"),
+    "apportioning": ("sharing", "telling", "recording", "waking", "closing", "settling"),
     "keeping": ("writing", "publishing", "ledger"),
     "foretelling": ("foretelling",),
 }
-_ON_STEPS = ("clocks", "recording", "telling")
+_ON_STEPS = ("clocks", "sharing", "telling", "recording")
 """On the threads of executors."""
 _ON_LOOP = ("pacing", "waking", "closing", "writing", "foretelling")
 """On the event loop."""
@@ -361,8 +361,9 @@ class _Rig:
             "writing": self._part(
                 Charge, "ended", off=Charge.ended, bare=lambda *about: _ENDED, kind_of=self._kind_of_charge
             ),
-            "recording": self._part(account, "record", off=off.record),
+            "sharing": self._part(executor, "share_load", off=lambda *about: UNSHARED, bare=lambda *about: UNSHARED),
             "telling": self._part(executor, "_tell"),
+            "recording": self._part(account, "record", off=off.record),
             "closing": self._part(
                 account, "close", off=off.close, bare=lambda *about: _BILL, kind_of=self._kind_of_end
             ),

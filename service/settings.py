@@ -136,7 +136,9 @@ class Settings(BaseSettings):
         description="Which GPUs, as `0,1`, in the order in which NVIDIA's driver counts them; one executor each.",
     )
     meter: Literal["auto", "nvml", "powercap", "estimate", "none"] = Field(
-        "auto", description="Where joules are read from; auto takes the best that this machine lets us read."
+        "auto",
+        description="Where joules are read from; auto takes the best that this machine lets us read. With `none` "
+        "nothing is spent on measuring, and bills are unknown.",
     )
     powercap_root: Path = Field(
         Path("/sys/class/powercap"), description="Linux powercap tree (RAPL); in Docker, mount it and say where."

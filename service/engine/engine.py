@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any, Literal, Protocol
 
 from energy.attribution import UNCALIBRATED, Coefficients
-from energy.types import BESIDE, EVENLY, Load, Phase, Step
+from energy.types import BESIDE, UNSHARED, Load, Phase, Step
 from models.manifest import Manifest
 from service.engine.backlog import Backlog
 from service.engine.batching import fair_share
@@ -165,7 +165,7 @@ class Engine:
         cpu_ns = opened.cpu_ns // max(1, len(models))
         for model in models.values():
             name, ended_ns = model.manifest.name, time.monotonic_ns()
-            self._record(Step(BESIDE, name, started_ns, ended_ns, cpu_ns, cpu_ns, None, EVENLY))
+            self._record(Step(BESIDE, name, started_ns, ended_ns, cpu_ns, cpu_ns, None, UNSHARED))
         try:
             for key, model in models.items():
                 rows = rows_that_fit(model, self._settings)

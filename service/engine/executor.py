@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
-from energy.attribution import DEFAULTS, UNCALIBRATED, Coefficients, share_load
-from energy.types import EVENLY, Step, Weights, Work, load_of
+from energy.attribution import DEFAULTS, UNCALIBRATED, Coefficients, Weights, share_load
+from energy.types import UNSHARED, Shares, Step, Work, load_of
 from service.engine.types import Answer
 from service.engine.workers import Job, Result, Turn, Worker
 
@@ -84,7 +84,7 @@ class Executor:
         worker.warm_up()
         self.workers[model], self._names[model] = worker, name
         self.order.append(model)
-        return timer.step(self.device, name, None, EVENLY, 0)
+        return timer.step(self.device, name, None, None)
 
     def drop(self, model: str) -> Sequence[Job]:
         """Forget ``model``, if it is here; returns the jobs that it had not finished."""
@@ -102,8 +102,8 @@ class Executor:
         to do between two steps costs the more, the fewer texts they are for.
         """
         name = self._names[model]
-        shares = self._coefficients
-        weights = EVENLY if shares is None else shares.get(name, DEFAULTS).of(turn.work.phase)
+        known = self._coefficients
+        weights = None if known is None else known.get(name, DEFAULTS).of(turn.work.phase)
         timer, passes, cancellations = _Timer(self._threads), 1, Answer.cancellations
         may_go_on = turn.repeats and not any([worker.busy for key, worker in self.workers.items() if key != model])
         try:
@@ -122,14 +122,13 @@ class Executor:
             if job.started_ns is None:
                 job.started_ns = step.started_ns
             job.compute_ns += duration_ns
-        if shares is not None:
-            _tell(turn.jobs, step)
+        _tell(turn.jobs, step.shares)
         return step, ended
 
 
-def _tell(jobs: Sequence[Job], step: Step) -> None:
+def _tell(jobs: Sequence[Job], shares: Shares) -> None:
     """Tell jobs what falls to each of the load of their step, for a first bill."""
-    even_ns, token_ns, tokens = share_load(step)
+    even_ns, token_ns, tokens = shares
     for job, own in zip(jobs, tokens, strict=False):
         job.load_ns += even_ns + token_ns * own
 
@@ -155,8 +154,8 @@ class _Timer:
         device: str,
         model: str,
         work: Work | None,
-        weights: Weights,
-        padding_tokens: int,
+        weights: Weights | None,
+        padding_tokens: int = 0,
         passes: int = 1,
     ) -> Step:
         """What has run since then."""
@@ -168,4 +167,5 @@ class _Timer:
         duration_ns = ended_ns - self._started_ns
         cpu_ns = min(self._cpu_clock() - self._cpu_ns, self._threads * duration_ns)
         load_ns = load_of(device, duration_ns, cpu_ns)
-        return Step(device, model, self._started_ns, ended_ns, cpu_ns, load_ns, work, weights, padding_tokens, passes)
+        shares = UNSHARED if work is None or weights is None else share_load(load_ns, work, passes, weights)
+        return Step(device, model, self._started_ns, ended_ns, cpu_ns, load_ns, work, shares, padding_tokens, passes)

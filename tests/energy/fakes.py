@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 
-from energy.attribution import DEFAULTS, Coefficients
+from energy.attribution import DEFAULTS, Coefficients, share_load
 from energy.clock import Clock
 from energy.meters.base import Reading
-from energy.types import EVENLY, Bills, Phase, Quality, SettledRecord, Step, Work, load_of
+from energy.types import UNSHARED, Bills, Phase, Quality, SettledRecord, Step, Work, load_of
 
 MS = 1_000_000
 S = 1_000_000_000
@@ -91,19 +91,17 @@ def step_of(
 ) -> Step:
     """A step whose load is shared as an executor does it."""
     load_ns = load_of(device, ended_ns - started_ns, cpu_ns)
-    weights = coefficients.of(work.phase) if work else EVENLY
-    return Step(device, model, started_ns, ended_ns, cpu_ns, load_ns, work, weights, padding_tokens, passes)
+    shares = share_load(load_ns, work, passes, coefficients.of(work.phase)) if work else UNSHARED
+    return Step(device, model, started_ns, ended_ns, cpu_ns, load_ns, work, shares, padding_tokens, passes)
 
 
-def weigh(step: Step) -> list[float]:
+def weigh(work: Work, coefficients: Coefficients, passes: int = 1) -> list[float]:
     """How requests share a step, in the plainest way: n times ``F / n + m * work_i``, the mean of its passes."""
-    assert step.work is not None
-    (fixed, token, context), n = step.weights, len(step.work.tokens)
-    contexts = step.work.context_tokens or [0] * n
+    (fixed, token, context), n = coefficients.of(work.phase), len(work.tokens)
+    contexts = work.context_tokens or [0] * n
     return [
-        sum(fixed + n * (token * own + context * (found + own * number)) for number in range(step.passes))
-        / step.passes
-        for own, found in zip(step.work.tokens, contexts, strict=True)
+        sum(fixed + n * (token * own + context * (found + own * number)) for number in range(passes)) / passes
+        for own, found in zip(work.tokens, contexts, strict=True)
     ]
 
 

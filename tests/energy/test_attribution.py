@@ -34,11 +34,15 @@ def sizes(draw: st.DrawFn, at_least: int = 1) -> Sizes:
 phases = st.sampled_from([Phase.PREFILL, Phase.DECODE])
 
 
-def work_of(rows: Sizes, phase: Phase = Phase.DECODE) -> Work:
-    return Work(phase, *zip(*rows, strict=True))
+def work_of(rows: Sizes, phase: Phase = Phase.PREFILL) -> Work:
+    """What an executor makes of these: who looks back computes as many tokens as the others of the step."""
+    names, tokens, context = zip(*rows, strict=True)
+    if phase is Phase.PREFILL:
+        return Work(phase, names, tokens)
+    return Work(phase, names, [max(tokens)] * len(rows), context)
 
 
-def charge(energy_uj: int, rows: Sizes, c: Coefficients, phase: Phase = Phase.DECODE) -> dict[str, int]:
+def charge(energy_uj: int, rows: Sizes, c: Coefficients, phase: Phase = Phase.PREFILL) -> dict[str, int]:
     """What each request of one step is charged."""
     names = [name for name, _, _ in rows]
     return dict(zip(names, split_one(energy_uj, whole(work_of(rows, phase), c), names), strict=True))
@@ -46,7 +50,7 @@ def charge(energy_uj: int, rows: Sizes, c: Coefficients, phase: Phase = Phase.DE
 
 def whole(work: Work, c: Coefficients) -> list[int]:
     """What requests weigh: the shares of a load as large as all of their weights."""
-    load_ns = round(sum(weigh(step_of(work, coefficients=c))))
+    load_ns = round(sum(weigh(work, c)))
     if not load_ns:
         return [0] * len(work.tokens)
     return share_loads([step_of(work, ended_ns=load_ns, device="gpu:0", coefficients=c)]).tolist()
@@ -73,21 +77,26 @@ def test_order_does_not_matter(energy_uj: int, rows: Sizes, c: Coefficients, pha
     assert charge(energy_uj, rows, c, phase) == charge(energy_uj, shuffled, c, phase)
 
 
-@given(energies, sizes(at_least=2), coefficients)
-def test_equal_work_is_charged_equally_and_more_work_never_less(energy_uj: int, rows: Sizes, c: Coefficients) -> None:
+@given(energies, sizes(at_least=2), coefficients, phases)
+def test_equal_work_is_charged_equally_and_more_work_never_less(
+    energy_uj: int, rows: Sizes, c: Coefficients, phase: Phase
+) -> None:
     twins = [*rows, ("twin", *rows[0][1:])]
-    charges = list(charge(energy_uj, twins, c).values())
+    charges = list(charge(energy_uj, twins, c, phase).values())
     assert abs(charges[0] - charges[-1]) <= 1
-    heavy = whole(work_of(twins), c)
+    heavy = whole(work_of(twins, phase), c)
     for i, j in zip(range(len(twins)), range(1, len(twins)), strict=False):
         if heavy[i] > heavy[j]:
             assert charges[i] >= charges[j] - 1
 
 
-@given(energies, sizes(), coefficients)
-def test_alone_a_request_pays_everything(energy_uj: int, rows: Sizes, c: Coefficients) -> None:
-    assert list(charge(energy_uj, rows[:1], c).values()) == [energy_uj]
-    assert share_loads([step_of(work_of(rows[:1]), cpu_ns=12345, coefficients=c)]).tolist() == [12345]
+@given(energies, sizes(), coefficients, phases)
+def test_alone_a_request_pays_everything(energy_uj: int, rows: Sizes, c: Coefficients, phase: Phase) -> None:
+    assert list(charge(energy_uj, rows[:1], c, phase).values()) == [energy_uj]
+    assert share_loads([step_of(work_of(rows[:1], phase), cpu_ns=12345, coefficients=c)]).tolist() == [12345]
+    # Also of a prompt that is read on.
+    alone = Work(Phase.PREFILL, ["r"], [rows[0][1]], [rows[0][2]])
+    assert share_loads([step_of(alone, cpu_ns=12345, coefficients=c)]).tolist() == [12345]
 
 
 @given(energies, sizes(), st.integers(1, 10**6))
@@ -124,7 +133,7 @@ def test_loads_of_many_steps_are_shared_in_proportion_to_weights(
     steps, expected = [], []
     for rows, phase, load_ns in some:
         work = work_of(rows, phase)
-        heavy = weigh(step_of(work, coefficients=c))
+        heavy = weigh(work, c)
         steps.append(step_of(work, ended_ns=load_ns, device="gpu:0", coefficients=c))
         expected += [load_ns * weight / sum(heavy) for weight in heavy]
     assert share_loads(steps).tolist() == [pytest.approx(load_ns, abs=0.51) for load_ns in expected]
@@ -133,40 +142,30 @@ def test_loads_of_many_steps_are_shared_in_proportion_to_weights(
 def test_the_affine_cost_is_charged_to_those_who_cause_it() -> None:
     # F = 40 shared by four, m = 10 a token: 10 + 30, 10 + 10, 10 and 10.
     rows = [(name, tokens, 0) for name, tokens in (("a", 3), ("b", 1), ("c", 0), ("d", 0))]
-    assert list(charge(80, rows, Coefficients(fixed=40, decode_token=10)).values()) == [40, 20, 10, 10]
-    assert list(charge(40, rows, Coefficients(fixed=0, decode_token=10)).values()) == [30, 10, 0, 0]
+    assert list(charge(80, rows, Coefficients(fixed=40, prefill_token=10)).values()) == [40, 20, 10, 10]
+    assert list(charge(40, rows, Coefficients(fixed=0, prefill_token=10)).values()) == [30, 10, 0, 0]
 
 
-@given(sizes(), st.booleans(), st.integers(1, 5), st.integers(1, 10**10), coefficients)
+@given(sizes(), phases, st.integers(1, 5), st.integers(1, 10**10), coefficients)
 def test_the_load_of_one_step_is_shared_in_proportion_to_weights(
-    rows: Sizes, is_reading: bool, passes: int, load_ns: int, c: Coefficients
+    rows: Sizes, phase: Phase, passes: int, load_ns: int, c: Coefficients
 ) -> None:
-    names, tokens, context = zip(*rows, strict=True)
-    # Who looks back computes as many tokens as the others of the step.
-    if is_reading:
-        work = Work(Phase.ENCODE, names, tokens)
-    else:
-        work = Work(Phase.DECODE, names, tokens[:1] * len(rows), context)
-    step = step_of(work, ended_ns=load_ns, device="gpu:0", passes=passes, coefficients=c)
-    even_ns, each_ns, own = share_load(step)
-    weights = weigh(step)
-    assert [even_ns + each_ns * number for number in own] == [
-        pytest.approx(load_ns * weight / sum(weights)) for weight in weights
-    ]
-    assert share_loads([step]).tolist() == [
-        pytest.approx(load_ns * weight / sum(weights), abs=0.51) for weight in weights
-    ]
+    work = work_of(rows, phase)
+    even_ns, each_ns, own = share_load(load_ns, work, passes, c.of(phase))
+    weights = weigh(work, c, passes)
+    expected = [load_ns * weight / sum(weights) for weight in weights]
+    assert [even_ns + each_ns * number for number in own] == [pytest.approx(share_ns) for share_ns in expected]
 
 
 def test_the_load_of_a_step_of_several_passes_is_shared_by_all_of_them() -> None:
-    work = work_of([("a", 1, 9), ("b", 1, 109)])
+    work = work_of([("a", 1, 9), ("b", 1, 109)], Phase.DECODE)
     step = step_of(work, cpu_ns=720_000, passes=3, coefficients=Coefficients(100, 10, 10, 1))
     # F = 100 three times for two, m = 10 a token and 1 a token of context: 150 + 30 + 9 + 10 + 11, and 100 more each.
     assert share_loads([step]).tolist() == [210_000, 510_000]
 
 
 def test_context_weighs_little_but_weighs() -> None:
-    short, long = whole(work_of([("a", 1, 0), ("b", 1, 512)]), Coefficients())
+    short, long = whole(work_of([("a", 1, 0), ("b", 1, 512)], Phase.DECODE), Coefficients())
     assert 1 < long / short < 2.5
 
 

@@ -18,8 +18,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from energy.attribution import Coefficients, share_loads
-from energy.types import EVENLY, Load, Phase, Step, Work
+from energy.attribution import Coefficients
+from energy.types import UNSHARED, Load, Phase, Step, Work
 from models.graph import KEY_BLOCK, Scheme
 from models.manifest import ArtefactError
 from service.engine import buffers, executor
@@ -39,6 +39,7 @@ from service.engine.types import (
     WriteItem,
     WriteOutput,
 )
+from tests.energy.fakes import weigh
 from tests.service.engine.reference import beam_search, greedy, next_log_probabilities
 from tests.tiny import BOS, EOS, WRITERS, Kind, Loaded, load_tiny, tiny_transformer
 
@@ -466,13 +467,15 @@ def test_an_output_says_about_what_fell_to_it_of_the_loads_of_its_steps(models: 
         running.close()
     exact_ns: Counter[str] = Counter()
     for step, work in zip(steps.worked, steps.works, strict=True):
-        assert step.weights == coefficients.of(work.phase)
-        exact_ns.update(dict(zip(work.request_ids, share_loads([step]).tolist(), strict=True)))
+        heavy = weigh(work, coefficients, step.passes)
+        exact_ns.update(
+            {name: step.load_ns * own / sum(heavy) for name, own in zip(work.request_ids, heavy, strict=True)}
+        )
     loads = [output.timing.load for output in outputs]
     assert [load.device for load in loads] == ["cpu:0"] * 3
     assert sum(load.load_ns for load in loads) == pytest.approx(sum(step.load_ns for step in steps.worked))
     for item, load in zip(items, loads, strict=True):
-        assert load.load_ns == pytest.approx(exact_ns[item.request_id], abs=2 * len(steps.worked))
+        assert load.load_ns == pytest.approx(exact_ns[item.request_id])
 
 
 def test_without_coefficients_nothing_is_said_of_loads(models: dict[str, Loaded]) -> None:
@@ -483,7 +486,7 @@ def test_without_coefficients_nothing_is_said_of_loads(models: dict[str, Loaded]
     finally:
         running.close()
     assert [output.timing.load for output in outputs] == [Load("cpu:0", 0.0)] * 2
-    assert {step.weights for step in steps.worked} == {EVENLY}
+    assert {step.shares for step in steps.worked} == {UNSHARED}
 
 
 def test_a_step_is_recorded_before_its_items_are_answered(models: dict[str, Loaded]) -> None:

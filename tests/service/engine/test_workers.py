@@ -339,11 +339,11 @@ def test_several_passes_do_the_work_of_as_many_steps(kind: Kind, beams: int) -> 
     for outcome in outcomes:
         single = apart.turn()
         assert single is not None and single.run() == outcome == []
-        one = step_of(single.work, coefficients=coefficients)
+        one = step_of(single.work)
         tokens, context_tokens = tokens + one.tokens, context_tokens + one.context_tokens
-        weights += weigh(one)
-    three = step_of(turn.work, passes=3, coefficients=coefficients)
-    assert [3 * weight for weight in weigh(three)] == weights.tolist()
+        weights += weigh(single.work, coefficients)
+    three = step_of(turn.work, passes=3)
+    assert [3 * weight for weight in weigh(turn.work, coefficients, passes=3)] == weights.tolist()
     assert (three.tokens, three.context_tokens) == (tokens, context_tokens)
 
 
