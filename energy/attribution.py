@@ -57,8 +57,9 @@ def share_load(load_ns: int, work: Work, passes: int, weights: Weights) -> Share
     # Every pass finds what those before it have computed.
     n, mean_token = len(tokens), token + context * (passes - 1) / 2
     if found:
-        ns_per_weight = load_ns / (n * (fixed + mean_token * sum(tokens) + context * sum(found)))
-        return ns_per_weight * (fixed + n * mean_token * tokens[0]), ns_per_weight * n * context, found
+        even = fixed + n * mean_token * tokens[0]
+        ns_per_weight = load_ns / (n * (even + context * sum(found)))
+        return ns_per_weight * even, ns_per_weight * n * context, found
     ns_per_weight = load_ns / (n * (fixed + mean_token * sum(tokens)))
     return ns_per_weight * fixed, ns_per_weight * n * mean_token, tokens
 

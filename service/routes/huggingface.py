@@ -12,7 +12,7 @@ from service.conversation import Asked, ask, request_of
 from service.core import Receipt
 from service.errors import InvalidValue, renaming
 from service.models import Model
-from service.routes.common import energy_of, service_of
+from service.routes.common import energy_fields, service_of
 from service.routes.openai.chat import ChatRequest, ChatResponse, answer_chat
 from service.routes.openai.common import ERRORS, Lenient, example, finish_reason
 from service.routes.openai.embeddings import EMBED
@@ -174,7 +174,7 @@ class _Inference:
                 "input_length": receipt.input_tokens,
                 "seed": self._body.parameters.seed,
             },
-            energy=energy_of(receipt.bill).model_dump(),
+            energy=energy_fields(receipt.bill),
         )
 
     def _event(self, text: str, **last: Any) -> bytes:

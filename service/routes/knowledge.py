@@ -269,7 +269,7 @@ def knowledge_routes() -> APIRouter:
         charge, found = done
         passages = [FoundPassage(**asdict(each)) for each in found]
         answer = SearchResponse(id=charge.request_id, passages=passages, energy=energy_of(charge.bill))
-        return JsonResponse(answer.model_dump(), headers=energy_headers(answer.energy))
+        return JsonResponse(answer.model_dump(), headers=energy_headers(charge.bill))
 
     return router
 

@@ -9,7 +9,7 @@ from starlette.responses import Response
 
 from service.core import Receipt
 from service.errors import documented
-from service.routes.common import TASK_ERRORS, Energy, Timings, Usage, energy_of
+from service.routes.common import TASK_ERRORS, Energy, Timings, Usage, energy_fields
 from service.routes.lean import JsonRoute
 from service.routes.sse import event, respond, streamed
 from service.tasks import TASKS
@@ -72,7 +72,7 @@ class Native:
             "results": [result.model_dump() for result in receipt.results],
             "usage": {"input_tokens": receipt.input_tokens, "output_tokens": receipt.output_tokens},
             "timings": {"queue_ms": receipt.queue_ms, "compute_ms": receipt.compute_ms},
-            "energy": energy_of(receipt.bill).model_dump(),
+            "energy": energy_fields(receipt.bill),
         }
 
     def opening(self, receipt: Receipt) -> Iterator[bytes]:
