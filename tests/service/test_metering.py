@@ -152,8 +152,11 @@ def test_the_cost_of_metering_is_measured(
     assert main([str(tmp_path / "model"), "3"]) == 0
     told = capsys.readouterr().out
     assert re.search(r"^with metering [1-9]\d* requests; .* answered otherwise 0$", told, re.M) is not None
-    for name in ("off, with WATTLE_METER=none", "bare, without any account"):
-        (against,) = re.findall(rf"^{name}: [1-9]\d* us of .*\n((?:  .*\n?)+)", told, re.M)
+    for name, keeps in (("off, with WATTLE_METER=none", True), ("bare, without any account", False)):
+        found = re.search(rf"^{name}: [1-9]\d* us of .*, (.*) of them to keep it\n((?:  .*\n?)+)", told, re.M)
+        assert found is not None
+        kept_us, against = found.groups()
+        assert (float(kept_us) > 0) == keeps
         assert re.search(r"^  metering adds, by adding up, -?\d+\.\d us, -?\d+\.\d\d%$", against, re.M) is not None
         verdict = r"[^%]*% \(95% interval .*% to .*%\); under 1%: (yes|no|not decided)$"
         for figure in ("CPU time added", "time added, of which throughput is the inverse", "left for steps alone"):
