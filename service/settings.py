@@ -137,8 +137,8 @@ class Settings(BaseSettings):
     )
     meter: Literal["auto", "nvml", "powercap", "estimate", "none"] = Field(
         "auto",
-        description="Where joules are read from; auto takes the best that this machine lets us read. With `none` bills "
-        "are unknown, and nothing is spent on sharing and foretelling them.",
+        description="Where joules are read from; auto takes the best that this machine lets us read. With `none` "
+        "bills are unknown, and nothing is spent on sharing and foretelling them.",
     )
     powercap_root: Path = Field(
         Path("/sys/class/powercap"), description="Linux powercap tree (RAPL); in Docker, mount it and say where."
