@@ -19,7 +19,7 @@ from energy.meters.estimator import Estimator, PowerModel
 from energy.meters.observe import observe_idle
 from energy.sampler import Sampler
 from energy.settlement import HORIZON_NS, Channel, Claim, Reason, Stretch
-from energy.types import Beside, Bill, Load, Part, Phase, Quality, RequestRecord, Work
+from energy.types import Beside, Bill, Load, Part, Phase, Quality, RequestRecord, Work, step_beside
 from tests.energy.fakes import MS, Book, CountingMeter, HeldClock, S, encode, step, step_of
 
 ALONE = Neighbours(Path("/nonexistent"))
@@ -410,6 +410,19 @@ class TestEstimate:
             assert (bill.quality, bill.settled) == (Quality.ESTIMATED, False)
         # Of a device on which nothing has run yet, nothing can be expected.
         assert account.close(over("c"), loads=[Load("gpu:0", 5)]).allocated_uj is None
+
+    def test_what_is_long_beside_the_executors_is_charged_by_its_cpu_time(
+        self, held: HeldClock, account: Account
+    ) -> None:
+        held.run(ms=100, cpu_ms=40)
+        for name, cpu_ms in (("a", 10), ("b", 30)):
+            started_ns = held.now_ns - 50 * MS
+            account.record(step_beside("tiny", name, Phase.PREPROCESS, started_ns, held.now_ns, cpu_ms * MS))
+        account.close(over("a"))
+        assert bill_of(account, "b").active_uj == 30 * 2_760
+        found = account.find("a")
+        assert found is not None and found.bill.active_uj == 10 * 2_760
+        check_balance(account.totals())
 
     def test_what_is_short_beside_the_executors_is_charged_in_the_end(self, held: HeldClock, account: Account) -> None:
         for name in "ab":

@@ -9,9 +9,10 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
 import pytest
+from starlette.testclient import TestClient
 
 import wattle
 from energy.account import Account
@@ -19,13 +20,17 @@ from energy.carbon import Carbon
 from energy.clock import Clock
 from energy.meters.estimator import Estimator, PowerModel
 from energy.sampler import Sampler
-from energy.types import Phase, Quality, RequestRecord, Work
+from energy.types import Phase, Quality, RequestRecord, Shares, Work
+from service.app import create_app
+from service.engine import executor
 from service.engine.engine import Engine
 from service.engine.settings import EngineSettings
 from service.engine.types import EncodeItem, EngineClosed, Item, Sampling, WriteItem
 from service.keys import add_key
 from service.metering_cost import _BESIDE, _PURPOSES, Kind, Share, _cost, _Rig, _Slice, _Spent, main
+from service.settings import read_settings
 from tests.energy.fakes import Book, step_of
+from tests.service.fakes import wait_until
 from tests.tiny import Loaded, load_tiny, write_tiny
 
 ROOT = Path(__file__).parents[2]
@@ -140,6 +145,27 @@ def test_a_service_that_only_measures_needs_no_key(
         assert ask("generate", {"input": "1", "max_tokens": 2})["results"]
 
 
+@pytest.mark.parametrize("meter", ["none", "estimate"])
+def test_without_a_meter_no_step_is_shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, meter: str) -> None:
+    write_tiny(tmp_path / "model", "classify")
+    share_load, shared = executor.share_load, []
+
+    def counted(*step: Any) -> Shares:
+        shared.append(share_load(*step))
+        return shared[-1]
+
+    monkeypatch.setattr(executor, "share_load", counted)
+    settings = read_settings(models=str(tmp_path / "model"), state=str(tmp_path), meter=meter)
+    with TestClient(create_app(settings)) as client:
+        address = f"/v1/energy/requests/{client.post('/v1/sentiment', json={'input': '6'}).json()['id']}"
+        wait_until(lambda: client.get(address).json()["energy"]["settled"], WAIT_S)
+        energy = client.get(address).json()["energy"]
+    if meter == "none":
+        assert (shared, energy["active_j"], energy["quality"]) == ([], None, "unavailable")
+    else:
+        assert shared and energy["active_j"] is not None
+
+
 def test_the_cost_of_metering_is_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -157,6 +183,9 @@ def test_the_cost_of_metering_is_measured(
         assert found is not None
         kept_us, against = found.groups()
         assert (float(kept_us) > 0) == keeps
+        (spent_us,) = re.findall(r"^CPU time of metering itself: (.*) us per request$", told, re.M)
+        (added_us,) = re.findall(r"by adding up, (.*) us, ", against)
+        assert float(added_us) == pytest.approx(float(spent_us) - float(kept_us), abs=0.2)
         assert re.search(r"^  metering adds, by adding up, -?\d+\.\d us, -?\d+\.\d\d%$", against, re.M) is not None
         verdict = r"[^%]*% \(95% interval .*% to .*%\); under 1%: (yes|no|not decided)$"
         for figure in ("CPU time added", "time added, of which throughput is the inverse", "left for steps alone"):
