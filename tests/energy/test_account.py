@@ -414,6 +414,7 @@ class TestEstimate:
     def test_what_is_long_beside_the_executors_is_charged_by_its_cpu_time(
         self, held: HeldClock, account: Account
     ) -> None:
+        account.sample()
         held.run(ms=100, cpu_ms=40)
         for name, cpu_ms in (("a", 10), ("b", 30)):
             started_ns = held.now_ns - 50 * MS
