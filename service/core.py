@@ -231,7 +231,9 @@ class Service:
         with self._admitted(texts):
             async with self._deadline(request.timeout_s):
                 encoded = await asyncio.to_thread(task.encode, request, model, request_id)
-        forecast = self.books.predictor.predict(task.name, model.name, to_predict(encoded.items))
+        # Bills of an earlier process say nothing of what is not metered now.
+        predict = self.books.predictor.predict
+        forecast = predict(task.name, model.name, to_predict(encoded.items)) if self.account.is_metered else None
         return Estimate(model, sum(len(item.input_ids) for item in encoded.items), forecast)
 
     @contextmanager

@@ -112,6 +112,17 @@ def test_an_estimate_is_refused_as_the_request_would_be(
     assert (response.status_code, error["param"], error["code"]) == (status, param, code)
 
 
+@every_task
+def test_without_a_meter_nothing_is_foretold_from_earlier_bills(
+    client: TestClient, account: FakeAccount, task: AnyTask
+) -> None:
+    ask(client, task)
+    assert estimate(client, task).json()["energy"]["allocated_j"] is not None
+    account.quality = Quality.UNAVAILABLE
+    energy = estimate(client, task).json()["energy"]
+    assert (energy["allocated_j"], energy["quality"]) == (None, "unavailable")
+
+
 def test_an_estimate_names_what_is_missing(client: TestClient) -> None:
     for body, param in (({"input": "good"}, "task"), ({"task": "sentiment"}, "input")):
         error = client.post("/v1/energy/estimate", json=body).json()["error"]
