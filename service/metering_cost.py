@@ -278,7 +278,7 @@ class _Part:
         """Have it as slices of a kind have it; None is between two."""
         places = {Kind.METERED: self.metered, Kind.OFF: self.off, Kind.BARE: self.bare}
 
-        # Functions, as some of them are methods of their owner.
+        # Plain functions, for on a class they are given the instance.
         def decided(*arguments: Any) -> Any:
             return places.get(self.kind_of(*arguments), self.metered)(*arguments)
 
@@ -362,7 +362,7 @@ class _Rig:
                 Charge, "ended", off=Charge.ended, bare=lambda *about: _ENDED, kind_of=self._kind_of_charge
             ),
             "sharing": self._part(executor, "share_load", off=lambda *about: UNSHARED, bare=lambda *about: UNSHARED),
-            "telling": self._part(executor, "_tell"),
+            "telling": self._part(executor, "_tell", off=executor._tell),
             "recording": self._part(account, "record", off=off.record),
             "closing": self._part(
                 account, "close", off=off.close, bare=lambda *about: _BILL, kind_of=self._kind_of_end
