@@ -322,11 +322,7 @@ class Engine:
         if self._waiting[model]:
             self._drop_cancelled(model)
         waiting, worker = self._waiting[model], executor.workers[model]
-        if not waiting:
-            return False
-        running = sum(worker.load(each.running[model]) for each in self._executors)
-        executors = sum(model in each.workers for each in self._executors)
-        share = fair_share(worker.load(waiting), worker.load(executor.running[model]), running, executors)
+        share = self._share(executor, model, waiting)
         if not share:
             return False
         shared = len(self._backlog.by_key) > 1
@@ -337,6 +333,16 @@ class Engine:
             self._turns.charge(key, tokens)
         executor.running[model] = (*executor.running[model], *taken)
         return bool(taken)
+
+    def _share(self, executor: Executor, model: str, waiting: Sequence[Job]) -> int:
+        """How much of the ``waiting`` jobs ``executor`` should begin now."""
+        if not waiting:
+            return 0
+        worker = executor.workers[model]
+        running = sum([worker.load(each.running[model]) for each in self._executors])
+        executors = sum([model in each.workers for each in self._executors])
+        share = fair_share(worker.load(waiting), worker.load(executor.running[model]), running, executors)
+        return 0 if worker.holds_off(waiting, share) else share
 
     def _step(self, executor: Executor, model: str) -> None:
         """Run one step, record it, and answer what ended."""
@@ -367,7 +373,12 @@ class Engine:
     def _is_wanted(self, executor: Executor) -> bool:
         """Whether there may be something else to do for ``executor``. Without the lock: what comes too late for this
         look is seen at the next one."""
-        return bool(self._backlog.items or executor.errands or not self._lives)
+        if executor.errands or not self._lives:
+            return True
+        # Jobs wait only for models that every executor has, until it has dropped them, which is an errand.
+        return bool(self._backlog.items) and any(
+            [self._share(executor, model, waiting) for model, waiting in list(self._waiting.items())]
+        )
 
     def _record(self, step: Step) -> None:
         try:

@@ -1,5 +1,6 @@
-"""What one executor does for one model: takes jobs, and turns them into steps. Knows nothing of threads or clocks."""
+"""What one executor does for one model: takes jobs, and turns them into steps. Knows nothing of threads."""
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,6 +17,10 @@ from service.engine.prefixes import Prefixes
 from service.engine.texts import Text, Written
 from service.engine.types import Answer, EncodeItem, Item, Ticket, WriteItem
 
+_TOGETHER = 3
+"""Sources are read together once there is one for so many texts that are being written."""
+_HELD_NS = 20_000_000
+"""Or once the first of them has waited for so long."""
 Result = Floats | Written | Exception
 """Logits, a text, or what went wrong with this item alone."""
 
@@ -85,6 +90,10 @@ class Worker(Protocol):
     def load(self, jobs: Sequence[Job]) -> int:
         """How much work ``jobs`` are, in the unit in which executors divide it among them."""
 
+    def holds_off(self, waiting: Sequence[Job], share: int) -> bool:
+        """Whether it had rather see more come before it takes a load of about ``share`` from the ``waiting`` jobs. May
+        be asked at any time, by its executor's thread."""
+
     def take(self, waiting: Sequence[Job], share: int) -> list[Job]:
         """Which of the ``waiting`` jobs it can begin now, a load of about ``share``; they must not come again."""
 
@@ -115,6 +124,10 @@ class EncodeWorker:
     def load(self, jobs: Sequence[Job]) -> int:
         """See ``Worker``. Tokens: all of them are computed in one step, and who has more of them ends later."""
         return sum(job.tokens for job in jobs)
+
+    def holds_off(self, waiting: Sequence[Job], share: int) -> bool:
+        """See ``Worker``. Its steps are full enough without."""
+        return False
 
     def take(self, waiting: Sequence[Job], share: int) -> list[Job]:
         """See ``Worker``."""
@@ -196,6 +209,12 @@ class WriteWorker:
     def load(self, jobs: Sequence[Job]) -> int:
         """See ``Worker``. Texts: each of them takes part in every step until it ends."""
         return len(jobs)
+
+    def holds_off(self, waiting: Sequence[Job], share: int) -> bool:
+        """See ``Worker``. A source is short, so that reading one is mostly what a step costs however small it is."""
+        if self._graphs.source is None or share * _TOGETHER >= sum(len(lane.keys) for lane in self._lanes.values()):
+            return False
+        return time.monotonic_ns() - waiting[0].submitted_ns < _HELD_NS
 
     def take(self, waiting: Sequence[Job], share: int) -> list[Job]:
         """See ``Worker``; never more than ``share``."""

@@ -22,7 +22,7 @@ from energy.attribution import Coefficients
 from energy.types import UNSHARED, Load, Phase, Step, Work
 from models.graph import KEY_BLOCK, Scheme
 from models.manifest import ArtefactError
-from service.engine import buffers, executor
+from service.engine import buffers, executor, workers
 from service.engine.engine import Engine, Recorder
 from service.engine.loading import core_groups
 from service.engine.settings import EngineSettings
@@ -442,6 +442,31 @@ def test_every_step_names_its_work(models: dict[str, Loaded], monkeypatch: pytes
     assert all(step.device == "cpu:0" and 0 < step.cpu_ns <= step.ended_ns - step.started_ns for step in steps.all)
     ends = [step.ended_ns for step in steps.all]
     assert all(end <= step.started_ns for end, step in zip(ends, steps.all[1:], strict=False))
+
+
+@pytest.mark.parametrize("is_held", [True, False])
+def test_a_source_waits_until_it_is_worth_a_step(
+    models: dict[str, Loaded], monkeypatch: pytest.MonkeyPatch, is_held: bool
+) -> None:
+    monkeypatch.setattr(executor, "_LONG_NS", 10**15)
+    monkeypatch.setattr(workers, "_HELD_NS", 10**15 if is_held else -1)
+    steps = Steps()
+    steps.go.clear()
+    with engine(models, ["encoder-decoder"], steps) as running:
+        items = [write(number, 6, no_repeat_ngram=1, max_tokens=3 + 2 * number) for number in range(4)]
+        four = running.submit("encoder-decoder", items)
+        assert steps.held.wait(WAIT_S)
+        late = running.submit("encoder-decoder", [write(9, 6, no_repeat_ngram=1)])
+        steps.go.set()
+        results([*four, *late])
+    said = [(work.phase, len(work.request_ids)) for work in steps.works]
+    assert said[0] == (Phase.ENCODE, 4)
+    if is_held:
+        # One step goes on until the first of four ends; one for three that are left is enough.
+        assert said[1:4] == [(Phase.DECODE, 4), (Phase.ENCODE, 1), (Phase.DECODE, 4)]
+        assert steps.worked[1].passes > 1
+    else:
+        assert said[1:3] == [(Phase.ENCODE, 1), (Phase.DECODE, 5)]
 
 
 def test_an_output_says_where_its_time_went(models: dict[str, Loaded]) -> None:

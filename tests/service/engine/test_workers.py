@@ -1,5 +1,6 @@
 """Continuous batching without ONNX: a decoder whose rows are lists, and a text that depends on all that was read."""
 
+import time
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -364,6 +365,25 @@ def test_a_step_of_several_passes_is_for_texts_that_nothing_else_waits_for() -> 
     assert not repeats(job([9, 10], beams=2))
     assert not repeats(job([7] * 20))
     assert not repeats(watched=True)
+
+
+def test_sources_are_read_together_while_others_are_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    def holds_off(kind: Kind, n_written: int, share: int, waited_ms: float = 19) -> bool:
+        worker = worker_of(kind)
+        if n_written:
+            worker.take([job([7, number], max_tokens=9) for number in range(6, 6 + n_written)], share=ROWS)
+            step(worker)
+        assert worker.busy == bool(n_written)
+        monkeypatch.setattr(time, "monotonic_ns", lambda: round(waited_ms * 1_000_000))
+        return worker.holds_off([job([9])] * share, share)
+
+    # Of six that are written, a third.
+    assert [holds_off("encoder-decoder", 6, share) for share in (1, 2, 3)] == [True, False, False]
+    assert [holds_off("encoder-decoder", written, 1) for written in (0, 1, 3, 4)] == [False, False, False, True]
+    assert not holds_off("encoder-decoder", 6, 1, waited_ms=21)
+    # Prompts are long enough to be worth a step.
+    assert not holds_off("decoder", 6, 1)
+    assert not holds_off("prefix-lm", 6, 1)
 
 
 def test_documents_are_scored_and_gone_in_one_step() -> None:
