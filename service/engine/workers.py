@@ -17,8 +17,8 @@ from service.engine.prefixes import Prefixes
 from service.engine.texts import Text, Written
 from service.engine.types import Answer, EncodeItem, Item, Ticket, WriteItem
 
-_TOGETHER = 3
-"""Sources are read together once there is one for so many texts that are being written."""
+_TOGETHER = 4
+"""Sources are read together once there is one for each whole so many texts that are being written."""
 _HELD_NS = 20_000_000
 """Or once the first of them has waited for so long."""
 Result = Floats | Written | Exception
@@ -212,7 +212,8 @@ class WriteWorker:
 
     def holds_off(self, waiting: Sequence[Job], share: int) -> bool:
         """See ``Worker``. A source is short, so that reading one is mostly what a step costs however small it is."""
-        if self._graphs.source is None or share * _TOGETHER >= sum(len(lane.keys) for lane in self._lanes.values()):
+        texts = sum([len(lane.keys) for lane in self._lanes.values()])
+        if self._graphs.source is None or share >= texts // _TOGETHER:
             return False
         return time.monotonic_ns() - waiting[0].submitted_ns < _HELD_NS
 

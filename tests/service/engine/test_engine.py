@@ -453,20 +453,20 @@ def test_a_source_waits_until_it_is_worth_a_step(
     steps = Steps()
     steps.go.clear()
     with engine(models, ["encoder-decoder"], steps) as running:
-        items = [write(number, 6, no_repeat_ngram=1, max_tokens=3 + 2 * number) for number in range(4)]
-        four = running.submit("encoder-decoder", items)
+        items = [write(number, 6, no_repeat_ngram=1, max_tokens=3 + 2 * number) for number in range(8)]
+        eight = running.submit("encoder-decoder", items)
         assert steps.held.wait(WAIT_S)
         late = running.submit("encoder-decoder", [write(9, 6, no_repeat_ngram=1)])
         steps.go.set()
-        results([*four, *late])
+        results([*eight, *late])
     said = [(work.phase, len(work.request_ids)) for work in steps.works]
-    assert said[0] == (Phase.ENCODE, 4)
+    assert said[0] == (Phase.ENCODE, 8)
     if is_held:
-        # One step goes on until the first of four ends; one for three that are left is enough.
-        assert said[1:4] == [(Phase.DECODE, 4), (Phase.ENCODE, 1), (Phase.DECODE, 4)]
+        # One step goes on until the first of eight ends; for seven that are left one is enough.
+        assert said[1:4] == [(Phase.DECODE, 8), (Phase.ENCODE, 1), (Phase.DECODE, 8)]
         assert steps.worked[1].passes > 1
     else:
-        assert said[1:3] == [(Phase.ENCODE, 1), (Phase.DECODE, 5)]
+        assert said[1:3] == [(Phase.ENCODE, 1), (Phase.DECODE, 9)]
 
 
 def test_an_output_says_where_its_time_went(models: dict[str, Loaded]) -> None:

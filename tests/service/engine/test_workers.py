@@ -143,7 +143,7 @@ class ListGraphs:
 
 
 def worker_of(
-    kind: Kind, graphs: ListGraphs | None = None, piece_tokens: int = 8, prefix_bytes: int = 0
+    kind: Kind, graphs: ListGraphs | None = None, piece_tokens: int = 8, prefix_bytes: int = 0, rows: int = ROWS
 ) -> WriteWorker:
     manifest = Manifest(
         name="lists",
@@ -157,7 +157,7 @@ def worker_of(
         quantisation=Quantisation(scheme="none"),
     )
     graphs = graphs or ListGraphs(kind == "encoder-decoder")
-    limits = Limits(rows=ROWS, batch_tokens=60, piece_tokens=piece_tokens, prefix_bytes=prefix_bytes)
+    limits = Limits(rows=rows, batch_tokens=60, piece_tokens=piece_tokens, prefix_bytes=prefix_bytes)
     return WriteWorker(manifest, cast(WriteGraphs, graphs), limits)
 
 
@@ -369,21 +369,23 @@ def test_a_step_of_several_passes_is_for_texts_that_nothing_else_waits_for() -> 
 
 def test_sources_are_read_together_while_others_are_written(monkeypatch: pytest.MonkeyPatch) -> None:
     def holds_off(kind: Kind, n_written: int, share: int, waited_ms: float = 19) -> bool:
-        worker = worker_of(kind)
-        if n_written:
-            worker.take([job([7, number], max_tokens=9) for number in range(6, 6 + n_written)], share=ROWS)
-            step(worker)
-        assert worker.busy == bool(n_written)
+        worker = worker_of(kind, rows=12)
+        while len(worker.jobs) < n_written:
+            worker.take([job([7, 7 + len(worker.jobs)], max_tokens=9)], share=1)
+            turn = worker.turn()
+            assert turn is not None and turn.work.phase is not Phase.DECODE
+            turn.run()
         monkeypatch.setattr(time, "monotonic_ns", lambda: round(waited_ms * 1_000_000))
         return worker.holds_off([job([9])] * share, share)
 
-    # Of six that are written, a third.
-    assert [holds_off("encoder-decoder", 6, share) for share in (1, 2, 3)] == [True, False, False]
-    assert [holds_off("encoder-decoder", written, 1) for written in (0, 1, 3, 4)] == [False, False, False, True]
-    assert not holds_off("encoder-decoder", 6, 1, waited_ms=21)
+    # One for four that are written.
+    assert [holds_off("encoder-decoder", written, 1) for written in (0, 1, 7, 8)] == [False, False, False, True]
+    assert [holds_off("encoder-decoder", 8, share) for share in (2, 3)] == [False, False]
+    assert [holds_off("encoder-decoder", 12, share) for share in (2, 3)] == [True, False]
+    assert not holds_off("encoder-decoder", 8, 1, waited_ms=21)
     # Prompts are long enough to be worth a step.
-    assert not holds_off("decoder", 6, 1)
-    assert not holds_off("prefix-lm", 6, 1)
+    assert not holds_off("decoder", 8, 1)
+    assert not holds_off("prefix-lm", 8, 1)
 
 
 def test_documents_are_scored_and_gone_in_one_step() -> None:
