@@ -1,8 +1,9 @@
 """What metering costs: one service, asked without a pause, with metering on and off in turn, without sockets.
 
-    python -m service.metering_cost [MODEL [TURNS]]
+    python -m service.metering_cost [MODEL ...] [--turns TURNS]
 
-MODEL is a folder under the starters, or a path. Texts are as long as those of the load tests. *Metered* is the service
+MODEL is a folder under the starters, or a path; of several, as of the five that are taken without any, one for each
+task, each gets as many requests as the others. Texts are as long as those of the load tests. *Metered* is the service
 as it is: every step is recorded, a thread reads the meters and settles, every request is foretold, billed, logged,
 kept in the ledger and entered in the books. *Off* is the service with ``WATTLE_METER=none``: it logs requests and
 keeps them in the ledger as well, with unknown bills, and that is all. *Bare* there is no account at all, neither log
@@ -15,8 +16,8 @@ A turn is a slice of each kind, so many requests always under way; the beginning
 one before end, is left out. Slices are longer where requests take long. From then on nothing stands between the
 service and its metering, or what there is in its place. CPU time is told by thread, by the system's clock of each:
 
-* an executor's in steps, over what steps of these shapes take on average (least squares over all steps of a phase), so
-  that how full batches happened to be does not look like a cost;
+* an executor's in steps, over what steps of these shapes take on average (least squares over all steps of a model in a
+  phase), so that how full batches happened to be does not look like a cost;
 * an executor's between steps, per step;
 * the event loop's, with whoever asks, per request;
 * that of the threads that settle and that write the ledger, all of it over all requests of their account.
@@ -31,14 +32,16 @@ writes down the work in it, which `/metrics` needs as well; and a step asks for 
 that only adding up sees what that takes.
 """
 
+import argparse
 import asyncio
 import json
 import logging
+import os
 import sys
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -78,7 +81,7 @@ AIM = 0.01
 _LEFT_OUT_S = 0.5
 """Before a slice, at least: longer than a request takes."""
 _REQUESTS_LONG = 4
-"""How often a request could be done in a slice."""
+"""How often the longest request could be done in a slice."""
 _REST_S = 1.5
 """Bills are settled within a second, and then written."""
 _AT_ONCE = 32
@@ -91,7 +94,8 @@ _RESAMPLES = 2000
 _STRIDE = 7
 """Through the orders of kinds: of any four in a row each begins with another, and all come."""
 _TEXTS = 64
-"""So few that all are soon known: else a kind of slice that comes first would keep the results for the others."""
+"""For each model; so few that all are soon known: else a kind of slice that comes first would keep the results for the
+others."""
 _TIMED = 5
 """Of what is done often, one of so many is timed: timing takes as long as some of it."""
 _WORDS = {"translate": 8, "generate": 32, "answer": 132, "sentiment": 19, "summarize": 115}
@@ -231,6 +235,8 @@ class _Watch:
 class _Slice:
     kind: Kind
     requests: int = 0
+    longest_s: float = 0.0
+    """That a request took which ended in it."""
     steps: defaultdict[str, list[tuple[Step, int]]] = field(default_factory=lambda: defaultdict(list))
     """By executor, with the CPU time of its thread after each."""
     elapsed_s: float = 0.0
@@ -337,12 +343,14 @@ def _nothing(*arguments: Any) -> None:
 class _Rig:
     """A service in this process, and those who ask it."""
 
-    def __init__(self, app: FastAPI, model: Model, off: Account, threads: Mapping[Kind, Sequence[Thread]]) -> None:
+    def __init__(
+        self, app: FastAPI, models: Sequence[Model], off: Account, threads: Mapping[Kind, Sequence[Thread]]
+    ) -> None:
         """``off`` is an account without a meter; ``threads`` settle and write the ledgers of each."""
-        self._app, self._model = app, model
+        self._app, self._models = app, models
         self._kind = Kind.METERED
         self._slice = _Slice(self._kind)
-        self._numbers = {kind: cycle(range(_TEXTS)) for kind in Kind}
+        self._numbers = {kind: cycle(range(_TEXTS * len(models))) for kind in Kind}
         self._results: dict[int, Any] = {}
         self._slice_s, self._left_out_s = SLICE_S, _LEFT_OUT_S
         self.otherwise = 0
@@ -463,11 +471,10 @@ class _Rig:
         )
 
     def lengthen(self, slices: Sequence[_Slice]) -> None:
-        """From now on slices are long enough for requests that take as long as in these."""
-        requests, elapsed_s = sum(each.requests for each in slices), sum(each.elapsed_s for each in slices)
-        request_s = elapsed_s * _AT_ONCE / max(1, requests)
-        self._left_out_s = max(_LEFT_OUT_S, request_s)
-        self._slice_s = max(SLICE_S, _REQUESTS_LONG * request_s)
+        """From now on slices are long enough for requests that take as long as the longest in these."""
+        longest_s = max(each.longest_s for each in slices)
+        self._left_out_s = max(_LEFT_OUT_S, longest_s)
+        self._slice_s = max(SLICE_S, _REQUESTS_LONG * longest_s)
 
     async def compare(self, turns: int) -> list[list[_Slice]]:
         """Ask without a pause, and keep ``turns`` turns of slices. Raises ``RuntimeError`` where one fails."""
@@ -504,9 +511,11 @@ class _Rig:
     async def _ask_on(self) -> None:
         while True:
             number = next(self._numbers[self._kind])
-            path, body = f"/v1/{self._model.manifest.tasks[0]}", body_of(self._model, number)
+            model = self._models[number % len(self._models)]
+            path, body, began_s = f"/v1/{model.manifest.tasks[0]}", body_of(model, number), time.monotonic()
             results = await ask(self._app, path, body)
             self._slice.requests += 1
+            self._slice.longest_s = max(self._slice.longest_s, time.monotonic() - began_s)
             self.otherwise += self._results.setdefault(number, results) != results
 
 
@@ -561,7 +570,7 @@ def body_of(model: Model, number: int) -> bytes:
     return json.dumps(body).encode()
 
 
-async def compare(model: Model, settings: Settings, turns: int) -> Cost:
+async def compare(models: Sequence[Model], settings: Settings, turns: int) -> Cost:
     """Compare ``turns`` turns of slices."""
     app = create_app(settings)
     async with app.router.lifespan_context(app):
@@ -570,7 +579,7 @@ async def compare(model: Model, settings: Settings, turns: int) -> Cost:
         threads = _accountants()
         with without_meter(settings, app.state.service.books) as off:
             both = {Kind.METERED: threads, Kind.OFF: [each for each in _accountants() if each not in threads]}
-            with closing(_Rig(app, model, off, both)) as rig:
+            with closing(_Rig(app, models, off, both)) as rig:
                 # The first requests are slow.
                 rig.lengthen(*await rig.compare(1))
                 before, spent = Moment.now(), rig.spent()
@@ -648,13 +657,14 @@ def _cost(turns: Sequence[Sequence[_Slice]], spent: _Spent, otherwise: int, fore
 
 
 def _usual_ns(steps: Sequence[Step]) -> dict[int, float]:
-    """By the identity of each of ``steps``, CPU time that steps of its shape take: a line through all of its phase."""
+    """By the identity of each of ``steps``, CPU time that steps of its shape take: a line through all of its model and
+    phase."""
     usual_ns: dict[int, float] = {}
-    by_phase: defaultdict[Phase, list[Step]] = defaultdict(list)
+    by_kind: defaultdict[tuple[str, Phase], list[Step]] = defaultdict(list)
     for step in steps:
         if step.work is not None:
-            by_phase[step.work.phase].append(step)
-    for alike in by_phase.values():
+            by_kind[step.model, step.work.phase].append(step)
+    for alike in by_kind.values():
         shapes = np.array([_shape(step) for step in alike], float)
         line = np.linalg.lstsq(shapes, np.array([step.cpu_ns for step in alike], float), rcond=None)[0]
         usual_ns |= {id(step): float(ns) for step, ns in zip(alike, shapes @ line, strict=True)}
@@ -713,17 +723,31 @@ def _told_against(name: str, against: Against, added_us: float, kept_us: float) 
     yield f"    cores kept busy {busy.value:+.3f} (95% interval {busy.low:+.3f} to {busy.high:+.3f})"
 
 
+def one_for_each_task(models: Iterable[Model]) -> list[Model]:
+    """The first of ``models`` for each first task."""
+    by_task: dict[str, Model] = {}
+    for model in models:
+        by_task.setdefault(model.manifest.tasks[0], model)
+    return list(by_task.values())
+
+
 def main(arguments: Sequence[str]) -> int:
     """Print what metering costs."""
-    name = arguments[0] if arguments else "translate-en-de"
-    turns = int(arguments[1]) if len(arguments) > 1 else TURNS
-    folder = Path(name) if Path(name).is_dir() else STARTERS / name
+    parser = argparse.ArgumentParser(prog="python -m service.metering_cost", description="What metering costs.")
+    parser.add_argument("models", nargs="*", metavar="MODEL", help="a starter's name, or a folder; one for each task")
+    parser.add_argument("--turns", type=int, default=TURNS, help="how often each kind of slice comes (%(default)s)")
+    asked = parser.parse_args(arguments)
+    named = [Path(name) if Path(name).is_dir() else STARTERS / name for name in asked.models]
+    folders = named or sorted(manifest.parent for manifest in STARTERS.glob("*/manifest.json"))
+    # Of one task the service would ask the first alone.
+    models = one_for_each_task(map(load_model, folders))
     sys.setswitchinterval(TURN_S)
     with TemporaryDirectory() as state:
         _log_requests(Path(state) / "requests.log")
-        settings = read_settings(models=str(folder), state=state)
-        cost = uvloop.run(compare(load_model(folder), settings, turns))
-    print(f"{folder.name}, {_AT_ONCE} requests at once, {turns} turns of slices of {cost.slice_s:.1f} s")
+        settings = read_settings(models=os.pathsep.join(str(model.folder) for model in models), state=state)
+        cost = uvloop.run(compare(models, settings, asked.turns))
+    names = ", ".join(model.manifest.name for model in models)
+    print(f"{names}, {_AT_ONCE} requests at once, {asked.turns} turns of slices of {cost.slice_s:.1f} s")
     print("\n".join(_told(cost)))
     return 0
 

@@ -169,14 +169,16 @@ def test_without_a_meter_no_step_is_shared(tmp_path: Path, monkeypatch: pytest.M
 def test_the_cost_of_metering_is_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write_tiny(tmp_path / "model", "classify")
+    for name, kind in (("reads", "classify"), ("writes", "encoder-decoder")):
+        write_tiny(tmp_path / name, kind)
     monkeypatch.setattr("energy.sampler._TOGETHER", 1)
     monkeypatch.setattr("service.metering_cost._REST_S", 0.3)
     monkeypatch.setattr("service.metering_cost.SLICE_S", 0.2)
     monkeypatch.setattr("service.metering_cost._LEFT_OUT_S", 0.1)
     monkeypatch.setattr("service.metering_cost.TURN_S", sys.getswitchinterval())
-    assert main([str(tmp_path / "model"), "3"]) == 0
+    assert main([str(tmp_path / "reads"), str(tmp_path / "writes"), "--turns", "3"]) == 0
     told = capsys.readouterr().out
+    assert re.match(r"\S+, \S+, 32 requests at once, 3 turns of slices of \d", told) is not None
     assert re.search(r"^with metering [1-9]\d* requests; .* answered otherwise 0$", told, re.M) is not None
     for name, keeps in (("off, with WATTLE_METER=none", True), ("bare, without any account", False)):
         found = re.search(rf"^{name}: [1-9]\d* us of .*, (.*) of them to keep it\n((?:  .*\n?)+)", told, re.M)
@@ -233,10 +235,9 @@ def test_lost_throughput_is_what_steps_have_less_of_whatever_the_speed_of_the_ma
 
 def test_slices_are_longer_where_requests_take_long() -> None:
     rig = SimpleNamespace()
-    # 32 at once, 4 a second: each takes 8 s.
-    _Rig.lengthen(cast(_Rig, rig), [kept_slice(Kind.METERED, 3, 1.0, 1.0), kept_slice(Kind.BARE, 5, 1.0, 1.0)])
+    _Rig.lengthen(cast(_Rig, rig), [_Slice(Kind.METERED, longest_s=3.0), _Slice(Kind.BARE, longest_s=8.0)])
     assert (rig._left_out_s, rig._slice_s) == (8, 32)
-    _Rig.lengthen(cast(_Rig, rig), [kept_slice(Kind.METERED, 1000, 1.0, 1.0)])
+    _Rig.lengthen(cast(_Rig, rig), [_Slice(Kind.METERED, longest_s=0.03)])
     assert (rig._left_out_s, rig._slice_s) == (0.5, 1)
 
 
