@@ -4,8 +4,7 @@ Over lists and not arrays: a step of one search takes a few dozen numbers, and e
 them.
 """
 
-import heapq
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -113,29 +112,53 @@ class _Search:
         self, scores: Sequence[Sequence[float]], words: Sequence[Sequence[int]], read: int
     ) -> list[tuple[int, int, int]]:
         """Let every beam go on; returns what has to be copied: source, target, start."""
-        going: list[tuple[float, int, int]] = []
-        length = len(self.ids[0]) + 1
-        for rank, (total, parent, place) in enumerate(_best(self._scores, scores)):
+        totals, parents, chosen = self._choose(scores, words)
+        self._leading = totals[0]
+        rows, copied = _into_rows(parents)
+        copies: list[tuple[int, int, int]] = []
+        if copied:
+            parents = [parents[child] for child in rows]
+            copies = [(parents[row], row, self._alike[row][parents[row]]) for row in copied]
+            self._alike = [[read if a == b else self._alike[a][b] for b in parents] for a in parents]
+            for source, target, _ in copies:
+                self.ids[target] = self.ids[source].copy()
+        for ids, child in zip(self.ids, rows, strict=True):
+            ids.append(chosen[child])
+        self._scores = [totals[child] for child in rows]
+        return copies
+
+    def _choose(
+        self, scores: Sequence[Sequence[float]], words: Sequence[Sequence[int]]
+    ) -> tuple[list[float], list[int], list[int]]:
+        """The best continuations that go on, the best first: their scores, parents and words. Keeps texts that end."""
+        before, width, length = self._scores, self._width, len(self.ids[0]) + 1
+        # Of each beam, the best continuation that was not looked at yet: of a few numbers, quicker than a heap.
+        heads = [total + row[0] for total, row in zip(before, scores, strict=True)]
+        beams, places = list(range(width)), [0] * width
+        totals: list[float] = []
+        parents: list[int] = []
+        chosen: list[int] = []
+        rank = 0
+        while heads and len(totals) < width:
+            # Of equals, the first.
+            total = max(heads)
+            head = heads.index(total)
+            parent = beams[head]
+            place = places[parent]
             word = words[parent][place]
             if word != self._eos:
-                going.append((total, parent, word))
-            elif rank < self._width:
+                totals.append(total)
+                parents.append(parent)
+                chosen.append(word)
+            elif rank < width:
                 # Ends below the width would not have been explored further either.
                 self._finish(total, self.ids[parent], length, stopped=True)
-            if len(going) == self._width:
-                break
-        self._leading = going[0][0]
-        rows, copied = _into_rows([parent for _, parent, _ in going])
-        going = [going[child] for child in rows]
-        parents = [parent for _, parent, _ in going]
-        copies = [(parents[row], row, self._alike[row][parents[row]]) for row in copied]
-        if copied:
-            self._alike = [[read if a == b else self._alike[a][b] for b in parents] for a in parents]
-            self.ids = [self.ids[parent].copy() for parent in parents]
-        for ids, (_, _, word) in zip(self.ids, going, strict=True):
-            ids.append(word)
-        self._scores = [total for total, _, _ in going]
-        return copies
+            rank, place = rank + 1, place + 1
+            if place < len(scores[parent]):
+                heads[head], places[parent] = before[parent] + scores[parent][place], place
+            else:
+                del heads[head], beams[head]
+        return totals, parents, chosen
 
     def best_if_over(self) -> Hypothesis | None:
         """The best text, if the search is over."""
@@ -159,31 +182,16 @@ class _Search:
         del self._finished[self._width :]
 
 
-def _best(before: Sequence[float], scores: Sequence[Sequence[float]]) -> Iterator[tuple[float, int, int]]:
-    """Continuations from the best on, as (score, parent, place among the parent's); of equals, the first.
-
-    ``before`` are the scores of the parents, ``scores`` what each of their continuations adds, best first.
-    """
-    heap = [(-(total + row[0]), parent, 0) for parent, (total, row) in enumerate(zip(before, scores, strict=True))]
-    heapq.heapify(heap)
-    while heap:
-        total, parent, place = heap[0]
-        yield -total, parent, place
-        place += 1
-        if place < len(scores[parent]):
-            heapq.heapreplace(heap, (-(before[parent] + scores[parent][place]), parent, place))
-        else:
-            heapq.heappop(heap)
-
-
 def _into_rows(parents: Sequence[int]) -> tuple[list[int], list[int]]:
     """Which of the chosen continuations goes into each row, where continuation i is a child of row ``parents[i]``; and
     the rows that a further child of another row gets. The first child of a row stays there."""
-    places: dict[int, int] = {}
-    further = []
+    rows, further = [-1] * len(parents), []
     for child, parent in enumerate(parents):
-        if places.setdefault(parent, child) != child:
+        if rows[parent] < 0:
+            rows[parent] = child
+        else:
             further.append(child)
-    free = [row for row in range(len(parents)) if row not in places]
-    places |= dict(zip(free, further, strict=True))
-    return [places[row] for row in range(len(parents))], free
+    free = [row for row, child in enumerate(rows) if child < 0] if further else []
+    for row, child in zip(free, further, strict=True):
+        rows[row] = child
+    return rows, free
