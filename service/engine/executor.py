@@ -20,6 +20,9 @@ _NICER = 5
 quarters of it: while it waits for one it may hold the interpreter, and so hold up every executor."""
 _LONG_NS = 20_000_000
 """A step that has lasted so long begins no further pass: bills follow at less than the meters' pace otherwise."""
+_SHARED_NS = 5_000_000
+"""Nor one that has lasted so long where other models have something to run. So models take turns by time: by passes,
+one whose passes are short would wait most of the time."""
 _log = logging.getLogger(__name__)
 
 
@@ -105,10 +108,13 @@ class Executor:
         known = self._coefficients
         weights = None if known is None else known.get(name, DEFAULTS).of(turn.work.phase)
         timer, passes, cancellations = _Timer(self._threads), 1, Answer.cancellations
-        may_go_on = turn.repeats and not any([worker.busy for key, worker in self.workers.items() if key != model])
+        is_shared = any([worker.busy for key, worker in self.workers.items() if key != model])
+        most_ns = _SHARED_NS if is_shared else _LONG_NS
         try:
             ended = turn.run()
-            while may_go_on and not (ended or timer.is_late or is_wanted() or Answer.cancellations != cancellations):
+            while turn.repeats and not (
+                ended or timer.elapsed_ns > most_ns or is_wanted() or Answer.cancellations != cancellations
+            ):
                 passes += 1
                 ended = turn.run()
         except Exception as error:
@@ -145,9 +151,9 @@ class _Timer:
         self._started_ns = time.monotonic_ns()
 
     @property
-    def is_late(self) -> bool:
-        """Whether the step has lasted long enough."""
-        return time.monotonic_ns() - self._started_ns > _LONG_NS
+    def elapsed_ns(self) -> int:
+        """How long the step has lasted."""
+        return time.monotonic_ns() - self._started_ns
 
     def step(
         self,

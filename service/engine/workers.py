@@ -212,10 +212,10 @@ class WriteWorker:
 
     def holds_off(self, waiting: Sequence[Job], share: int) -> bool:
         """See ``Worker``. A source is short, so that reading one is mostly what a step costs however small it is."""
-        texts = sum([len(lane.keys) for lane in self._lanes.values()])
-        if self._graphs.source is None or share >= texts // _TOGETHER:
+        if self._graphs.source is None:
             return False
-        return time.monotonic_ns() - waiting[0].submitted_ns < _HELD_NS
+        texts = sum([len(lane.keys) for lane in self._lanes.values()])
+        return share < texts // _TOGETHER and time.monotonic_ns() - waiting[0].submitted_ns < _HELD_NS
 
     def take(self, waiting: Sequence[Job], share: int) -> list[Job]:
         """See ``Worker``; never more than ``share``."""

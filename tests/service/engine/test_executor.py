@@ -47,13 +47,16 @@ def test_one_of_several_threads_stays_as_its_fellows_are() -> None:
 
 
 class Steps:
-    """An executor with a model that writes one text, and another model; its passes are counted."""
+    """An executor with a model that writes one text, and another model; its passes are counted, and take 1 ms each."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *, other_is_busy: bool = False) -> None:
-        monkeypatch.setattr(module, "_LONG_NS", 10**15)
+        def clock() -> int:
+            return self.passes * 1_000_000
+
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic_ns=clock, thread_time_ns=clock))
+        self.passes = 0
         self.executor = Executor("cpu:0", [0], 1)
         self.job = Job(EncodeItem("r", (1,)), submitted_ns=0)
-        self.passes = 0
         self.abandoned = False
         for key, busy in (("writer", True), ("other", other_is_busy)):
             worker = SimpleNamespace(warm_up=lambda: None, busy=busy)
@@ -88,14 +91,18 @@ def test_a_step_goes_on_until_a_text_ends(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_step_ends_where_something_else_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Steps(monkeypatch).run(lambda number: [], wanted_after=2) == (2, [])
     assert Steps(monkeypatch).run(lambda number: [], repeats=False) == (1, [])
-    assert Steps(monkeypatch, other_is_busy=True).run(lambda number: []) == (1, [])
 
 
-def test_a_step_ends_where_a_text_is_cancelled_or_enough_time_has_passed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_ends_where_a_text_is_cancelled(monkeypatch: pytest.MonkeyPatch) -> None:
     steps = Steps(monkeypatch)
     assert steps.run(lambda number: steps.job.ticket.future.cancel() and [] if number == 4 else []) == (4, [])
-    late = Steps(monkeypatch)
-    assert late.run(lambda number: monkeypatch.setattr(module, "_LONG_NS", -1) or [] if number == 5 else []) == (5, [])
+
+
+def test_a_step_ends_once_it_has_lasted_long_and_sooner_where_another_model_is_busy(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert Steps(monkeypatch).run(lambda number: []) == (21, [])
+    assert Steps(monkeypatch, other_is_busy=True).run(lambda number: []) == (6, [])
 
 
 def test_a_later_pass_that_fails_is_counted_and_ends_its_texts(monkeypatch: pytest.MonkeyPatch) -> None:
