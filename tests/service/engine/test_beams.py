@@ -129,6 +129,23 @@ def test_a_score_is_that_of_its_text(seed: int, width: int) -> None:
     assert best.score == pytest.approx(all_texts(after, 1.0, 3)[key(best)], rel=1e-5)
 
 
+def test_an_end_that_ranks_below_the_width_counts_for_nothing() -> None:
+    beams = Beams(2, EOS)
+    beams.join(9, 1.0)
+
+    def advance(*rows: dict[int, float]) -> dict[int, Hypothesis]:
+        words, scores = [list(row) for row in rows], [list(row.values()) for row in rows]
+        return beams.advance(0, np.array(scores, np.float32), np.array(words), [len(beams.written(0)[0])])[1]
+
+    unlikely = {1: -5.0, 2: -5.1, 3: -5.2, EOS: -9.0}
+    assert not advance({1: -1.0, 2: -1.05, 3: -7.0, EOS: -8.0}, unlikely)
+    # An end, a word, an end and a word: the second end is the third of all.
+    assert not advance({EOS: -0.1, 1: -0.2, 2: -7.0, 3: -8.0}, {EOS: -0.2, 2: -0.3, 1: -7.0, 3: -8.0})
+    assert beams.written(0) == [[1, 1], [2, 2]]
+    # So one text has ended and not two, though both were likelier than any that goes on now.
+    assert not advance(unlikely, unlikely)
+
+
 @given(st.lists(st.one_of(st.integers(0, 40), st.integers(-9, -1)), max_size=25), st.integers(2, 4))
 def test_searches_side_by_side_find_what_each_finds_alone(events: list[int], width: int) -> None:
     """Positive: a search of that seed joins; negative: one leaves before its end. Rows read, and copies are right."""
