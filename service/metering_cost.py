@@ -235,8 +235,6 @@ class _Watch:
 class _Slice:
     kind: Kind
     requests: int = 0
-    longest_s: float = 0.0
-    """That a request took which ended in it."""
     steps: defaultdict[str, list[tuple[Step, int]]] = field(default_factory=lambda: defaultdict(list))
     """By executor, with the CPU time of its thread after each."""
     elapsed_s: float = 0.0
@@ -353,6 +351,8 @@ class _Rig:
         self._numbers = {kind: cycle(range(_TEXTS * len(models))) for kind in Kind}
         self._results: dict[int, Any] = {}
         self._slice_s, self._left_out_s = SLICE_S, _LEFT_OUT_S
+        self._longest_s = 0.0
+        """That a request took, or had taken when nobody waited for it any longer."""
         self.otherwise = 0
         """Answers that were not as the first one to the same request."""
         self._settled = dict.fromkeys((Kind.METERED, Kind.OFF), 0)
@@ -470,11 +470,10 @@ class _Rig:
             self._settled[Kind.METERED], self._settled[Kind.OFF], watches["closing"].times, spent_ns, kept_ns
         )
 
-    def lengthen(self, slices: Sequence[_Slice]) -> None:
-        """From now on slices are long enough for requests that take as long as the longest in these."""
-        longest_s = max(each.longest_s for each in slices)
-        self._left_out_s = max(_LEFT_OUT_S, longest_s)
-        self._slice_s = max(SLICE_S, _REQUESTS_LONG * longest_s)
+    def lengthen(self) -> None:
+        """From now on slices are long enough for requests that take as long as the longest so far."""
+        self._left_out_s = max(_LEFT_OUT_S, self._longest_s)
+        self._slice_s = max(SLICE_S, _REQUESTS_LONG * self._longest_s)
 
     async def compare(self, turns: int) -> list[list[_Slice]]:
         """Ask without a pause, and keep ``turns`` turns of slices. Raises ``RuntimeError`` where one fails."""
@@ -513,9 +512,11 @@ class _Rig:
             number = next(self._numbers[self._kind])
             model = self._models[number % len(self._models)]
             path, body, began_s = f"/v1/{model.manifest.tasks[0]}", body_of(model, number), time.monotonic()
-            results = await ask(self._app, path, body)
+            try:
+                results = await ask(self._app, path, body)
+            finally:
+                self._longest_s = max(self._longest_s, time.monotonic() - began_s)
             self._slice.requests += 1
-            self._slice.longest_s = max(self._slice.longest_s, time.monotonic() - began_s)
             self.otherwise += self._results.setdefault(number, results) != results
 
 
@@ -581,7 +582,8 @@ async def compare(models: Sequence[Model], settings: Settings, turns: int) -> Co
             both = {Kind.METERED: threads, Kind.OFF: [each for each in _accountants() if each not in threads]}
             with closing(_Rig(app, models, off, both)) as rig:
                 # The first requests are slow.
-                rig.lengthen(*await rig.compare(1))
+                await rig.compare(1)
+                rig.lengthen()
                 before, spent = Moment.now(), rig.spent()
                 slices = await rig.compare(turns)
                 foreign_cores = Moment.now().foreign_cores(before)

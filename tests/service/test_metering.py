@@ -234,11 +234,10 @@ def test_lost_throughput_is_what_steps_have_less_of_whatever_the_speed_of_the_ma
 
 
 def test_slices_are_longer_where_requests_take_long() -> None:
-    rig = SimpleNamespace()
-    _Rig.lengthen(cast(_Rig, rig), [_Slice(Kind.METERED, longest_s=3.0), _Slice(Kind.BARE, longest_s=8.0)])
-    assert (rig._left_out_s, rig._slice_s) == (8, 32)
-    _Rig.lengthen(cast(_Rig, rig), [_Slice(Kind.METERED, longest_s=0.03)])
-    assert (rig._left_out_s, rig._slice_s) == (0.5, 1)
+    for longest_s, lengths_s in ((8.0, (8, 32)), (0.03, (0.5, 1))):
+        rig = SimpleNamespace(_longest_s=longest_s)
+        _Rig.lengthen(cast(_Rig, rig))
+        assert (rig._left_out_s, rig._slice_s) == lengths_s
 
 
 def test_the_meters_are_printed(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
